@@ -1,0 +1,1 @@
+"""What callers see: the REST API and the command line."""

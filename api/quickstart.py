@@ -1,0 +1,183 @@
+"""The guided tour behind `make quickstart`: data, training, serving, ingestion, recommendations for three users."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from model.errors import RamrecError
+
+READY_TIMEOUT_S = 60.0
+POLL_S = 0.2
+STOP_TIMEOUT_S = 20.0
+ASK_BATCH = 250
+FULL_ENOUGH = 50
+"""Bank size above which users are compared for being narrow or diverse."""
+
+console = Console(highlight=False)
+
+
+class QuickstartError(RamrecError):
+    """The tour cannot go on; the message says at which step and why."""
+
+
+def tour(data: Path, run: Path, source: Path | None) -> None:
+    """All steps, each skipped where its result is there already.
+
+    Raises:
+        QuickstartError, DatasetError, CheckpointError: a step failed.
+    """
+    from api.backfill import backfill, events_of
+    from api.data import fetch_ml_100k
+    from model.checkpoint import load_checkpoint
+    from model.dataset import read_interactions
+
+    console.rule("1. ML-100K")
+    console.print(f"in {fetch_ml_100k(data, source)}")
+    console.rule("2. Training")
+    _train_once(data, run)
+    log = read_interactions(data)
+    console.rule("3. Serving")
+    with _serving(run) as url:
+        console.print(f"api on {url}, memory service and an embedded Valkey behind it")
+        console.rule("4. Ingesting every user's history through POST /memories")
+        counts = backfill(url, events_of(log))
+        console.print(", ".join(f"{name} {count:,}" for name, count in counts.items()))
+        console.rule("5. Recommendations")
+        titles = {item: about.get("movie_title", item) for item, about in load_checkpoint(run).metadata.items()}
+        narrow, diverse = _narrowest_and_most_diverse(url, list(log.user_ids))
+        _show(url, "A narrow user", narrow, titles)
+        _show(url, "A diverse user", diverse, titles)
+        _newcomer(url, titles)
+    _what_next(run, diverse)
+
+
+def _train_once(data: Path, run: Path) -> None:
+    if (run / "checkpoint.json").exists():
+        console.print(f"reusing the checkpoint in {run}")
+        return
+    command = ["train", "--dataset", str(data), "--config", "ml-100k", "--out", str(run)]
+    outcome = subprocess.run([sys.executable, "-m", "api.cli", *command], check=False)
+    if outcome.returncode:
+        raise QuickstartError(f"training failed with exit code {outcome.returncode}")
+
+
+@contextmanager
+def _serving(run: Path) -> Iterator[str]:
+    """`ramrec serve` on free ports, stopped cleanly afterwards."""
+    port, memory_port = _free_port(), _free_port()
+    command = ["serve", "--run", str(run), "--port", str(port), "--memory-port", str(memory_port)]
+    server = subprocess.Popen([sys.executable, "-m", "api.cli", *command])
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait_until_ready(server, url)
+        yield url
+    finally:
+        server.send_signal(signal.SIGINT)
+        try:
+            server.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_ready(server: subprocess.Popen[bytes], url: str) -> None:
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise QuickstartError(f"ramrec serve ended with exit code {server.returncode}")
+        try:
+            with urllib.request.urlopen(f"{url}/health/ready", timeout=2):
+                return
+        except OSError:
+            time.sleep(POLL_S)
+    raise QuickstartError(f"{url} was not ready within {READY_TIMEOUT_S:.0f} s")
+
+
+def _post(url: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as error:
+        raise QuickstartError(f"{url} answered {error.code}: {error.read().decode()[:500]}") from error
+
+
+def _narrowest_and_most_diverse(url: str, users: list[str]) -> tuple[str, str]:
+    """Users of lowest and highest entropy among those with a well filled bank."""
+    found = []
+    for at in range(0, len(users), ASK_BATCH):
+        asks = [{"user_id": user, "top_n": 1} for user in users[at : at + ASK_BATCH]]
+        for answer in _post(f"{url}/recommend/batch", {"requests": asks})["results"]:
+            if answer["memory"]["bank_size"] >= FULL_ENOUGH:
+                found.append((answer["memory"]["entropy"], answer["user_id"]))
+    if not found:
+        raise QuickstartError(f"no user has a bank of {FULL_ENOUGH} memories")
+    return min(found)[1], max(found)[1]
+
+
+def _show(url: str, who: str, user: str, titles: dict[str, Any], asked: dict[str, Any] | None = None) -> None:
+    """One user's entropy, K and top-5, and the memories that speak most for each."""
+    answer = _post(f"{url}/recommend", {"user_id": user, "top_n": 5, "explain": True, **(asked or {})})
+    memory = answer["memory"]
+    table = Table(
+        title=f"{who}: user {user}. Entropy {memory['entropy']:.2f} over {memory['bank_size']} memories → "
+        f"K = {memory['k']} (answered from {answer['source']})",
+        title_justify="left",
+    )
+    table.add_column("recommended", width=42)
+    table.add_column("log P", justify="right")
+    table.add_column("because of (part of its logit)")
+    for item in answer["items"]:
+        reasons = [f"{titles.get(r['item_id'], r['item_id'])} ({r['logit']:+.2f})" for r in item.get("because") or []]
+        table.add_row(str(titles.get(item["item_id"], item["item_id"])), f"{item['score']:.2f}", ", ".join(reasons))
+    console.print(table)
+
+
+def _newcomer(url: str, titles: dict[str, Any]) -> None:
+    """A user that nobody has seen: before any interaction, and after each of three."""
+    user = f"newcomer-{os.urandom(3).hex()}"
+    taste = [item for item, title in titles.items() if title in ("Alien", "Blade Runner", "The Terminator")]
+    _show(url, "A new user, nothing known", user, titles)
+    for item in taste or list(titles)[:3]:
+        accepted = _post(f"{url}/memories", {"interactions": [{"user_id": user, "item_id": item, "rating": 5}]})
+        console.print(f"ingested {titles[item]!r} (version {accepted['versions'][user]})")
+    _show(url, "The same user after these", user, titles)
+
+
+def _what_next(run: Path, user: str) -> None:
+    console.rule("What next")
+    console.print(
+        f"Serve it again:   .venv/bin/ramrec serve --run {run}\n"
+        "Recommend:        curl -s localhost:8000/recommend -H 'Content-Type: application/json' "
+        f'-d \'{{"user_id": "{user}", "top_n": 5}}\'\n'
+        "Remember:         curl -s localhost:8000/memories -H 'Content-Type: application/json' "
+        '-d \'{"interactions": [{"user_id": "me", "item_id": "50", "rating": 5}]}\'\n'
+        f"Look into a bank: curl -s localhost:8000/users/{user}/memory\n"
+        "Forget a user:    curl -s -X DELETE localhost:8000/users/me/memory\n"
+        f"Measure:          .venv/bin/ramrec evaluate --run {run} --dataset data/ml-100k\n"
+        "Every endpoint:   http://localhost:8000/docs",
+        soft_wrap=True,
+    )

@@ -1,0 +1,306 @@
+"""The wire between api and memory service: msgpack bodies, vectors and number columns as little-endian bytes.
+
+Every call names the model version it was made with; the service answers 409 `model_mismatch` to any other.
+Items travel as catalogue numbers; `catalogue_size` in a reply tells the caller when to fetch new ones.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from model.bank import EncodeJob, Entries
+
+CONTENT_TYPE = "application/msgpack"
+
+
+class Job(msgspec.Struct):
+    """`model.bank.EncodeJob`: items as u4, positions as i8."""
+
+    start: int
+    items: bytes
+    positions: bytes
+
+    @classmethod
+    def pack(cls, job: EncodeJob) -> Job:
+        """Columns to bytes."""
+        return cls(job.start, job.items.astype("<u4").tobytes(), job.positions.astype("<i8").tobytes())
+
+    def unpack(self) -> EncodeJob:
+        """Bytes to columns."""
+        return EncodeJob(self.start, np.frombuffer(self.items, "<u4"), np.frombuffer(self.positions, "<i8"))
+
+
+class Columns(msgspec.Struct):
+    """`model.bank.Entries` without its padding: count (B,) i4, then the entries of all queries one after another."""
+
+    count: bytes
+    item: bytes
+    similarity: bytes
+    quality: bytes
+    recency: bytes
+    rating: bytes
+
+    @classmethod
+    def pack(cls, entries: Entries) -> Columns:
+        """Padded arrays to ragged bytes."""
+        valid = entries.valid
+        reals = [getattr(entries, name)[valid].astype("<f4").tobytes() for name in cls.__struct_fields__[2:]]
+        return cls(valid.sum(axis=1).astype("<i4").tobytes(), entries.item[valid].astype("<u4").tobytes(), *reals)
+
+    def unpack(self) -> Entries:
+        """Ragged bytes to padded arrays."""
+        count = np.frombuffer(self.count, "<i4")
+        valid = np.arange(int(count.max(initial=0))) < count[:, None]
+        item = np.zeros(valid.shape, np.int64)
+        item[valid] = np.frombuffer(self.item, "<u4")
+
+        def padded(values: bytes) -> NDArray[np.float32]:
+            column = np.zeros(valid.shape, np.float32)
+            column[valid] = np.frombuffer(values, "<f4")
+            return column
+
+        return Entries(
+            item,
+            padded(self.similarity),
+            padded(self.quality),
+            padded(self.recency),
+            padded(self.rating),
+            valid,
+        )
+
+
+class RetrieveRequest(msgspec.Struct):
+    """A micro-batch of B users.
+
+    `query_rows` (u4) name the users whose query comes along in `queries` (f4, one row each, unit length); the others
+    are asked with the state in their record. `k` (i4, B): 0 = adaptive. `ignore`: row → item numbers left out.
+    """
+
+    model_version: str
+    users: list[str]
+    query_rows: bytes = b""
+    queries: bytes = b""
+    k: bytes = b""
+    ignore: dict[int, list[int]] = {}
+    count_access: bool = True
+
+
+class StaleUser(msgspec.Struct):
+    """A user whose record belongs to another model: encode `job`, send it to `rekey`, ask again."""
+
+    user_id: str
+    version: int
+    job: Job
+
+
+class RetrieveReply(msgspec.Struct):
+    """Columns of length B: known u1, versions i8, entropy f4, k i4, bank_size i4, states f4 (B, d); then the entries,
+    the items seen (seen_count i4, seen u4 ragged) and the users to be keyed anew. `degraded`: Redis was out of reach,
+    the answer comes from resident banks.
+    """
+
+    catalogue_size: int
+    degraded: bool
+    known: bytes
+    versions: bytes
+    entropy: bytes
+    k: bytes
+    bank_size: bytes
+    states: bytes
+    own: Columns
+    collective: Columns
+    seen_count: bytes
+    seen: bytes
+    stale: list[StaleUser]
+
+
+class EventIn(msgspec.Struct):
+    """One interaction; `index` is its place in the caller's request."""
+
+    index: int
+    item_id: str
+    timestamp: float | None = None
+    rating: float | None = None
+    event_id: str | None = None
+
+
+class UserEvents(msgspec.Struct):
+    """Events of one user."""
+
+    user_id: str
+    events: list[EventIn]
+
+
+class PlanRequest(msgspec.Struct):
+    """What would these events mean? `received_at` is the time of events without one."""
+
+    model_version: str
+    received_at: float
+    users: list[UserEvents]
+
+
+class UserPlan(msgspec.Struct):
+    """Answer for one user: keys are wanted for the accepted events, in the order given, as `job` says.
+
+    `version` must come back with the write. `stale` is set where the record must be keyed anew first.
+    """
+
+    user_id: str
+    version: int
+    accepted: list[int]
+    duplicates: list[int]
+    forgotten: list[int]
+    job: Job
+    stale: StaleUser | None = None
+
+
+class PlanReply(msgspec.Struct):
+    """Plans in the order of the request."""
+
+    catalogue_size: int
+    users: list[UserPlan]
+
+
+class UserWrite(msgspec.Struct):
+    """Events with keys (f4, one row an accepted event) and the state after them (f4), computed from `version`."""
+
+    user_id: str
+    version: int
+    events: list[EventIn]
+    keys: bytes
+    state: bytes
+
+
+class WriteRequest(msgspec.Struct):
+    """Compare-and-set writes, atomic per user."""
+
+    model_version: str
+    received_at: float
+    users: list[UserWrite]
+
+
+class UserWritten(msgspec.Struct):
+    """`version` is the record's after the write. On a conflict nothing was written; `retry` is the plan as of now."""
+
+    user_id: str
+    version: int
+    accepted: list[int]
+    duplicates: list[int]
+    forgotten: list[int]
+    retry: UserPlan | None = None
+
+
+class WriteReply(msgspec.Struct):
+    """Outcomes in the order of the request. `failed`: users not written because Redis was out of reach."""
+
+    catalogue_size: int
+    users: list[UserWritten]
+    failed: list[str] = []
+
+
+class UserRekey(msgspec.Struct):
+    """New keys (f4, one row an entry, in bank order) and state (f4) for a stale record of `version`."""
+
+    user_id: str
+    version: int
+    keys: bytes
+    state: bytes
+
+
+class RekeyRequest(msgspec.Struct):
+    """Bring stale records to this model. A record that changed meanwhile is left alone and found stale again."""
+
+    model_version: str
+    users: list[UserRekey]
+
+
+class RekeyReply(msgspec.Struct):
+    """Users whose records were written."""
+
+    rekeyed: list[str]
+
+
+class EntryOut(msgspec.Struct):
+    """One memory of a bank."""
+
+    item: int
+    quality: float
+    recency: float
+    rating: float | None
+    time: float
+    frequency: int
+    access: int
+    last_access: float
+    cluster: int
+
+
+class UserMemory(msgspec.Struct):
+    """A bank laid open: `clusters` is the quality-weighted distribution that the entropy is of; log is (item, time)."""
+
+    user_id: str
+    version: int
+    model_version: str
+    events: int
+    share: bool
+    entropy: float
+    k: int
+    capacity: int
+    clusters: dict[int, float]
+    entries: list[EntryOut]
+    log: list[tuple[int, float]]
+    seen: int
+    catalogue_size: int
+
+
+class Forgotten(msgspec.Struct):
+    """Whether anything was known about the user before."""
+
+    existed: bool
+
+
+class Item(msgspec.Struct):
+    """A catalogue item. `metadata` holds the caller's attributes (title, genres, …)."""
+
+    item_id: str
+    metadata: dict[str, msgspec.Raw] | None = None
+    hidden: bool = False
+
+
+class CatalogueReply(msgspec.Struct):
+    """Items from number `since` on, in order of their numbers (the first item has number 1), and the revision
+    that counts changes of metadata and hidden flags.
+    """
+
+    since: int
+    revision: int
+    items: list[Item]
+
+
+class RegisterRequest(msgspec.Struct):
+    """Make items known. Metadata is set only where an item has none, unless `overwrite`; None leaves it alone."""
+
+    items: list[Item]
+    overwrite: bool = False
+
+
+class RegisterReply(msgspec.Struct):
+    """Catalogue numbers, in the order of the request."""
+
+    numbers: list[int]
+    catalogue_size: int
+    revision: int
+
+
+class Users(msgspec.Struct):
+    """User ids that begin with the prefix asked for, sorted, at most the limit asked for."""
+
+    users: list[str]
+
+
+class Problem(msgspec.Struct):
+    """Any error of the service: a stable code and what is wrong."""
+
+    code: str
+    detail: str

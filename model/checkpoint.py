@@ -1,0 +1,152 @@
+"""A trained model on disk: safetensors and JSON, never pickle. Read without torch.
+
+RUN/model.safetensors   weights (`encoder.*`, `fusion.*`) and what belongs to them: `item_clusters`,
+                        `index_centroids`, `popularity`
+RUN/checkpoint.json     format, version (content hash), config, item ids in order of their index
+RUN/items.json          item_id → metadata (title, …), as far as the dataset has any
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from model.config import Config, describe
+from model.errors import RamrecError
+
+FORMAT = 1
+WEIGHTS_FILE = "model.safetensors"
+HEADER_FILE = "checkpoint.json"
+ITEMS_FILE = "items.json"
+SIDE_TABLES = ("item_clusters", "index_centroids", "popularity")
+
+
+class CheckpointError(RamrecError):
+    """The folder holds no checkpoint that this version can use; the message says what and where."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model and what belongs to it. Item index 0 is padding; `item_ids[i - 1]` is the id of index i.
+
+    item_clusters: (items + 1,) int32, −1 for padding. index_centroids: (lists, d) float32, unit length.
+    popularity: (items + 1,) float32 share of training interactions. weights: empty when read without them.
+    """
+
+    config: Config
+    item_ids: tuple[str, ...]
+    item_clusters: NDArray[np.int32]
+    index_centroids: NDArray[np.float32]
+    popularity: NDArray[np.float32]
+    weights: dict[str, NDArray[Any]] = field(default_factory=dict)
+    metadata: dict[str, dict[str, Any]] = field(default_factory=dict)
+    version: str = ""
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """All arrays by their names in the file."""
+        return {**self.weights, **{name: getattr(self, name) for name in SIDE_TABLES}}
+
+
+def content_version(checkpoint: Checkpoint) -> str:
+    """16 hex digits of a SHA-256 over config, item ids and every array: equal content, equal version."""
+    digest = hashlib.sha256(f"{FORMAT}\n{checkpoint.config.model_dump_json()}\n".encode())
+    digest.update(json.dumps(checkpoint.item_ids).encode())
+    for name, values in sorted(checkpoint.tensors().items()):
+        digest.update(f"{name}{values.dtype.str}{values.shape}".encode())
+        digest.update(np.asarray(values, order="C").tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> str:
+    """Write a checkpoint, replacing one that is there; the version is computed and returned."""
+    folder.mkdir(parents=True, exist_ok=True)
+    version = content_version(checkpoint)
+    header = {
+        "format": FORMAT,
+        "version": version,
+        "config": checkpoint.config.model_dump(),
+        "item_ids": list(checkpoint.item_ids),
+    }
+    tensors = {name: np.asarray(values, order="C") for name, values in checkpoint.tensors().items()}
+    _replace(folder / ITEMS_FILE, json.dumps(checkpoint.metadata, ensure_ascii=False).encode())
+    _replace(folder / WEIGHTS_FILE, save(tensors, metadata={"version": version}))
+    _replace(folder / HEADER_FILE, json.dumps(header, ensure_ascii=False).encode())
+    return version
+
+
+def _replace(file: Path, content: bytes) -> None:
+    partial = file.with_suffix(file.suffix + ".partial")
+    partial.write_bytes(content)
+    partial.replace(file)
+
+
+def load_checkpoint(folder: Path, *, with_weights: bool = True) -> Checkpoint:
+    """Read a checkpoint; without weights only what the memory service needs.
+
+    Raises:
+        CheckpointError: missing, unreadable, of another format, or its content does not fit its version.
+    """
+    header = _read_json(folder / HEADER_FILE)
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"{folder}: checkpoint format {header.get('format')!r}, this version reads {FORMAT}")
+    try:
+        tensors = _read_tensors(folder / WEIGHTS_FILE, str(header["version"]), with_weights)
+        checkpoint = Checkpoint(
+            config=Config.model_validate(header["config"]),
+            item_ids=tuple(header["item_ids"]),
+            **{name: tensors.pop(name) for name in SIDE_TABLES},
+            weights=tensors,
+            metadata=_read_json(folder / ITEMS_FILE),
+            version=str(header["version"]),
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{folder}: checkpoint lacks {error}") from error
+    except ValidationError as error:
+        raise CheckpointError(f"{folder}/{HEADER_FILE}: {describe(error)}") from error
+    _check(folder, checkpoint, with_weights)
+    return checkpoint
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"no checkpoint at {file.parent}: {file.name} is missing") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} does not hold a JSON object")
+    return content
+
+
+def _read_tensors(file: Path, version: str, with_weights: bool) -> dict[str, NDArray[Any]]:
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            if (opened.metadata() or {}).get("version") != version:
+                raise CheckpointError(f"{file} does not belong to {HEADER_FILE}: versions differ")
+            names = opened.keys() if with_weights else SIDE_TABLES
+            return {name: opened.get_tensor(name) for name in names}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"no checkpoint at {file.parent}: {file.name} is missing") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}") from error
+
+
+def _check(folder: Path, checkpoint: Checkpoint, with_weights: bool) -> None:
+    rows = len(checkpoint.item_ids) + 1
+    for name in ("item_clusters", "popularity"):
+        if getattr(checkpoint, name).shape != (rows,):
+            raise CheckpointError(f"{folder}: {name} has shape {getattr(checkpoint, name).shape}, wanted {(rows,)}")
+    if checkpoint.index_centroids.ndim != 2 or checkpoint.index_centroids.shape[1] != checkpoint.config.encoder.dim:
+        raise CheckpointError(f"{folder}: index_centroids has shape {checkpoint.index_centroids.shape}")
+    if with_weights and content_version(checkpoint) != checkpoint.version:
+        raise CheckpointError(f"{folder}: content does not match version {checkpoint.version}; the files are damaged")

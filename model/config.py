@@ -1,0 +1,171 @@
+"""Every number that a run depends on, read from TOML and saved beside the weights.
+
+Unknown keys and values out of range are errors that name the key.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from model.errors import RamrecError
+
+CONFIG_FOLDER = Path(__file__).parent / "configs"
+
+
+class ConfigError(RamrecError):
+    """A config that cannot be used; names file and key."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DatasetConfig(_Section):
+    """How a log of interactions becomes sequences."""
+
+    core: int = Field(5, ge=1, description="k of the iterated k-core filter over users and items")
+    user_column: str = "user_id"
+    item_column: str = "item_id"
+    time_column: str = "timestamp"
+    rating_column: str = "rating"
+
+
+class EncoderConfig(_Section):
+    """Shape of the sequence encoder."""
+
+    dim: int = Field(64, ge=4)
+    layers: int = Field(2, ge=1)
+    heads: int = Field(2, ge=1)
+    window: int = Field(50, ge=4, le=512, description="L: the most items that one state looks back on")
+    stride: int | None = Field(None, ge=1, description="steps in which a full window moves; None: L/4")
+    dropout: float = Field(0.3, ge=0, lt=1)
+
+    @property
+    def window_stride(self) -> int:
+        """Steps in which a full window moves, in items."""
+        return self.stride or self.window // 4
+
+    @model_validator(mode="after")
+    def _fits(self) -> EncoderConfig:
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} is not divisible by heads {self.heads}")
+        if self.window_stride > self.window:
+            raise ValueError(f"stride {self.stride} is larger than window {self.window}")
+        return self
+
+
+class RulesConfig(_Section):
+    """Parameters of the memory rules (`model.rules`)."""
+
+    capacity: int = Field(75, ge=1, le=1000)
+    time_unit: Literal["seconds", "position"] = Field(
+        "seconds", description="what recency measures: event times, or order where there are none"
+    )
+    half_life_s: float = Field(30 * 86400.0, gt=0, description="recency half-life for time_unit=seconds")
+    half_life_entries: float = Field(25.0, gt=0, description="the same for time_unit=position")
+    rating_min: float = 1.0
+    rating_max: float = 5.0
+    weight_frequency: float = Field(0.3, ge=0)
+    weight_recency: float = Field(0.4, ge=0)
+    weight_access: float = Field(0.1, ge=0)
+    weight_rating: float = Field(0.2, ge=0)
+    prune_std: float = Field(2.0, ge=0, description="c of the adaptive threshold mean(q) - c*std(q)")
+    similarity_threshold: float = Field(0.4, ge=-1, le=1)
+    clusters: int = Field(32, ge=2, description="item clusters that entropy is measured over")
+    k_rule: Literal["adaptive", "paper"] = "adaptive"
+    k_base: float = Field(13.0, gt=0)
+    k_min: int = Field(3, ge=1)
+    k_max: int = Field(20, ge=1, le=100)
+    collective_k_base: float = Field(20.0, gt=0)
+    collective_k_min: int = Field(10, ge=1)
+    collective_k_max: int = Field(30, ge=1, le=100)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RulesConfig:
+        weights = (self.weight_frequency, self.weight_recency, self.weight_access, self.weight_rating)
+        if sum(weights) <= 0:
+            raise ValueError("at least one quality weight must be above 0")
+        if self.rating_max <= self.rating_min:
+            raise ValueError(f"rating_max {self.rating_max} must exceed rating_min {self.rating_min}")
+        if self.k_min > self.k_max or self.collective_k_min > self.collective_k_max:
+            raise ValueError("k_min must not exceed k_max")
+        return self
+
+
+class FusionConfig(_Section):
+    """Shape of the memory fusion."""
+
+    heads: int = Field(4, ge=1)
+    temperature: float = Field(0.5, gt=0, description="similarity / temperature is added to attention logits")
+    gate_max: float = Field(1.0, gt=0, le=1, description="cap on the share of memory in the fused state")
+    dropout: float = Field(0.1, ge=0, lt=1)
+
+
+class TrainingConfig(_Section):
+    """How encoder and fusion are fitted."""
+
+    seed: int = 0
+    held_out_users: float = Field(0.15, gt=0, lt=0.9, description="share of users kept from the encoder")
+    batch_tokens: int = Field(8192, ge=64, description="positions a batch, padding included")
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_steps: int = Field(100, ge=0)
+    max_epochs: int = Field(150, ge=1)
+    patience: int = Field(10, ge=1, description="epochs without a better validation NDCG@10")
+    fusion_batch: int = Field(256, ge=1)
+    fusion_learning_rate: float = Field(1e-3, gt=0)
+    fusion_weight_decay: float = Field(0.01, ge=0)
+    fusion_max_epochs: int = Field(30, ge=1)
+    fusion_patience: int = Field(4, ge=1)
+    threads: int = Field(0, ge=0, description="torch threads; 0: all cores")
+
+
+class Config(_Section):
+    """One run. Saved as JSON beside the weights."""
+
+    dataset: DatasetConfig = DatasetConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    rules: RulesConfig = RulesConfig()
+    fusion: FusionConfig = FusionConfig()
+    training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Config:
+        if self.encoder.dim % self.fusion.heads:
+            raise ValueError(f"encoder.dim {self.encoder.dim} is not divisible by fusion.heads {self.fusion.heads}")
+        return self
+
+
+def load_config(path: str | Path) -> Config:
+    """Read a config from TOML. A bare name (`ml-100k`) means the shipped file of that name.
+
+    Raises:
+        ConfigError: no such file, not TOML, unknown key, or a value out of range; the key is named.
+    """
+    file = Path(path)
+    if not file.exists() and (CONFIG_FOLDER / f"{path}.toml").exists():
+        file = CONFIG_FOLDER / f"{path}.toml"
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+        return Config.model_validate(values)
+    except OSError as error:
+        shipped = ", ".join(sorted(p.stem for p in CONFIG_FOLDER.glob("*.toml")))
+        raise ConfigError(f"cannot read config {path}: {error.strerror} (shipped: {shipped})") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"config {file} is not TOML: {error}") from error
+    except ValidationError as error:
+        raise ConfigError(f"config {file}: {describe(error)}") from error
+
+
+def describe(error: ValidationError) -> str:
+    """One line for all problems of a validation: `section.key: what is wrong`."""
+    parts = []
+    for problem in error.errors(include_url=False, include_context=False):
+        key = ".".join(str(part) for part in problem["loc"])
+        what = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
+        parts.append(f"{key}: {what}" if key else what)
+    return "; ".join(parts)

@@ -1,0 +1,178 @@
+"""The sequence encoder: a causal transformer that gives the user's state after every item of a window.
+
+State t of a window is the encoder over `[BOS] + items[:t]`; a window's first state is the BOS token's. Windows are
+padded on the right, where causal attention never looks, so padding cannot change a state.
+`StateRequests` turns "the state of user u at absolute position t" into windows by the one window rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.bank import EncodeJob
+from model.config import EncoderConfig
+from model.rules import Ints, window_start
+
+BATCH_TOKENS = 16384
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with causal self-attention."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.dropout = config.dropout
+        self.norm_attention = nn.LayerNorm(config.dim)
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.out = nn.Linear(config.dim, config.dim)
+        self.norm_mlp = nn.LayerNorm(config.dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.dim, 4 * config.dim),
+            nn.GELU(),
+            nn.Linear(4 * config.dim, config.dim),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, d) → (B, T, d)."""
+        x = x + self._drop(self.out(self._attend(self.norm_attention(x))))
+        return x + self._drop(self.mlp(self.norm_mlp(x)))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        batch, length, dim = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        dropout = self.dropout if self.training else 0.0
+        mixed = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return mixed.transpose(1, 2).reshape(batch, length, dim)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return functional.dropout(x, self.dropout, self.training)
+
+
+class SequenceEncoder(nn.Module):
+    """Items to states. `items` is the number of items; index 0 is padding."""
+
+    def __init__(self, config: EncoderConfig, items: int) -> None:
+        super().__init__()
+        self.config = config
+        self.item = nn.Embedding(items + 1, config.dim, padding_idx=0)
+        self.bos = nn.Parameter(torch.empty(config.dim))
+        self.position = nn.Embedding(config.window + 1, config.dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.dim)
+        self.apply(self._initialise)
+        nn.init.normal_(self.bos, std=0.02)
+
+    @staticmethod
+    def _initialise(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            nn.init.zeros_(module.weight[module.padding_idx])
+
+    def forward(self, items: Tensor) -> Tensor:
+        """Windows of items (B, T) int64, right-padded with 0, to states (B, T + 1, d); T ≤ window.
+
+        State t is the one after t items; states beyond a window's own length mean nothing.
+        """
+        x = torch.cat([self.bos.expand(len(items), 1, -1), self.item(items)], dim=1)
+        x = x + self.position.weight[: x.shape[1]]
+        x = functional.dropout(x, self.config.dropout, self.training)
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.norm(x)
+        return out
+
+    def logits(self, states: Tensor) -> Tensor:
+        """States (…, d) to a logit for every item index (…, items + 1); padding gets −inf."""
+        scores = states @ self.item.weight.T
+        padding = torch.zeros(scores.shape[-1], dtype=torch.bool)
+        padding[0] = True
+        return scores.masked_fill(padding, -torch.inf)
+
+
+@dataclass(frozen=True)
+class StateRequests:
+    """Which states are wanted of which sequences.
+
+    items: (N,) all sequences one after another, 0 = unknown item (skipped); offsets: (S + 1,) their borders; starts:
+    (S,) absolute position of each sequence's first item; rows, positions: (R,) the wanted states, position −1 =
+    the state before any item.
+    """
+
+    items: Ints
+    offsets: Ints
+    starts: Ints
+    rows: Ints
+    positions: Ints
+
+    @classmethod
+    def of_jobs(cls, jobs: Sequence[EncodeJob]) -> StateRequests:
+        """For each job its positions and then its end."""
+        wanted = [np.append(job.positions, job.start + len(job.items)) for job in jobs]
+        return cls(
+            items=np.concatenate([job.items for job in jobs]).astype(np.int64),
+            offsets=np.cumsum([0, *(len(job.items) for job in jobs)]),
+            starts=np.array([job.start for job in jobs], np.int64),
+            rows=np.repeat(np.arange(len(jobs)), [len(one) for one in wanted]),
+            positions=np.concatenate(wanted).astype(np.int64),
+        )
+
+
+@torch.inference_mode()
+def encode_states(encoder: SequenceEncoder, requests: StateRequests) -> NDArray[np.float32]:
+    """The wanted states, (R, d) float32, each window encoded once. Leaves the encoder in eval mode."""
+    encoder.eval()
+    config = encoder.config
+    begin, inverse, after = _windows(requests, config.window, config.window_stride)
+    known = np.concatenate([[0], np.cumsum(requests.items > 0)])
+    place = np.where(requests.positions < 0, 0, known[after] - known[begin[inverse]])
+    length = np.zeros(len(begin), np.int64)
+    np.maximum.at(length, inverse, place)
+    compact = requests.items[requests.items > 0]
+    out = np.empty((len(inverse), config.dim), np.float32)
+    for windows, items in _batches(compact, known[begin], length):
+        states = encoder(torch.from_numpy(items)).numpy()
+        index = np.full(len(begin), -1)
+        index[windows] = np.arange(len(windows))
+        mine = np.flatnonzero(index[inverse] >= 0)
+        out[mine] = states[index[inverse[mine]], place[mine]]
+    return out
+
+
+def _windows(requests: StateRequests, window: int, stride: int) -> tuple[Ints, Ints, Ints]:
+    """Windows needed: begin (W,) in `items`, the window of each request (R,), and where each request ends (R,)."""
+    start = requests.starts[requests.rows]
+    first = np.maximum(window_start(requests.positions, window, stride), start)
+    base = requests.offsets[requests.rows] - start
+    before_all = requests.positions < 0
+    begin = np.where(before_all, requests.offsets[requests.rows], base + first)
+    after = np.where(before_all, begin, base + requests.positions)
+    keys, inverse = np.unique(np.stack([requests.rows, begin]), axis=1, return_inverse=True)
+    return keys[1], inverse.reshape(-1), after
+
+
+def _batches(items: Ints, begin: Ints, length: Ints) -> Iterator[tuple[Ints, NDArray[np.int64]]]:
+    """Windows of similar length together: (window numbers, padded items), about BATCH_TOKENS a batch."""
+    order = np.argsort(length, kind="stable")
+    at = 0
+    while at < len(order):
+        stop = at + 1
+        while stop < len(order) and (stop + 1 - at) * (length[order[stop]] + 1) <= BATCH_TOKENS:
+            stop += 1
+        windows = order[at:stop]
+        columns = np.arange(length[windows].max())
+        inside = columns < length[windows][:, None]
+        padded = np.zeros(inside.shape, np.int64)
+        padded[inside] = items[(begin[windows][:, None] + columns)[inside]]
+        yield windows, padded
+        at = stop

@@ -1,0 +1,129 @@
+"""Stage one: the encoder learns to predict the next item at every position. See `model.training`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from model.config import Config
+from model.dataset import Dataset, leave_one_out
+from model.encoder import SequenceEncoder, encode_states
+from model.metrics import ranks, summary
+from model.optimisation import Epoch, Report, adamw, advance, resume, save_state, snapshot, step
+from model.replay import state_requests
+from model.rules import Ints
+
+
+def fit_encoder(
+    dataset: Dataset, config: Config, users: NDArray[np.bool_], run: Path, report: Report
+) -> SequenceEncoder:
+    """The encoder of the best validation epoch, trained on the marked users' training interactions."""
+    settings = config.training
+    torch.manual_seed(settings.seed)
+    encoder = SequenceEncoder(config.encoder, dataset.item_count)
+    optimizer = adamw(encoder, settings.learning_rate, settings.weight_decay)
+    best = snapshot(encoder)
+    progress = resume(run, _fingerprint(dataset, config), encoder, optimizer, best)
+    while not progress.over(settings.max_epochs, settings.patience):
+        loss = _encoder_epoch(encoder, optimizer, dataset, users, config, progress.epoch)
+        figures = validate_encoder(encoder, dataset)
+        advance(progress, figures, encoder, best)
+        save_state(run, _fingerprint(dataset, config), encoder, optimizer, best, progress)
+        is_best = progress.best_epoch == progress.epoch
+        report(Epoch("encoder", progress.epoch, settings.max_epochs, loss, figures, is_best))
+    encoder.load_state_dict(best)
+    return encoder.eval()
+
+
+def _encoder_epoch(
+    encoder: SequenceEncoder,
+    optimizer: torch.optim.Optimizer,
+    dataset: Dataset,
+    users: NDArray[np.bool_],
+    config: Config,
+    epoch: int,
+) -> float:
+    """One pass over every training interaction as a target; returns the mean loss."""
+    torch.manual_seed((config.training.seed + 1) * 100_003 + epoch)
+    rng = np.random.default_rng([config.training.seed, 2, epoch])
+    encoder.train()
+    total = count = 0.0
+    for targets in training_batches(dataset, users, config, rng):
+        loss = next_item_loss(encoder, torch.from_numpy(targets))
+        step(optimizer, encoder, loss, config.training)
+        total += loss.item() * np.count_nonzero(targets)
+        count += np.count_nonzero(targets)
+    return total / count
+
+
+def next_item_loss(encoder: SequenceEncoder, targets: Tensor) -> Tensor:
+    """Softmax cross-entropy over all items at every position. targets (B, T): windows, right-padded with 0."""
+    states = encoder(targets[:, :-1])
+    real = targets > 0
+    return functional.cross_entropy(encoder.logits(states[real]), targets[real])
+
+
+def training_batches(
+    dataset: Dataset, users: NDArray[np.bool_], config: Config, rng: np.random.Generator
+) -> Iterator[NDArray[np.int64]]:
+    """Windows of the marked users' training items, each item once a pass, similar lengths together.
+
+    The windows of a user are laid end to end from a random offset, other ones every epoch.
+    """
+    begin, length = _training_windows(dataset, users, config.encoder.window, rng)
+    order = np.argsort(length + rng.random(len(length)), kind="stable")
+    width = np.maximum(length[order], 1)
+    edges = [0]
+    for at in range(1, len(order) + 1):
+        if at == len(order) or (at + 1 - edges[-1]) * width[at] > config.training.batch_tokens:
+            edges.append(at)
+    for batch in rng.permutation(len(edges) - 1):
+        windows = order[edges[batch] : edges[batch + 1]]
+        inside = np.arange(length[windows].max()) < length[windows][:, None]
+        padded = np.zeros(inside.shape, np.int64)
+        padded[inside] = dataset.items[(begin[windows][:, None] + np.arange(inside.shape[1]))[inside]]
+        yield padded
+
+
+def _training_windows(
+    dataset: Dataset, users: NDArray[np.bool_], window: int, rng: np.random.Generator
+) -> tuple[Ints, Ints]:
+    """Begin (in `dataset.items`) and length of every training window."""
+    first = dataset.offsets[:-1][users]
+    train_end = leave_one_out(dataset).train_end[users] - first
+    lead = np.where(train_end > window, rng.integers(1, window + 1, len(first)), train_end)
+    more = np.maximum(-(-(train_end - lead) // window), 0)
+    user = np.repeat(np.arange(len(first)), 1 + more)
+    nth = np.arange(len(user)) - np.repeat(np.cumsum(1 + more) - (1 + more), 1 + more)
+    start = np.where(nth == 0, 0, lead[user] + (nth - 1) * window)
+    stop = np.minimum(np.where(nth == 0, lead[user], start + window), train_end[user])
+    return first[user] + start, stop - start
+
+
+def validate_encoder(encoder: SequenceEncoder, dataset: Dataset) -> dict[str, float]:
+    """Metrics of the encoder alone on the validation items of all users, unmasked."""
+    split = leave_one_out(dataset)
+    event = split.validation[split.validation >= 0]
+    states = encode_states(encoder, state_requests(dataset, event))
+    target = dataset.items[event]
+    with torch.inference_mode():
+        found = [
+            ranks(encoder.logits(torch.from_numpy(states[at : at + 512])).numpy(), target[at : at + 512])
+            for at in range(0, len(event), 512)
+        ]
+    return summary(np.concatenate(found))
+
+
+def _fingerprint(dataset: Dataset, config: Config) -> str:
+    """What a saved state belongs to: everything that shapes the encoder's course, and the data."""
+    parts = config.model_dump(include={"dataset", "encoder", "training"})
+    parts["training"] = {k: v for k, v in parts["training"].items() if not k.startswith(("fusion", "threads"))}
+    data = [dataset.users, dataset.item_count, len(dataset.items), int(dataset.items[:1000].sum())]
+    return json.dumps([parts, data], sort_keys=True)

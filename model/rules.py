@@ -1,0 +1,174 @@
+"""The memory rules: pure numpy, no state, no I/O, no torch. The one place where they live.
+
+Training, evaluation and serving all decide through these functions what a memory is worth, which are
+forgotten, how diverse a user is and how many memories to fetch. Inputs are never mutated.
+Source: "Dynamic Memory-Augmented Sequential Recommendation with Adaptive Retrieval" (RAM, AKR); where a rule
+departs from the paper, its docstring says so.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.config import RulesConfig
+
+Floats = NDArray[np.floating]
+Ints = NDArray[np.integer]
+Bools = NDArray[np.bool_]
+
+NEUTRAL = 0.5
+"""Entropy of a bank too small to have one, and the rating term of an event without a rating."""
+SATURATION = 16
+"""Frequency or access count at which its quality term reaches 1."""
+
+
+def window_start(length: int | Ints, window: int, stride: int) -> Ints:
+    """First item of the window that the state after `length` items looks at.
+
+    0 up to `window` items, then moving in steps of `stride`: a pure function of the absolute position, so states do
+    not depend on how events were chunked.
+
+    >>> window_start(np.array([0, 8, 9, 10, 11]), window=8, stride=2).tolist()
+    [0, 0, 2, 2, 4]
+    """
+    beyond = np.maximum(np.asarray(length, dtype=np.int64) - window, 0)
+    return -(-beyond // stride) * stride
+
+
+def age_recency(time: Floats, valid: Bools, rules: RulesConfig) -> NDArray[np.float32]:
+    """How fresh each entry is: 1 for the newest of its bank, halving with every half-life.
+
+    Args:
+        time: (B, C) event times; seconds, or any increasing number where `time_unit` is "position".
+        valid: (B, C) True where an entry is.
+
+    Returns:
+        (B, C) float32 in [0, 1]; 0 where not valid. With `time_unit` "position" the age of an entry is the number
+        of entries newer than it, so no clock is needed; among equal times the later slot is newer.
+    """
+    if rules.time_unit == "position":
+        order = np.argsort(np.where(valid, time, np.inf), axis=1, kind="stable")
+        rank = np.empty_like(order)
+        np.put_along_axis(rank, order, np.broadcast_to(np.arange(time.shape[1]), time.shape), axis=1)
+        age = valid.sum(axis=1, keepdims=True) - 1 - rank
+        half_lives = age / rules.half_life_entries
+    else:
+        newest = np.max(np.where(valid, time, -np.inf), axis=1, keepdims=True, initial=-np.inf)
+        half_lives = np.where(valid, newest - np.where(valid, time, 0.0), 0.0) / rules.half_life_s
+    return np.where(valid, np.exp2(-np.maximum(half_lives, 0.0)), 0.0).astype(np.float32)
+
+
+def rating_term(rating: Floats, rules: RulesConfig) -> NDArray[np.float32]:
+    """Ratings scaled to [0, 1]; NaN (no rating) counts as neutral. Any shape."""
+    scaled = (rating - rules.rating_min) / (rules.rating_max - rules.rating_min)
+    return np.where(np.isnan(scaled), NEUTRAL, np.clip(scaled, 0.0, 1.0)).astype(np.float32)
+
+
+def quality(frequency: Ints, recency: Floats, access: Ints, rating: Floats, rules: RulesConfig) -> NDArray[np.float32]:
+    """Worth of memories: weighted mean of four terms in [0, 1]. All arguments of one shape.
+
+    Frequency and access grow with the logarithm of their counts; `rating` is the raw rating, NaN where there is none.
+    """
+    terms = (
+        (rules.weight_frequency, np.log(np.maximum(frequency, 1)) / np.log(SATURATION)),
+        (rules.weight_recency, recency),
+        (rules.weight_access, np.log1p(access) / np.log1p(SATURATION)),
+        (rules.weight_rating, rating_term(rating, rules)),
+    )
+    total = sum(weight for weight, _ in terms)
+    worth = sum(weight * np.clip(term, 0.0, 1.0) for weight, term in terms) / total
+    return np.asarray(worth, dtype=np.float32)
+
+
+def ema_weight(frequency: Ints) -> NDArray[np.float32]:
+    """Share α that the old key keeps when an item is taken the `frequency`-th time (paper): min(.9, .7 + .05 ln f)."""
+    grown = 0.7 + 0.05 * np.log(np.maximum(frequency, 1))
+    return np.minimum(0.9, grown).astype(np.float32)
+
+
+def unit(vectors: Floats) -> NDArray[np.float32]:
+    """Vectors (..., d) scaled to length 1; a zero vector stays zero."""
+    wide = vectors.astype(np.float32)
+    length = np.sqrt(np.einsum("...d,...d->...", wide, wide))[..., None]
+    return np.asarray(wide / np.maximum(length, 1e-12), dtype=np.float32)
+
+
+def blend_keys(old: Floats, new: Floats, frequency: Ints) -> NDArray[np.float32]:
+    """Key of an item taken again: normalise(α·old + (1−α)·new), (B, d); `frequency` (B,) counts the new event."""
+    alpha = ema_weight(frequency)[:, None]
+    return unit(alpha * old.astype(np.float32) + (1.0 - alpha) * new.astype(np.float32))
+
+
+def weak_entries(worth: Floats, valid: Bools, protected: Bools, rules: RulesConfig) -> Bools:
+    """Which entries of over-full banks are deleted: (B, C) True.
+
+    All below the adaptive threshold mean(q) − c·std(q), and always the lowest (of equals, the earliest slot). The
+    entry just written is `protected`, so that a write is never undone by its own pruning. Banks must hold at
+    least two entries.
+    """
+    count = valid.sum(axis=1, keepdims=True)
+    known = np.where(valid, worth.astype(np.float64), 0.0)
+    mean = known.sum(axis=1, keepdims=True) / count
+    variance = np.where(valid, (worth - mean) ** 2, 0.0).sum(axis=1, keepdims=True) / count
+    candidate = valid & ~protected
+    weak = candidate & (worth < mean - rules.prune_std * np.sqrt(variance))
+    lowest = np.argmin(np.where(candidate, worth, np.inf), axis=1)
+    weak[np.arange(len(weak)), lowest] = True
+    return np.asarray(weak, bool)
+
+
+def cluster_shares(weights: Floats, cluster: Ints, clusters: int) -> NDArray[np.float64]:
+    """Distribution of weight over item clusters: (B, clusters), rows sum to 1 (or 0 where nothing counts).
+
+    Args:
+        weights: (B, C) ≥ 0.
+        cluster: (B, C) cluster of each entry; −1 where there is none (padding, item unknown to the model).
+    """
+    rows = np.arange(len(weights))[:, None]
+    known = cluster >= 0
+    flat = np.where(known, rows * clusters + cluster, 0)
+    mass = np.where(known, weights.astype(np.float64) + 1e-9, 0.0)
+    shares = np.bincount(flat.ravel(), mass.ravel(), minlength=len(weights) * clusters)
+    shares = shares[: len(weights) * clusters].reshape(len(weights), clusters)
+    total = shares.sum(axis=1, keepdims=True)
+    return np.asarray(np.divide(shares, total, out=np.zeros_like(shares), where=total > 0), np.float64)
+
+
+def entropy(weights: Floats, cluster: Ints, clusters: int) -> NDArray[np.float32]:
+    """How diverse each user is: Shannon entropy over item clusters, divided by its maximum. (B,) in [0, 1].
+
+    The maximum is ln(min(n, clusters)) with n the entries that have a cluster; n ≤ 1 gives 0.5. The published rule
+    (softmax over pairwise similarities) is near 1 for everybody and is not offered.
+
+    >>> entropy(np.ones((2, 4)), np.array([[0, 1, 2, 3], [0, 0, 0, 0]]), 8).tolist()
+    [1.0, 0.0]
+    """
+    shares = cluster_shares(weights, cluster, clusters)
+    positive = np.where(shares > 0, shares, 1.0)
+    raw = -(shares * np.log(positive)).sum(axis=1)
+    count = (cluster >= 0).sum(axis=1)
+    largest = np.log(np.maximum(np.minimum(count, clusters), 2))
+    return np.where(count <= 1, NEUTRAL, np.clip(raw / largest, 0.0, 1.0)).astype(np.float32)
+
+
+def own_k(diversity: Floats, size: Ints, rules: RulesConfig) -> NDArray[np.int64]:
+    """How many memories to fetch from a user's own bank: (B,), 0 for an empty bank.
+
+    round(base·(0.5 + H)·sqrt(n / capacity)), clamped to [k_min, min(k_max, n)]. `k_rule` "paper" is the literal
+    published rule, whose growth term is min(1, sqrt(n / 100)).
+    """
+    n = np.asarray(size, dtype=np.int64)
+    growth = np.minimum(1.0, np.sqrt(n / 100.0)) if rules.k_rule == "paper" else np.sqrt(n / rules.capacity)
+    wanted = _half_up(rules.k_base * (0.5 + diversity.astype(np.float64)) * growth)
+    return np.minimum(np.clip(wanted, rules.k_min, rules.k_max), n)
+
+
+def collective_k(diversity: Floats, rules: RulesConfig) -> NDArray[np.int64]:
+    """How many memories to fetch from all other users: (B,). Depends on H only: new users need it most."""
+    wanted = _half_up(rules.collective_k_base * (0.5 + diversity.astype(np.float64)))
+    return np.clip(wanted, rules.collective_k_min, rules.collective_k_max)
+
+
+def _half_up(values: Floats) -> NDArray[np.int64]:
+    return np.asarray(np.floor(values + 0.5), np.int64)

@@ -1,0 +1,116 @@
+"""Fitting: first the encoder on most users, then the fusion on the users held out from it.
+
+The encoder is over-confident on sequences that it was trained on and would teach the gate to ignore memory; so the
+fusion sees only held-out users, whose memories and queries come from this one encoder. Both ship together.
+A run that was interrupted goes on where it was: weights, optimiser and best epoch are saved after every epoch, and
+all randomness of an epoch follows from (seed, epoch).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from model.checkpoint import Checkpoint, save_checkpoint
+from model.config import Config, TrainingConfig
+from model.dataset import Dataset, leave_one_out
+from model.encoder import SequenceEncoder, encode_states
+from model.encoder_training import fit_encoder
+from model.fusion_training import fit_fusion
+from model.optimisation import Report, named_weights
+from model.replay import state_requests
+
+CENTROID_SAMPLE = 50_000
+
+
+def train(dataset: Dataset, config: Config, run: Path, report: Report = lambda epoch: None) -> Checkpoint:
+    """Fit encoder and fusion, write the checkpoint to `run`, return it. Resumes an interrupted run of equal config.
+
+    Raises:
+        TrainingError: a loss was not finite, or `run` holds the state of another config or dataset.
+        DatasetError: no user has the three events that training, validation and test need.
+    """
+    config = fitted_config(config, dataset)
+    torch.set_num_threads(config.training.threads or os.cpu_count() or 1)
+    held_out = hold_out(dataset.users, config.training)
+    encoder = fit_encoder(dataset, config, ~held_out, run, report)
+    clusters = cluster_items(encoder, config)
+    fusion = fit_fusion(dataset, config, encoder, clusters, held_out, report)
+    checkpoint = Checkpoint(
+        config=config,
+        item_ids=dataset.item_ids,
+        metadata={item: dataset.metadata[item] for item in dataset.item_ids if item in dataset.metadata},
+        weights=named_weights(encoder, "encoder.") | named_weights(fusion, "fusion."),
+        item_clusters=clusters,
+        index_centroids=collective_centroids(dataset, encoder, config),
+        popularity=popularity(dataset),
+    )
+    version = save_checkpoint(run, checkpoint)
+    return replace(checkpoint, version=version)
+
+
+def fitted_config(config: Config, dataset: Dataset) -> Config:
+    """The config with what the data decides: the unit of time, and the range of ratings where it is wider."""
+    rules: dict[str, Any] = {"time_unit": "seconds" if dataset.has_times else "position"}
+    if dataset.has_ratings:
+        rules["rating_min"] = min(config.rules.rating_min, float(np.nanmin(dataset.ratings)))
+        rules["rating_max"] = max(config.rules.rating_max, float(np.nanmax(dataset.ratings)))
+    return config.model_copy(update={"rules": config.rules.model_copy(update=rules)})
+
+
+def hold_out(users: int, config: TrainingConfig) -> NDArray[np.bool_]:
+    """(users,) True for those kept from the encoder; follows from the seed."""
+    chosen = np.zeros(users, bool)
+    order = np.random.default_rng([config.seed, 1]).permutation(users)
+    chosen[order[: max(1, round(users * config.held_out_users))]] = True
+    return chosen
+
+
+def popularity(dataset: Dataset) -> NDArray[np.float32]:
+    """Share of the training interactions that each item has, (items + 1,)."""
+    in_training = np.arange(len(dataset)) < leave_one_out(dataset).train_end[dataset.owners()]
+    counts = np.bincount(dataset.items[in_training], minlength=dataset.item_count + 1)
+    return np.asarray(counts / counts.sum(), np.float32)
+
+
+def cluster_items(encoder: SequenceEncoder, config: Config) -> NDArray[np.int32]:
+    """k-means clusters of the item embeddings by direction, (items + 1,) int32; −1 for padding."""
+    vectors = functional.normalize(encoder.item.weight[1:].detach(), dim=1).numpy()
+    clusters = min(config.rules.clusters, len(vectors))
+    centroids = _spherical_kmeans(vectors, clusters, config.training.seed)
+    return np.concatenate([[-1], np.argmax(vectors @ centroids.T, axis=1)]).astype(np.int32)
+
+
+def collective_centroids(dataset: Dataset, encoder: SequenceEncoder, config: Config) -> NDArray[np.float32]:
+    """Centroids of memory keys for the collective index, (lists, d) float32; about √N lists, from a sample."""
+    rng = np.random.default_rng([config.training.seed, 3])
+    total = len(dataset)
+    sample = rng.choice(total, min(total, CENTROID_SAMPLE), replace=False)
+    states = encode_states(encoder, state_requests(dataset, sample))
+    vectors = functional.normalize(torch.from_numpy(states), dim=1).numpy()
+    lists = int(np.clip(round(math.sqrt(total)), 1, max(1, len(vectors) // 40)))
+    return _spherical_kmeans(vectors, lists, config.training.seed)
+
+
+def _spherical_kmeans(vectors: NDArray[np.float32], clusters: int, seed: int) -> NDArray[np.float32]:
+    import faiss
+
+    kmeans = faiss.Kmeans(
+        vectors.shape[1],
+        clusters,
+        niter=20,
+        seed=seed + 1,
+        spherical=True,
+        min_points_per_centroid=1,
+        max_points_per_centroid=10_000,
+    )
+    kmeans.train(np.ascontiguousarray(vectors, np.float32))
+    return np.asarray(kmeans.centroids, np.float32)

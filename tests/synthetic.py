@@ -1,0 +1,90 @@
+"""Small made-up data and models of known properties, for tests."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from model.bank import Banks, Entries, Retrieved
+from model.checkpoint import Checkpoint
+from model.config import Config, EncoderConfig, FusionConfig, RulesConfig, TrainingConfig
+from model.dataset import Dataset
+from model.encoder import SequenceEncoder
+from model.fusion import MemoryFusion
+from model.optimisation import named_weights
+
+
+def small_config(**training: object) -> Config:
+    return Config(
+        encoder=EncoderConfig(dim=16, layers=1, heads=2, window=8, dropout=0.1),
+        rules=RulesConfig(capacity=10, clusters=4, k_max=6, k_base=5, similarity_threshold=-1.0),
+        fusion=FusionConfig(heads=2),
+        training=TrainingConfig(
+            **{"max_epochs": 3, "fusion_max_epochs": 2, "batch_tokens": 256, "threads": 1} | training
+        ),
+    )
+
+
+def cyclic_dataset(users: int = 40, items: int = 12, length: int = 15, seed: int = 0) -> Dataset:
+    """Every user walks round the items from a place of their own: the next item follows from the last one."""
+    start = np.random.default_rng(seed).integers(0, items, users)
+    sequences = (start[:, None] + np.arange(length)) % items + 1
+    return Dataset(
+        user_ids=tuple(f"u{n}" for n in range(users)),
+        item_ids=tuple(f"i{n}" for n in range(1, items + 1)),
+        offsets=np.arange(users + 1) * length,
+        items=sequences.ravel().astype(np.int32),
+        times=np.tile(np.arange(length, dtype=float) * 1000, users),
+        ratings=np.tile(np.float32([1, 3, 5]), users * length)[: users * length],
+        has_times=True,
+        has_ratings=True,
+    )
+
+
+def random_checkpoint(config: Config | None = None, items: int = 30, seed: int = 0) -> Checkpoint:
+    """An untrained model with everything a service needs."""
+    import torch
+
+    config = config or small_config()
+    torch.manual_seed(seed)
+    encoder = SequenceEncoder(config.encoder, items)
+    fusion = MemoryFusion(config.fusion, config.encoder.dim)
+    with torch.no_grad():  # far from their small starts, so that differences show
+        encoder.item.weight[1:].normal_()
+        fusion.repeat_bias.fill_(-1.5)
+        fusion.unknown.normal_()
+    rng = np.random.default_rng(seed)
+    centroids = rng.normal(size=(4, config.encoder.dim)).astype(np.float32)
+    return Checkpoint(
+        config=config,
+        item_ids=tuple(f"i{n}" for n in range(1, items + 1)),
+        item_clusters=np.append(-1, np.arange(items) % config.rules.clusters).astype(np.int32),
+        index_centroids=centroids / np.linalg.norm(centroids, axis=1, keepdims=True),
+        popularity=np.append(0, np.arange(items, 0, -1) / (items * (items + 1) / 2)).astype(np.float32),
+        weights=named_weights(encoder, "encoder.") | named_weights(fusion, "fusion."),
+        metadata={"i1": {"title": "One"}},
+    )
+
+
+def random_memories(rows: int, width: int, items: int, seed: int = 0, empty_row: bool = True) -> Retrieved:
+    """Memories of `rows` users; the last user has none."""
+    rng = np.random.default_rng(seed)
+    count = rng.integers(1, width + 1, rows)
+    if empty_row:
+        count[-1] = 0
+    valid = np.arange(width) < count[:, None]
+    real = [np.where(valid, rng.random((rows, width)), 0).astype(np.float32) for _ in range(4)]
+    own = Entries(np.where(valid, rng.integers(1, items + 1, (rows, width)), 0), *real, valid)
+    return Retrieved(rng.random(rows).astype(np.float32), count, count * 2, own, Entries.empty(rows))
+
+
+def random_banks(users: int, events: int, dim: int, rules: RulesConfig, items: int = 30, seed: int = 0) -> Banks:
+    from model.rules import unit
+
+    rng = np.random.default_rng(seed)
+    banks = Banks(users, dim, rules)
+    for step in range(events):
+        keys = unit(rng.normal(size=(users, dim)))
+        item = rng.integers(1, items + 1, users)
+        rating = rng.integers(1, 6, users).astype(np.float32)
+        banks.write(np.arange(users), item, keys, np.full(users, step * 3600.0), rating)
+    return banks

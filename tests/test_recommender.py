@@ -1,0 +1,163 @@
+import numpy as np
+import pytest
+import torch
+
+from model.bank import EncodeJob, Entries, Retrieved
+from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from model.recommender import Query, Recommender, top_items
+from tests.synthetic import random_checkpoint, random_memories
+
+ITEMS = 30
+
+
+@pytest.fixture(scope="module")
+def recommender() -> Recommender:
+    return Recommender.of(random_checkpoint(items=ITEMS))
+
+
+def queries(rows: int, seed: int = 0, **fields: object) -> list[Query]:
+    rng = np.random.default_rng(seed)
+    return [
+        Query(rng.normal(size=16).astype(np.float32), seen=rng.integers(1, ITEMS + 1, 4), **fields) for _ in range(rows)
+    ]
+
+
+def test_a_batch_answers_like_its_requests_alone(recommender):
+    memories, asked = random_memories(5, 6, ITEMS), queries(5)
+    together = recommender.recommend(asked, memories, [False] * 5)
+    for row, answer in enumerate(together):
+        alone = recommender.recommend([asked[row]], memories.take(slice(row, row + 1)), [False])[0]
+        assert alone.items.tolist() == answer.items.tolist()
+        assert np.allclose(alone.scores, answer.scores, atol=1e-5)
+
+
+def test_padding_of_memories_changes_no_score(recommender):
+    memories, asked = random_memories(3, 4, ITEMS), queries(3)
+    wide = Entries(*(np.pad(getattr(memories.own, name), ((0, 0), (0, 5))) for name in Entries.COLUMNS))
+    padded = Retrieved(memories.entropy, memories.k, memories.bank_size, wide, memories.collective)
+    for a, b in zip(
+        recommender.recommend(asked, memories, [False] * 3),
+        recommender.recommend(asked, padded, [False] * 3),
+        strict=True,
+    ):
+        assert np.allclose(a.scores, b.scores, atol=1e-5)
+
+
+def test_without_memories_the_encoder_alone_answers(recommender):
+    state = np.random.default_rng(3).normal(size=(1, 16)).astype(np.float32)
+    nothing = Retrieved(
+        np.full(1, 0.5, np.float32), np.zeros(1, int), np.zeros(1, int), Entries.empty(1), Entries.empty(1)
+    )
+    answer = recommender.recommend([Query(state[0], top_n=ITEMS)], nothing, [True])[0]
+    with torch.inference_mode():
+        plain = torch.log_softmax(recommender.encoder.logits(torch.from_numpy(state)), dim=1)[0].numpy()
+    assert answer.gate == 0.0
+    assert answer.influences == []
+    assert np.allclose(answer.scores, plain[answer.items], atol=1e-5)
+
+
+def test_scores_are_log_probabilities_of_all_items(recommender):
+    answer = recommender.recommend(queries(1, top_n=ITEMS), random_memories(1, 4, ITEMS, empty_row=False), [False])[0]
+    assert len(answer.items) == ITEMS
+    assert np.exp(answer.scores).sum() == pytest.approx(1.0, abs=1e-5)
+    assert (np.diff(answer.scores) <= 0).all()
+
+
+def test_memory_parts_add_up_to_the_fused_logit(recommender):
+    memories, asked = random_memories(1, 6, ITEMS, empty_row=False), queries(1, top_n=ITEMS)
+    answer = recommender.recommend(asked, memories, [True])[0]
+    logits, _ = recommender.logits(asked[0].state[None], memories, [asked[0].seen])
+    table = recommender.encoder.item.weight.detach().numpy()[answer.items]
+    bias = np.where(np.isin(answer.items, asked[0].seen), recommender.fusion.repeat_bias.item(), 0.0)
+    own_share = (1 - answer.gate) * (table @ asked[0].state)
+    from_memories = sum(influence.part for influence in answer.influences)
+    assert len(answer.influences) == memories.own.valid.sum()
+    assert sum(influence.weight for influence in answer.influences) == pytest.approx(1.0, abs=1e-5)
+    assert np.allclose(own_share + from_memories + bias, logits[0, answer.items].numpy(), atol=1e-4)
+
+
+def test_seen_items_carry_the_repeat_bias(recommender):
+    state = np.random.default_rng(5).normal(size=16).astype(np.float32)
+    memories = random_memories(2, 3, ITEMS, empty_row=False)
+    same = Retrieved(*(np.repeat(getattr(memories, n)[:1], 2) for n in ("entropy", "k", "bank_size")),
+                     memories.own.take(np.array([0, 0])), memories.collective)  # fmt: skip
+    logits, _ = recommender.logits(np.stack([state, state]), same, [np.array([7]), np.array([], int)])
+    difference = (logits[0] - logits[1])[1:].numpy()
+    assert difference[6] == pytest.approx(-1.5, abs=1e-5)
+    assert np.allclose(np.delete(difference, 6), 0, atol=1e-5)
+
+
+def test_excluded_items_and_candidates_are_respected(recommender):
+    memories = random_memories(1, 3, ITEMS, empty_row=False)
+    query = queries(1, excluded=np.array([0, 2, 3]), candidates=np.array([2, 3, 4, 5]), top_n=10)
+    assert sorted(recommender.recommend(query, memories, [False])[0].items.tolist()) == [4, 5]
+
+
+def test_an_item_unknown_to_the_model_is_a_memory_all_the_same(recommender):
+    memories = random_memories(1, 3, ITEMS, empty_row=False)
+    memories.own.item[0, 0] = 0
+    answer = recommender.recommend(queries(1), memories, [True])[0]
+    assert np.isfinite(answer.scores).all()
+    assert len(answer.influences) == memories.own.valid.sum()
+
+
+def test_popularity_ranks_by_share(recommender):
+    query = Query(np.zeros(16, np.float32), excluded=np.array([1]), top_n=3)
+    assert recommender.most_popular(query).items.tolist() == [2, 3, 4]
+
+
+def test_top_items_break_ties_by_index():
+    scores = np.array([9.0, 1.0, 2.0, 2.0, -np.inf, 2.0], np.float32)
+    assert top_items(scores, Query(np.zeros(1, np.float32), top_n=2)).tolist() == [2, 3]
+    assert top_items(scores, Query(np.zeros(1, np.float32), top_n=9)).tolist() == [2, 3, 5, 1]
+
+
+def test_encode_gives_unit_keys_and_the_last_state(recommender):
+    job = EncodeJob(0, np.array([1, 2, 0, 3], np.uint32), np.array([0, 2, -1]))
+    keys, state = recommender.encode([job])[0]
+    assert np.allclose(np.linalg.norm(keys, axis=1), 1, atol=1e-6)
+    assert state.shape == (16,)
+    assert np.allclose(keys[0], keys[2])
+    assert recommender.encode([]) == []
+
+
+def test_a_checkpoint_survives_the_disk(tmp_path, recommender):
+    version = save_checkpoint(tmp_path, recommender.checkpoint)
+    loaded = Recommender.load(tmp_path)
+    memories, asked = random_memories(2, 3, ITEMS), queries(2)
+    before, after = (r.recommend(asked, memories, [False] * 2) for r in (recommender, loaded))
+    assert loaded.version == version
+    assert [a.items.tolist() for a in before] == [a.items.tolist() for a in after]
+    assert load_checkpoint(tmp_path, with_weights=False).weights == {}
+    assert loaded.checkpoint.metadata == {"i1": {"title": "One"}}
+
+
+@pytest.mark.parametrize("damage", ["weights", "header", "missing", "format", "swapped", "not-json"])
+def test_a_damaged_checkpoint_is_refused_with_the_reason(tmp_path, damage):
+    save_checkpoint(tmp_path, random_checkpoint())
+    weights, header = tmp_path / "model.safetensors", tmp_path / "checkpoint.json"
+    if damage == "weights":
+        content = bytearray(weights.read_bytes())
+        content[-5] ^= 0xFF
+        weights.write_bytes(content)
+    elif damage == "header":
+        header.write_text(header.read_text().replace('"dim": 16', '"dim": "many"'))
+    elif damage == "missing":
+        weights.unlink()
+    elif damage == "format":
+        header.write_text(header.read_text().replace('"format": 1', '"format": 99'))
+    elif damage == "swapped":
+        save_checkpoint(tmp_path / "other", random_checkpoint(seed=1))
+        weights.write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
+    else:
+        header.write_text("{")
+    expected = {
+        "weights": "damaged",
+        "header": "dim",
+        "missing": "missing",
+        "format": "99",
+        "swapped": "versions differ",
+        "not-json": "cannot read",
+    }
+    with pytest.raises(CheckpointError, match=expected[damage]):
+        Recommender.load(tmp_path)

@@ -1,0 +1,177 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from model.config import Config, ConfigError, load_config
+from model.dataset import leave_one_out
+from model.encoder import SequenceEncoder
+from model.encoder_training import next_item_loss, training_batches
+from model.evaluation import EvaluationError, ask_test, evaluate
+from model.fusion_training import history
+from model.metrics import ranks, summary
+from model.optimisation import Progress, TrainingError, adamw, step
+from model.recommender import Recommender
+from model.replay import adaptive, replay
+from model.training import hold_out, train
+from tests.synthetic import cyclic_dataset, random_checkpoint, small_config
+
+
+class SimulatedCrashError(Exception):
+    pass
+
+
+def test_the_encoder_learns_a_cycle(tmp_path):
+    dataset = cyclic_dataset()
+    reports = []
+    train(dataset, small_config(max_epochs=40, learning_rate=0.01, patience=40), tmp_path, reports.append)
+    encoder = [report for report in reports if report.stage == "encoder"]
+    assert encoder[-1].loss < encoder[0].loss / 3
+    assert max(report.validation["hr@5"] for report in encoder) > 0.9
+
+
+def test_equal_seeds_give_equal_checkpoints_and_an_interrupted_run_ends_the_same(tmp_path):
+    dataset, config = cyclic_dataset(), small_config(max_epochs=4)
+    whole = train(dataset, config, tmp_path / "whole")
+
+    def interrupt(report):
+        if report.stage == "encoder" and report.epoch == 2:
+            raise SimulatedCrashError
+
+    with pytest.raises(SimulatedCrashError):
+        train(dataset, config, tmp_path / "parts", interrupt)
+    resumed_at = []
+    parts = train(dataset, config, tmp_path / "parts", lambda report: resumed_at.append((report.stage, report.epoch)))
+    assert resumed_at[0] == ("encoder", 3)
+    assert parts.version == whole.version
+    assert train(dataset, small_config(max_epochs=4, seed=1), tmp_path / "other").version != whole.version
+
+
+def test_a_run_of_another_config_is_not_resumed(tmp_path):
+    dataset = cyclic_dataset()
+    train(dataset, small_config(max_epochs=1), tmp_path)
+    with pytest.raises(TrainingError, match="another config"):
+        train(dataset, small_config(max_epochs=1, learning_rate=0.5), tmp_path)
+
+
+def test_a_loss_that_is_no_number_is_refused():
+    layer = torch.nn.Linear(2, 2)
+    with pytest.raises(TrainingError, match="nan"):
+        step(adamw(layer, 0.1, 0.0), layer, layer(torch.full((1, 2), math.nan)).sum(), small_config().training)
+
+
+def test_every_training_interaction_is_a_target_once_and_nothing_else():
+    dataset, config = cyclic_dataset(users=20, length=37), small_config()
+    users = ~hold_out(dataset.users, config.training)
+    for seed in range(3):
+        batches = list(training_batches(dataset, users, config, np.random.default_rng(seed)))
+        found = np.sort(np.concatenate([batch[batch > 0] for batch in batches]))
+        ends = leave_one_out(dataset).train_end
+        wanted = [dataset.items[dataset.offsets[u] : ends[u]] for u in np.flatnonzero(users)]
+        assert found.tolist() == np.sort(np.concatenate(wanted)).tolist()
+        assert max(batch.shape[1] for batch in batches) <= config.encoder.window
+
+
+def test_the_loss_of_a_batch_is_the_mean_over_real_positions():
+    torch.manual_seed(0)
+    encoder = SequenceEncoder(small_config().encoder, 12).eval()
+    short, long = torch.tensor([[3, 4, 0, 0]]), torch.tensor([[5, 6, 7, 8]])
+    together = next_item_loss(encoder, torch.cat([short, long]))
+    apart = next_item_loss(encoder, short[:, :2]) * 2 + next_item_loss(encoder, long) * 4
+    assert together.item() == pytest.approx(apart.item() / 6, abs=1e-5)
+
+
+def test_early_stopping_counts_from_the_best_epoch():
+    progress = Progress(epoch=7, best_epoch=4)
+    assert progress.over(max_epochs=100, patience=3)
+    assert not progress.over(max_epochs=100, patience=4)
+    assert progress.over(max_epochs=7, patience=99)
+
+
+def test_replay_asks_only_what_came_before():
+    """The answer before event t is the same whether or not anything happens from t on."""
+    dataset, checkpoint = cyclic_dataset(users=6, length=15, items=12), random_checkpoint(items=12)
+    recommender = Recommender.of(checkpoint)
+    rules, clusters = checkpoint.config.rules, checkpoint.item_clusters
+    every = replay(dataset, recommender.encoder, rules, clusters, np.ones(len(dataset), bool)).replay
+    middle = np.arange(len(dataset)) % 15 == 7
+    alone = replay(dataset, recommender.encoder, rules, clusters, middle)
+    picked = every.take(np.isin(every.event, alone.replay.event))
+    order = np.argsort(picked.event)
+    assert alone.banks.size.tolist() == [7] * 6
+    assert np.array_equal(picked.retrieved.own.item[order], alone.replay.retrieved.own.item)
+    assert np.allclose(picked.state[order], alone.replay.state, atol=1e-5)
+
+
+def test_replay_equals_writing_one_user_at_a_time():
+    dataset, checkpoint = cyclic_dataset(users=5, length=30, items=12), random_checkpoint(items=12)
+    recommender = Recommender.of(checkpoint)
+    rules, clusters = checkpoint.config.rules, checkpoint.item_clusters
+    last = np.arange(len(dataset)) % 30 == 29
+    together = replay(dataset, recommender.encoder, rules, clusters, last)
+    for user in range(5):
+        only = last & (dataset.owners() == user)
+        alone = replay(dataset, recommender.encoder, rules, clusters, only)
+        assert alone.banks.size[user] == together.banks.size[user]
+        for name, values in together.banks.fields.items():
+            assert np.array_equal(values[user], alone.banks.fields[name][user], equal_nan=True)
+        assert np.array_equal(adaptive(alone.replay.retrieved, rules).own.item[0, :3],
+                              adaptive(together.replay.retrieved, rules).own.item[user, :3])  # fmt: skip
+
+
+def test_history_is_strictly_earlier():
+    dataset = cyclic_dataset(users=2, length=4, items=12)
+    assert [one.tolist() for one in history(dataset, np.array([0, 2, 7]))] == [
+        [],
+        dataset.items[:2].tolist(),
+        dataset.items[4:7].tolist(),
+    ]
+
+
+def test_the_report_has_every_variant_under_both_protocols(tmp_path):
+    dataset = cyclic_dataset()
+    runs = [Recommender.of(train(dataset, small_config(seed=seed), tmp_path / str(seed))) for seed in (0, 1)]
+    report = evaluate(runs, dataset, "cycle")
+    rows = {(row["variant"], row["protocol"]): row for row in report["rows"]}
+    assert {variant for variant, _ in rows} >= {"encoder", "own", "fixed-k-5", "fixed-k-10", "fixed-k-20", "shuffled"}
+    assert len(rows) == 2 * len({variant for variant, _ in rows})
+    for row in rows.values():
+        assert row["seeds"] == 2
+        assert 0 <= row["ndcg@5"] <= row["ndcg@10"] <= row["hr@10"] <= 1
+    one = evaluate(runs[:1], dataset, "cycle"), evaluate(runs[1:], dataset, "cycle")
+    mean = np.mean([report["rows"][0]["mrr"] for report in one])
+    assert report["rows"][0]["mrr"] == pytest.approx(mean)
+    assert 0 <= report["entropy"]["mean"] <= 1
+
+
+def test_a_run_is_not_evaluated_on_other_items():
+    with pytest.raises(EvaluationError, match="30 items"):
+        ask_test(Recommender.of(random_checkpoint(items=30)), cyclic_dataset(items=12))
+
+
+def test_metrics_by_hand():
+    scores = np.array([[-np.inf, 0.9, 0.5, 0.5, 0.1], [-np.inf, 0.1, 0.2, 0.3, 0.4]])
+    assert ranks(scores, np.array([2, 4])).tolist() == [3, 1]  # a tie counts against us
+    figures = summary(np.array([1, 3, 7, 11]))
+    assert figures["hr@5"] == 0.5
+    assert figures["hr@10"] == 0.75
+    assert figures["ndcg@5"] == pytest.approx((1 + 0.5) / 4)
+    assert figures["ndcg@10"] == pytest.approx((1 + 0.5 + 1 / 3) / 4)
+    assert figures["mrr"] == pytest.approx((1 + 1 / 3 + 1 / 7 + 1 / 11) / 4)
+
+
+def test_a_config_names_what_is_wrong(tmp_path):
+    file = tmp_path / "c.toml"
+    for text, message in (
+        ("[encoder]\nwidth = 3\n", "encoder.width: unknown key"),
+        ("[encoder]\ndim = -1\n", "encoder.dim"),
+        ("[fusion]\nheads = 7\n", "fusion.heads"),
+        ("[encoder\n", "not TOML"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_config(file)
+    with pytest.raises(ConfigError, match="ml-100k"):
+        load_config(tmp_path / "none.toml")
+    assert isinstance(load_config("ml-100k"), Config)
