@@ -6,6 +6,8 @@ Items travel as catalogue numbers; `catalogue_size` in a reply tells the caller 
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +78,7 @@ class RetrieveRequest(msgspec.Struct):
 
     `query_rows` (u4) name the users whose query comes along in `queries` (f4, one row each, unit length); the others
     are asked with the state in their record. `k` (i4, B): 0 = adaptive. `ignore`: row → item numbers left out.
+    `uncounted`: rows whose retrievals do not count as accesses.
     """
 
     model_version: str
@@ -84,7 +87,7 @@ class RetrieveRequest(msgspec.Struct):
     queries: bytes = b""
     k: bytes = b""
     ignore: dict[int, list[int]] = {}
-    count_access: bool = True
+    uncounted: list[int] = []
 
 
 class StaleUser(msgspec.Struct):
@@ -193,11 +196,10 @@ class UserWritten(msgspec.Struct):
 
 
 class WriteReply(msgspec.Struct):
-    """Outcomes in the order of the request. `failed`: users not written because Redis was out of reach."""
+    """Outcomes in the order of the request."""
 
     catalogue_size: int
     users: list[UserWritten]
-    failed: list[str] = []
 
 
 class UserRekey(msgspec.Struct):
@@ -247,6 +249,7 @@ class UserMemory(msgspec.Struct):
     entropy: float
     k: int
     capacity: int
+    pruned: int
     clusters: dict[int, float]
     entries: list[EntryOut]
     log: list[tuple[int, float]]
@@ -264,7 +267,7 @@ class Item(msgspec.Struct):
     """A catalogue item. `metadata` holds the caller's attributes (title, genres, …)."""
 
     item_id: str
-    metadata: dict[str, msgspec.Raw] | None = None
+    metadata: dict[str, Any] | None = None
     hidden: bool = False
 
 

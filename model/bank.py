@@ -228,6 +228,19 @@ class Banks:
         one.size, one.pruned = self.size[row : row + 1].copy(), self.pruned[row : row + 1].copy()
         return one
 
+    def fitted(self, rules: RulesConfig) -> Banks:
+        """These banks laid out for other rules; of a bank beyond the new capacity the best entries stay."""
+        if rules.capacity == self.rules.capacity:
+            return self
+        fitted = Banks(len(self), self.key.shape[2], rules)
+        worth = np.where(self.valid(), self.quality(), -np.inf)
+        best = np.sort(np.argsort(-worth, axis=1, kind="stable")[:, : rules.capacity], axis=1)
+        for name, values in self.fields.items():
+            fitted.fields[name][:, : best.shape[1]] = np.take_along_axis(values, best, 1)
+        fitted.key[:, : best.shape[1]] = np.take_along_axis(self.key, best[:, :, None], 1)
+        fitted.size, fitted.pruned = np.minimum(self.size, rules.capacity), self.pruned.copy()
+        return fitted
+
     def touch(self, row: int, accesses: Iterable[tuple[int, int, float]]) -> None:
         """Merge buffered retrievals (item, count, time of the last) into one bank; items gone since are skipped."""
         slots = {int(item): slot for slot, item in enumerate(self.fields["item"][row, : self.size[row]])}
@@ -348,8 +361,8 @@ class EncodeJob:
     """
 
     start: int
-    items: NDArray[np.uint32]
-    positions: NDArray[np.int64]
+    items: Ints
+    positions: Ints
 
 
 @dataclass(frozen=True)

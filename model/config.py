@@ -147,7 +147,7 @@ def load_config(path: str | Path) -> Config:
         ConfigError: no such file, not TOML, unknown key, or a value out of range; the key is named.
     """
     file = Path(path)
-    if not file.exists() and (CONFIG_FOLDER / f"{path}.toml").exists():
+    if not file.is_file() and (CONFIG_FOLDER / f"{path}.toml").exists():
         file = CONFIG_FOLDER / f"{path}.toml"
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))

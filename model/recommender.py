@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ class Influence:
     in the logit of each returned item.
     """
 
-    scope: str
+    scope: Literal["own", "collective"]
     entry: int
     weight: float
     part: NDArray[np.float32]

@@ -149,7 +149,8 @@ def entropy(weights: Floats, cluster: Ints, clusters: int) -> NDArray[np.float32
     raw = -(shares * np.log(positive)).sum(axis=1)
     count = (cluster >= 0).sum(axis=1)
     largest = np.log(np.maximum(np.minimum(count, clusters), 2))
-    return np.where(count <= 1, NEUTRAL, np.clip(raw / largest, 0.0, 1.0)).astype(np.float32)
+    diversity = np.clip(np.abs(raw) / largest, 0.0, 1.0)
+    return np.where(count <= 1, NEUTRAL, diversity).astype(np.float32)
 
 
 def own_k(diversity: Floats, size: Ints, rules: RulesConfig) -> NDArray[np.int64]:

@@ -1,0 +1,55 @@
+"""`python -m api`: serve the REST API of one checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from pydantic import ValidationError
+
+from api.app import create_app
+from api.settings import ApiSettings
+from model.config import describe
+from model.errors import RamrecError
+
+
+def main() -> int:
+    """Serve until told to stop. Exit code 2 with one line where something expected is missing."""
+    try:
+        settings = ApiSettings(**_options())
+        server = uvicorn.Server(
+            uvicorn.Config(
+                create_app(settings),
+                host=settings.host,
+                port=settings.port,
+                access_log=False,
+                log_level="warning",
+                timeout_graceful_shutdown=10,
+            )
+        )
+        server.run()
+        return 0 if server.started else 1
+    except ValidationError as error:
+        print(f"api: settings: {describe(error)}", file=sys.stderr)
+    except RamrecError as error:
+        print(f"api: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 0
+    return 2
+
+
+def _options() -> dict[str, Any]:
+    """What the command line says; the rest comes from the environment and the defaults."""
+    parser = argparse.ArgumentParser(prog="python -m api", description=__doc__)
+    parser.add_argument("--run", type=Path, help="checkpoint folder")
+    parser.add_argument("--host", help="address to listen on")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--memory-url", help="base URL of the memory service")
+    return {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""The api's mirror of the item catalogue: numbers ↔ ids ↔ model indices, metadata, hidden items."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memory_service.schemas import CatalogueReply, Item
+from model.rules import Ints
+
+
+class CatalogueMirror:
+    """Append-only in its numbers; refreshed from the memory service's replies."""
+
+    def __init__(self, index_of: dict[str, int]) -> None:
+        self._index_of = index_of
+        self.items: list[Item] = []
+        self.number_of: dict[str, int] = {}
+        self.model_index: NDArray[np.int64] = np.zeros(1, np.int64)
+        """Catalogue number → model item index; 0 where the model does not know the item."""
+        self.hidden: NDArray[np.int64] = np.zeros(0, np.int64)
+        """Model indices of hidden items."""
+        self.revision = -1
+
+    @property
+    def size(self) -> int:
+        """Items known."""
+        return len(self.items)
+
+    def take(self, reply: CatalogueReply) -> None:
+        """Learn from a listing; `reply.since` is at most the first number not known yet."""
+        self.items[reply.since - 1 :] = reply.items
+        self.number_of = {item.item_id: number for number, item in enumerate(self.items, start=1)}
+        self.model_index = np.array([0, *(self._index_of.get(item.item_id, 0) for item in self.items)], np.int64)
+        hidden = [self._index_of.get(item.item_id, 0) for item in self.items if item.hidden]
+        self.hidden, self.revision = np.array(hidden, np.int64), reply.revision
+
+    def item_id(self, number: int) -> str:
+        """Id of a catalogue number."""
+        return self.items[number - 1].item_id
+
+    def indices(self, numbers: Ints) -> NDArray[np.int64]:
+        """Model indices of catalogue numbers, 0 for items unknown to the model. Any shape."""
+        return self.model_index[numbers]
+
+    def numbers(self, item_ids: Iterable[str]) -> list[int]:
+        """Numbers of those ids that are known."""
+        return [self.number_of[item] for item in item_ids if item in self.number_of]
+
+    def find(self, query: str, limit: int) -> list[Item]:
+        """Items whose id or any text in their metadata contains the query, whatever the case."""
+        wanted = query.casefold()
+        found = (item for item in self.items if wanted in item.item_id.casefold() or _mentions(item, wanted))
+        return [item for item, _ in zip(found, range(limit), strict=False)]
+
+
+def _mentions(item: Item, wanted: str) -> bool:
+    values: Iterable[Any] = (item.metadata or {}).values()
+    return any(isinstance(value, str) and wanted in value.casefold() for value in values)

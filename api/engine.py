@@ -1,0 +1,81 @@
+"""What the use cases share: the model in its own thread, the memory client, and the catalogue in step."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+
+from api.catalogue import CatalogueMirror
+from api.memory_client import MemoryClient
+from api.metrics import Metrics
+from memory_service.schemas import Job, RekeyRequest, StaleUser, UserRekey
+from model.bank import EncodeJob
+from model.recommender import Recommender
+from model.rules import Floats
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Engine:
+    """Model, memory and catalogue. The model runs in one thread of its own, never on the event loop."""
+
+    def __init__(self, recommender: Recommender, memory: MemoryClient, metrics: Metrics) -> None:
+        self.recommender, self.memory, self.metrics = recommender, memory, metrics
+        self.catalogue = CatalogueMirror(recommender.index_of)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._syncing = asyncio.Lock()
+
+    async def close(self) -> None:
+        """Let the model finish and close the connections."""
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
+        await self.memory.close()
+
+    async def compute(self, stage: str, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a piece of the model's work in its thread; its time counts for `stage`."""
+
+        def timed() -> T:
+            begin = time.perf_counter()
+            try:
+                return work(*args, **kwargs)
+            finally:
+                self.metrics.seconds.labels(stage).observe(time.perf_counter() - begin)
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, timed)
+
+    async def encode(self, jobs: Sequence[Job | EncodeJob]) -> list[tuple[Floats, Floats]]:
+        """Keys and last state of each job; jobs from the wire speak of catalogue numbers, others of model indices."""
+        ready = [self._translated(job) if isinstance(job, Job) else job for job in jobs]
+        return list(await self.compute("encode", self.recommender.encode, ready))
+
+    def _translated(self, job: Job) -> EncodeJob:
+        wire = job.unpack()
+        return EncodeJob(wire.start, self.catalogue.indices(wire.items.astype(np.int64)), wire.positions)
+
+    async def rekey(self, stale: Sequence[StaleUser]) -> None:
+        """Give records of another model the keys and states of this one."""
+        encoded = await self.encode([user.job for user in stale])
+        users = [
+            UserRekey(user.user_id, user.version, keys.astype("<f4").tobytes(), state.astype("<f4").tobytes())
+            for user, (keys, state) in zip(stale, encoded, strict=True)
+        ]
+        await self.memory.rekey(RekeyRequest(self.recommender.version, users))
+
+    async def know(self, catalogue_size: int) -> None:
+        """Make sure that catalogue numbers up to `catalogue_size` are known here."""
+        if catalogue_size > self.catalogue.size:
+            await self.sync()
+
+    async def sync(self) -> None:
+        """Fetch new catalogue items, and all of them where metadata or hidden flags changed."""
+        async with self._syncing:
+            reply = await self.memory.catalogue(self.catalogue.size + 1)
+            if reply.revision != self.catalogue.revision:
+                reply = await self.memory.catalogue(1)
+            if reply.items or reply.revision != self.catalogue.revision:
+                self.catalogue.take(reply)

@@ -1,0 +1,118 @@
+"""The use case behind `POST /memories`: validate, plan, encode, write, acknowledge.
+
+Only what is in Redis is acknowledged. A write carries the version that its keys were computed from; where another
+writer was faster, the current plan comes back and is encoded again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from api.engine import Engine
+from api.problems import MemoryUnavailable, WriteConflict
+from api.schemas import MILLISECONDS, IngestResponse, Interaction, Rejected
+from memory_service.schemas import EventIn, PlanRequest, UserEvents, UserPlan, UserWrite, UserWritten, WriteRequest
+
+TRIES = 3
+FUTURE_S = 86400.0
+
+
+async def ingest(engine: Engine, interactions: Sequence[Interaction]) -> IngestResponse:
+    """Keep interactions.
+
+    Raises:
+        MemoryUnavailable, WriteConflict: not everything was kept; `committed` names the users that were.
+    """
+    received_at = time.time()
+    rejected = [one for one in (_refusal(n, i, received_at) for n, i in enumerate(interactions)) if one]
+    refused = {one.index for one in rejected}
+    users = _by_user([(n, i) for n, i in enumerate(interactions) if n not in refused])
+    written = await _write_all(engine, users, received_at) if users else {}
+    rejected += [_forgotten(index) for user in written.values() for index in user.forgotten]
+    response = IngestResponse(
+        accepted=sum(len(user.accepted) for user in written.values()),
+        duplicates=sum(len(user.duplicates) for user in written.values()),
+        rejected=sorted(rejected, key=lambda one: one.index),
+        versions={name: user.version for name, user in written.items()},
+    )
+    for outcome, count in (
+        ("accepted", response.accepted),
+        ("duplicate", response.duplicates),
+        ("rejected", len(response.rejected)),
+    ):
+        engine.metrics.interactions.labels(outcome).inc(count)
+    return response
+
+
+def _refusal(index: int, interaction: Interaction, now: float) -> Rejected | None:
+    stamp = interaction.timestamp
+    if stamp is None:
+        return None
+    if stamp < 0:
+        return Rejected(index=index, code="timestamp_negative", detail=f"{stamp} lies before 1970")
+    if stamp >= MILLISECONDS:
+        return Rejected(index=index, code="timestamp_in_milliseconds", detail=f"{stamp} is no time in seconds")
+    if stamp > now + FUTURE_S:
+        return Rejected(index=index, code="timestamp_in_future", detail=f"{stamp} is more than a day ahead")
+    return None
+
+
+def _forgotten(index: int) -> Rejected:
+    return Rejected(index=index, code="forgotten", detail="the user was forgotten after this event")
+
+
+def _by_user(interactions: Sequence[tuple[int, Interaction]]) -> dict[str, UserEvents]:
+    users: dict[str, UserEvents] = {}
+    for index, one in interactions:
+        events = users.setdefault(one.user_id, UserEvents(one.user_id, [])).events
+        events.append(EventIn(index, one.item_id, one.timestamp, one.rating, one.event_id))
+    return users
+
+
+async def _write_all(engine: Engine, users: dict[str, UserEvents], received_at: float) -> dict[str, UserWritten]:
+    version = engine.recommender.version
+    written: dict[str, UserWritten] = {}
+    try:
+        plans = await _plans(engine, list(users.values()), received_at)
+        for _ in range(TRIES):
+            writes = await _encode(engine, plans, users)
+            reply = await engine.memory.write(WriteRequest(version, received_at, writes))
+            await engine.know(reply.catalogue_size)
+            written |= {user.user_id: user for user in reply.users if user.retry is None}
+            plans = [user.retry for user in reply.users if user.retry is not None]
+            if not plans:
+                return written
+            if any(plan.stale for plan in plans):
+                plans = await _plans(engine, [users[plan.user_id] for plan in plans], received_at)
+    except MemoryUnavailable as error:
+        raise MemoryUnavailable(error.detail, committed=sorted(written)) from error
+    detail = f"{len(plans)} users were written by others {TRIES} times in a row; nothing of theirs was kept"
+    raise WriteConflict(detail, committed=sorted(written))
+
+
+async def _plans(engine: Engine, users: list[UserEvents], received_at: float) -> list[UserPlan]:
+    """Plans for all users; records of another model are keyed anew first."""
+    request = PlanRequest(engine.recommender.version, received_at, users)
+    reply = await engine.memory.plan(request)
+    await engine.know(reply.catalogue_size)
+    stale = [plan.stale for plan in reply.users if plan.stale is not None]
+    if stale:
+        await engine.rekey(stale)
+        reply = await engine.memory.plan(request)
+    return reply.users
+
+
+async def _encode(engine: Engine, plans: list[UserPlan], users: dict[str, UserEvents]) -> list[UserWrite]:
+    """The writes that the plans ask for, with keys and last states."""
+    encoded = await engine.encode([plan.job for plan in plans])
+    return [
+        UserWrite(
+            user_id=plan.user_id,
+            version=plan.version,
+            events=users[plan.user_id].events,
+            keys=keys.astype("<f4").tobytes(),
+            state=state.astype("<f4").tobytes(),
+        )
+        for plan, (keys, state) in zip(plans, encoded, strict=True)
+    ]

@@ -1,0 +1,182 @@
+"""The memory service over HTTP: keep-alive, msgpack, a timeout on every call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import aiohttp
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from api.problems import MemoryUnavailable
+from memory_service.schemas import (
+    CONTENT_TYPE,
+    CatalogueReply,
+    Forgotten,
+    PlanReply,
+    PlanRequest,
+    Problem,
+    RegisterReply,
+    RegisterRequest,
+    RekeyReply,
+    RekeyRequest,
+    RetrieveReply,
+    RetrieveRequest,
+    StaleUser,
+    UserMemory,
+    Users,
+    WriteReply,
+    WriteRequest,
+)
+from model.bank import Retrieved
+
+Reply = TypeVar("Reply", bound=msgspec.Struct)
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """A retrieval reply unpacked. Columns of length B; items are catalogue numbers.
+
+    `known`: something is remembered; `states` (B, d) float32; `seen`: items each user had; `stale`: users to be
+    keyed anew first.
+    """
+
+    retrieved: Retrieved
+    known: NDArray[np.bool_]
+    versions: NDArray[np.int64]
+    states: NDArray[np.float32]
+    seen: list[NDArray[np.uint32]]
+    stale: list[StaleUser]
+    degraded: bool
+    catalogue_size: int
+
+
+def unpack(reply: RetrieveReply) -> Remembered:
+    """Bytes to columns."""
+    known = np.frombuffer(reply.known, "u1").astype(bool)
+    seen_count = np.frombuffer(reply.seen_count, "<i4")
+    return Remembered(
+        retrieved=Retrieved(
+            entropy=np.frombuffer(reply.entropy, "<f4"),
+            k=np.frombuffer(reply.k, "<i4").astype(np.int64),
+            bank_size=np.frombuffer(reply.bank_size, "<i4").astype(np.int64),
+            own=reply.own.unpack(),
+            collective=reply.collective.unpack(),
+        ),
+        known=known,
+        versions=np.frombuffer(reply.versions, "<i8"),
+        states=np.frombuffer(reply.states, "<f4").reshape(len(known), -1),
+        seen=np.split(np.frombuffer(reply.seen, "<u4"), np.cumsum(seen_count)[:-1]),
+        stale=reply.stale,
+        degraded=reply.degraded,
+        catalogue_size=reply.catalogue_size,
+    )
+
+
+class MemoryClient:
+    """One method a call of the memory service.
+
+    Every method raises MemoryUnavailable where the service cannot be reached, does not answer in time, has no Redis or
+    serves another model.
+    """
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        self._url = url.rstrip("/")
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout_s))
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._session.close()
+
+    async def retrieve(self, request: RetrieveRequest) -> Remembered:
+        """Memories of a batch of users."""
+        return unpack(await self._post("/v1/retrieve", request, RetrieveReply))
+
+    async def plan(self, request: PlanRequest) -> PlanReply:
+        """What events would mean, and the states they need."""
+        return await self._post("/v1/plan", request, PlanReply)
+
+    async def write(self, request: WriteRequest) -> WriteReply:
+        """Write planned events."""
+        return await self._post("/v1/write", request, WriteReply)
+
+    async def rekey(self, request: RekeyRequest) -> RekeyReply:
+        """Give stale records the keys of this model."""
+        return await self._post("/v1/rekey", request, RekeyReply)
+
+    async def inspect(self, user_id: str) -> UserMemory | None:
+        """A user's bank; None where nothing is known."""
+        return await self._call("GET", "/v1/user", UserMemory, params={"user_id": user_id})
+
+    async def forget(self, user_id: str) -> Forgotten:
+        """Forget a user."""
+        return _there(await self._call("DELETE", "/v1/user", Forgotten, params={"user_id": user_id}))
+
+    async def users(self, prefix: str, limit: int) -> Sequence[str]:
+        """User ids with a prefix."""
+        params = {"prefix": prefix, "limit": str(limit)}
+        return _there(await self._call("GET", "/v1/users", Users, params=params)).users
+
+    async def catalogue(self, since: int) -> CatalogueReply:
+        """Catalogue items from a number on."""
+        return _there(await self._call("GET", "/v1/catalogue", CatalogueReply, params={"since": str(since)}))
+
+    async def register(self, request: RegisterRequest) -> RegisterReply:
+        """Register or change items."""
+        return await self._post("/v1/catalogue", request, RegisterReply)
+
+    async def ready(self) -> str:
+        """The model version that the service serves, once it is ready."""
+        try:
+            async with self._session.get(f"{self._url}/health/ready") as response:
+                about = await response.json()
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            raise MemoryUnavailable(f"memory service: {error or 'no answer in time'}") from error
+        if response.status != 200:
+            raise MemoryUnavailable(f"memory service: {about.get('status')}")
+        return str(about["model_version"])
+
+    async def _post(self, path: str, body: msgspec.Struct, kind: type[Reply]) -> Reply:
+        return _there(await self._call("POST", path, kind, data=msgspec.msgpack.encode(body)))
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        kind: type[Reply],
+        *,
+        data: bytes | None = None,
+        params: dict[str, str] | None = None,
+    ) -> Reply | None:
+        """The decoded answer; None for 404."""
+        headers = {"Content-Type": CONTENT_TYPE}
+        try:
+            async with self._session.request(
+                method, self._url + path, data=data, params=params, headers=headers
+            ) as response:
+                content = await response.read()
+                status = response.status
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise MemoryUnavailable(f"memory service: {str(error) or 'no answer in time'}") from error
+        if status == 200:
+            return msgspec.msgpack.decode(content, type=kind)
+        if status == 404:
+            return None
+        raise MemoryUnavailable(f"memory service answered {status}: {_detail(content)}")
+
+
+def _there(reply: Reply | None) -> Reply:
+    if reply is None:
+        raise MemoryUnavailable("memory service answered 404: not a memory service?")
+    return reply
+
+
+def _detail(content: bytes) -> str:
+    try:
+        found = msgspec.msgpack.decode(content, type=Problem)
+    except msgspec.MsgspecError:
+        return "no detail"
+    return f"{found.code}: {found.detail}"

@@ -1,0 +1,41 @@
+"""Prometheus metrics of the api. A registry of its own, so that several apps fit in one process."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+
+class Metrics:
+    """Everything that `/metrics` shows."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "ramrec_api_requests", "Requests by route and status", ["route", "status"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "ramrec_api_seconds",
+            "Time of a stage: queue, retrieve, encode, recommend",
+            ["stage"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.sources = Counter("ramrec_api_answers", "Answers by source", ["source"], registry=self.registry)
+        self.degraded = Counter("ramrec_api_degraded", "Answers without the memory asked for", registry=self.registry)
+        self.interactions = Counter(
+            "ramrec_api_interactions", "Interactions by outcome", ["outcome"], registry=self.registry
+        )
+        self.entropy = Histogram(
+            "ramrec_api_entropy",
+            "Entropy of users answered from memory",
+            buckets=[n / 10 for n in range(1, 11)],
+            registry=self.registry,
+        )
+        self.k = Histogram(
+            "ramrec_api_k",
+            "Own-scope K of users answered from memory",
+            buckets=(0, 1, 2, 3, 5, 8, 10, 12, 15, 20, 30, 50, 100),
+            registry=self.registry,
+        )

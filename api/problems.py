@@ -1,0 +1,106 @@
+"""Errors as callers see them: RFC 9457 `application/problem+json` with a stable `code`.
+
+    ApiProblem                 status, code, title
+    ├─ InvalidRequest          422 invalid_request (fields named), scope_unavailable
+    ├─ NotFound                404 user_not_found, item_not_found
+    ├─ BodyTooLarge            413 body_too_large
+    ├─ Overloaded              503 overloaded, Retry-After
+    ├─ WriteConflict           503 write_conflict, Retry-After
+    └─ MemoryUnavailable       503 memory_unavailable, Retry-After
+
+Broken JSON is 400 `invalid_json`; unknown paths and methods are 404 `not_found` and 405 `method_not_allowed`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+MEDIA_TYPE = "application/problem+json"
+RETRY_AFTER_S = 1
+HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
+
+
+class ApiProblem(Exception):  # noqa: N818 - the word of RFC 9457
+    """An error with a status and a stable code; `extra` becomes extension members."""
+
+    status, code, title = 500, "internal", "Internal error"
+
+    def __init__(self, detail: str, code: str | None = None, **extra: Any) -> None:
+        super().__init__(detail)
+        self.detail, self.code, self.extra = detail, code or self.code, extra
+
+
+class InvalidRequest(ApiProblem):
+    """The request can be read but not be answered as it is."""
+
+    status, code, title = 422, "invalid_request", "Invalid request"
+
+
+class NotFound(ApiProblem):
+    """Nothing is known about what was asked for."""
+
+    status, code, title = 404, "not_found", "Not found"
+
+
+class BodyTooLarge(ApiProblem):
+    """The body exceeds the limit."""
+
+    status, code, title = 413, "body_too_large", "Body too large"
+
+
+class Overloaded(ApiProblem):
+    """The queue is full."""
+
+    status, code, title = 503, "overloaded", "Overloaded"
+
+
+class WriteConflict(ApiProblem):
+    """Other writers were faster three times."""
+
+    status, code, title = 503, "write_conflict", "Write conflict"
+
+
+class MemoryUnavailable(ApiProblem):
+    """The memory service or its Redis cannot be reached."""
+
+    status, code, title = 503, "memory_unavailable", "Memory unavailable"
+
+
+def problem(status: int, code: str, title: str, detail: str, **extra: Any) -> JSONResponse:
+    """A problem document as a response."""
+    content = {"type": f"urn:ramrec:problem:{code}", "title": title, "status": status, "detail": detail, "code": code}
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
+    return JSONResponse(content | extra, status, headers, media_type=MEDIA_TYPE)
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of the application as a problem document."""
+
+    @app.exception_handler(ApiProblem)
+    async def ours(request: Request, error: ApiProblem) -> JSONResponse:
+        return problem(error.status, error.code, error.title, error.detail, **error.extra)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        found = error.errors()
+        if any(one["type"] == "json_invalid" for one in found):
+            return problem(400, "invalid_json", "Invalid JSON", str(found[0].get("ctx", {}).get("error", "no JSON")))
+        fields = [{"field": _field(one["loc"]), "message": one["msg"]} for one in found]
+        detail = "; ".join(f"{one['field']}: {one['message']}" for one in fields[:5])
+        return problem(422, "invalid_request", "Invalid request", detail, errors=fields)
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        code = HTTP_CODES.get(error.status_code, f"http_{error.status_code}")
+        answer = problem(error.status_code, code, str(error.detail), f"{request.method} {request.url.path}")
+        answer.headers.update(error.headers or {})
+        return answer
+
+
+def _field(place: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in place if part != "body") or "body"

@@ -1,0 +1,239 @@
+"""The REST faces: what callers send and get. Unknown fields and anything outside the bounds: 422."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+ID_LIMIT_BYTES = 256
+MILLISECONDS = 1e11
+"""Timestamps from here on are taken for milliseconds (in seconds it is the year 5138)."""
+
+
+def _identifier(value: str) -> str:
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError as error:
+        raise ValueError("not valid Unicode") from error
+    if not 1 <= size <= ID_LIMIT_BYTES:
+        raise ValueError(f"an id has 1 to {ID_LIMIT_BYTES} bytes, this one {size}")
+    if "\0" in value:
+        raise ValueError("an id holds no NUL")
+    return value
+
+
+Identifier = Annotated[str, AfterValidator(_identifier)]
+Scope = Literal["own", "collective"]
+
+
+class _Face(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class RecommendRequest(_Face):
+    """Whom to recommend to: a user, a sequence of items (oldest first), both, or nobody in particular."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"user_id": "196", "top_n": 5, "explain": True}]})
+
+    user_id: Identifier | None = None
+    sequence: Annotated[list[Identifier], Field(max_length=1000)] | None = None
+    top_n: Annotated[int, Field(ge=1, le=1000)] = 10
+    exclude_seen: bool = True
+    exclude_items: Annotated[list[Identifier], Field(max_length=10_000)] | None = None
+    candidates: Annotated[list[Identifier], Field(max_length=10_000)] | None = None
+    k: Annotated[int, Field(ge=1, le=100)] | None = None
+    scopes: Annotated[list[Scope], Field(max_length=2)] | None = None
+    ignore_memories: Annotated[list[Identifier], Field(max_length=1000)] | None = None
+    explain: bool = False
+
+
+class Because(BaseModel):
+    """A memory that speaks for an item: its attention weight, and its exact part in the item's logit."""
+
+    item_id: str
+    scope: Scope
+    similarity: float
+    weight: float
+    logit: float
+
+
+class Recommended(BaseModel):
+    """One item; `score` is the natural logarithm of its probability among all items."""
+
+    item_id: str
+    score: float
+    because: list[Because] | None = None
+
+
+class ScopeUse(BaseModel):
+    """Memories wanted and found in one scope."""
+
+    k: int
+    retrieved: int
+
+
+class MemoryUse(BaseModel):
+    """What memory contributed; `degraded` says that it could not be asked, or only partly."""
+
+    entropy: float
+    k: int
+    bank_size: int
+    version: int
+    own: ScopeUse
+    collective: ScopeUse
+    gate: float | None = None
+    degraded: bool
+
+
+class RecommendResponse(BaseModel):
+    """The top-N and how it came about."""
+
+    recommendation_id: str
+    user_id: str | None
+    source: Literal["memory", "encoder", "popularity"]
+    items: list[Recommended]
+    memory: MemoryUse
+    unknown_items: list[str]
+    model_version: str
+
+
+class RecommendBatchRequest(_Face):
+    """Up to 256 requests."""
+
+    requests: Annotated[list[RecommendRequest], Field(min_length=1, max_length=256)]
+
+
+class RecommendBatchResponse(BaseModel):
+    """Answers in the order of the requests."""
+
+    results: list[RecommendResponse]
+
+
+class Interaction(_Face):
+    """Who took what, when (seconds UTC; absent: now). `event_id` makes retries harmless."""
+
+    user_id: Identifier
+    item_id: Identifier
+    timestamp: Annotated[float, Field(strict=False)] | None = None
+    rating: Annotated[float, Field(strict=False)] | None = None
+    event_id: Identifier | None = None
+    recommendation_id: Identifier | None = None
+
+
+class IngestRequest(_Face):
+    """1 to 1000 interactions."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"interactions": [{"user_id": "me", "item_id": "50", "rating": 5}]}]}
+    )
+
+    interactions: Annotated[list[Interaction], Field(min_length=1, max_length=1000)]
+
+
+class Rejected(BaseModel):
+    """An interaction that was not kept, and why."""
+
+    index: int
+    code: str
+    detail: str
+
+
+class IngestResponse(BaseModel):
+    """What became of the interactions, and each written user's version."""
+
+    accepted: int
+    duplicates: int
+    rejected: list[Rejected]
+    versions: dict[str, int]
+
+
+class MemoryEntry(BaseModel):
+    """One memory: quality and recency in [0, 1], time in seconds UTC, how often taken and retrieved."""
+
+    item_id: str
+    quality: float
+    recency: float
+    rating: float | None
+    timestamp: float
+    frequency: int
+    access: int
+    last_access: float | None
+    cluster: int | None
+
+
+class LogEntry(BaseModel):
+    """One of the newest 512 interactions."""
+
+    item_id: str
+    timestamp: float
+
+
+class UserMemoryResponse(BaseModel):
+    """A user's bank: `clusters` is the distribution over item clusters whose entropy decides K."""
+
+    user_id: str
+    version: int
+    model_version: str
+    events: int
+    bank_size: int
+    capacity: int
+    pruned: int
+    seen: int
+    share: bool
+    entropy: float
+    k: int
+    clusters: dict[str, float]
+    entries: list[MemoryEntry]
+    log: list[LogEntry]
+
+
+class ForgetResponse(BaseModel):
+    """Whether anything was known before; nothing is now."""
+
+    user_id: str
+    existed: bool
+
+
+class UsersResponse(BaseModel):
+    """User ids."""
+
+    users: list[str]
+
+
+class ItemOut(BaseModel):
+    """A catalogue item; `known_to_model` says whether the encoder was trained with it."""
+
+    item_id: str
+    metadata: dict[str, Any]
+    hidden: bool
+    known_to_model: bool
+
+
+class ItemsResponse(BaseModel):
+    """Items found."""
+
+    items: list[ItemOut]
+
+
+class ItemPut(_Face):
+    """All there is to say about an item."""
+
+    metadata: dict[str, Any] = {}
+    hidden: bool = False
+
+
+class ItemPatch(_Face):
+    """What to change about an item."""
+
+    metadata: dict[str, Any] | None = None
+    hidden: bool | None = None
+
+
+class ModelResponse(BaseModel):
+    """The checkpoint that answers."""
+
+    model_version: str
+    items: int
+    scopes: list[Scope]
+    config: dict[str, Any]

@@ -1,0 +1,134 @@
+"""`ramrec serve`: api and memory service as two child processes, started, watched and stopped together."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from memory_service.settings import user_data_dir
+from model.checkpoint import load_checkpoint
+from model.errors import RamrecError
+
+READY_TIMEOUT_S = 120.0
+GRACE_S = 20.0
+POLL_S = 0.1
+PR_SET_PDEATHSIG = 1
+
+
+class ServeError(RamrecError):
+    """Serving cannot start, or one of its processes ended; says which."""
+
+
+def serve(
+    run: Path,
+    host: str,
+    port: int,
+    memory_port: int,
+    redis_url: str | None,
+    memory_url: str | None,
+    data_dir: Path | None,
+) -> int:
+    """Serve until Ctrl-C or SIGTERM. Returns the exit code.
+
+    Raises:
+        CheckpointError: no usable checkpoint. ServeError: a port is taken, or a process ended by itself.
+    """
+    load_checkpoint(run, with_weights=False)
+    _check_port(host, port)
+    children: list[subprocess.Popen[bytes]] = []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if memory_url is None:
+            _check_port("127.0.0.1", memory_port)
+            memory_url = f"http://127.0.0.1:{memory_port}"
+            keep = ["--redis-url", redis_url] if redis_url else ["--data-dir", str(data_dir or data_dir_of(run))]
+            children.append(_start("memory_service", run, memory_port, "127.0.0.1", keep))
+        children.append(_start("api", run, port, host, ["--memory-url", memory_url]))
+        _wait_until_ready(children, f"http://{host}:{port}")
+        print(f"RAMRec serves on http://{host}:{port} (API: /docs, stop: Ctrl-C)", flush=True)
+        while True:
+            _check_alive(children)
+            time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        _stop(children)
+
+
+def data_dir_of(run: Path) -> Path:
+    """Where the memories of a run are kept: in the user's data folder, one folder a run."""
+    path = run.resolve()
+    return user_data_dir() / f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServeError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+
+
+def _start(module: str, run: Path, port: int, host: str, more: Sequence[str]) -> subprocess.Popen[bytes]:
+    words = ["--run", str(run), "--host", host, "--port", str(port), *more]
+    # A session of its own: Ctrl-C reaches only us, and we stop the children in order.
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *words], start_new_session=True, preexec_fn=_end_with(os.getpid())
+    )
+
+
+def _end_with(parent: int) -> Callable[[], None]:
+    """Have the kernel end a child when its parent is gone, even after kill -9 (Linux only)."""
+    libc = ctypes.CDLL(None)
+
+    def prepare() -> None:
+        if hasattr(libc, "prctl"):
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    return prepare
+
+
+def _wait_until_ready(children: Sequence[subprocess.Popen[bytes]], url: str) -> None:
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline:
+        _check_alive(children)
+        try:
+            with urllib.request.urlopen(f"{url}/health/ready", timeout=2):
+                return
+        except OSError:
+            time.sleep(POLL_S)
+    raise ServeError(f"not ready within {READY_TIMEOUT_S:.0f} s; see {url}/health/ready")
+
+
+def _check_alive(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    for child in children:
+        if child.poll() is not None:
+            raise ServeError(f"{_name(child)} ended with exit code {child.returncode}; the rest was stopped")
+
+
+def _name(child: subprocess.Popen[bytes]) -> str:
+    return "the api" if "api" in child.args[2:3] else "the memory service"  # type: ignore[index]
+
+
+def _stop(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Stop the api first, so that it can finish what it accepted; then the memory service."""
+    for child in reversed(children):
+        if child.poll() is None:
+            child.send_signal(signal.SIGTERM)
+            try:
+                child.wait(GRACE_S)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()

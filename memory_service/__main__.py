@@ -1,0 +1,66 @@
+"""`python -m memory_service`: serve the banks of one checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from pydantic import ValidationError
+
+from memory_service.app import create_app
+from memory_service.embedded import embedded_valkey
+from memory_service.settings import MemorySettings
+from model.config import describe
+from model.errors import RamrecError
+
+
+def main() -> int:
+    """Serve until told to stop. Exit code 2 with one line where something expected is missing."""
+    # uvicorn hands a SIGTERM on once it has stopped; as KeyboardInterrupt it lets the embedded Valkey stop too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        settings = MemorySettings(**_options())
+        with ExitStack() as stack:
+            if settings.redis_url is None:
+                url = stack.enter_context(embedded_valkey(settings.data_dir, settings.fsync))
+                settings = settings.model_copy(update={"redis_url": url})
+            server = uvicorn.Server(
+                uvicorn.Config(
+                    create_app(settings),
+                    host=settings.host,
+                    port=settings.port,
+                    access_log=False,
+                    log_level="warning",
+                    timeout_graceful_shutdown=10,
+                )
+            )
+            server.run()
+            return 0 if server.started else 1
+    except ValidationError as error:
+        print(f"memory service: settings: {describe(error)}", file=sys.stderr)
+    except RamrecError as error:
+        print(f"memory service: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 0
+    return 2
+
+
+def _options() -> dict[str, Any]:
+    """What the command line says; the rest comes from the environment and the defaults."""
+    parser = argparse.ArgumentParser(prog="python -m memory_service", description=__doc__)
+    parser.add_argument("--run", type=Path, help="checkpoint folder")
+    parser.add_argument("--host", help="address to listen on")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--redis-url", help="redis://, rediss:// or unix://; none: an embedded Valkey")
+    parser.add_argument("--data-dir", type=Path, help="folder of the embedded Valkey")
+    parser.add_argument("--fsync", choices=("everysec", "always"), help="AOF policy of the embedded Valkey")
+    return {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""The item catalogue as this process knows it: numbers, ids and the model's clusters. Redis holds the truth."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from memory_service.schemas import CatalogueReply, Item, RegisterReply, RegisterRequest
+from memory_service.store import CatalogueItem, Store
+from model.checkpoint import Checkpoint
+
+REGISTER_BATCH = 2000
+
+
+class Catalogue:
+    """Item ids and their numbers, kept in step with Redis. Numbers never change, so what is known stays true."""
+
+    def __init__(self, store: Store, checkpoint: Checkpoint) -> None:
+        self._store = store
+        self._checkpoint = checkpoint
+        self._cluster_of = dict(zip(checkpoint.item_ids, checkpoint.item_clusters[1:].tolist(), strict=True))
+        self._number_of: dict[str, int] = {}
+        self.size = 0
+        self.revision = 0
+        self.clusters: NDArray[np.int32] = np.full(1, -1, np.int32)
+        """Item number → item cluster of the model; -1 for number 0 and for items that the model does not know."""
+
+    async def start(self) -> None:
+        """Register the model's items, with the metadata that its dataset had, and learn all numbers."""
+        about = self._checkpoint.metadata
+        items = [CatalogueItem(item, _json(about.get(item)), False) for item in self._checkpoint.item_ids]
+        for at in range(0, len(items), REGISTER_BATCH):
+            await self._store.register(items[at : at + REGISTER_BATCH], overwrite=False)
+        await self.sync()
+
+    async def sync(self) -> None:
+        """Learn what other processes registered."""
+        size, self.revision = await self._store.catalogue_state()
+        if size > self.size:
+            _, items = await self._store.catalogue(self.size + 1)
+            self._learn([item.item_id for item in items], range(self.size + 1, self.size + 1 + len(items)))
+
+    async def numbers(self, item_ids: Iterable[str]) -> dict[str, int]:
+        """Number of each item; items nobody has seen are registered."""
+        wanted = set(item_ids)
+        missing = sorted(wanted - self._number_of.keys())
+        for at in range(0, len(missing), REGISTER_BATCH):
+            batch = missing[at : at + REGISTER_BATCH]
+            await self._store.register([CatalogueItem(item, b"", False) for item in batch], overwrite=False)
+        if missing:
+            await self.sync()
+        return {item: self._number_of[item] for item in wanted}
+
+    async def register(self, request: RegisterRequest) -> RegisterReply:
+        """Register or change items."""
+        items = [CatalogueItem(item.item_id, _json(item.metadata), item.hidden) for item in request.items]
+        numbers = await self._store.register(items, overwrite=request.overwrite)
+        await self.sync()
+        return RegisterReply(numbers, self.size, self.revision)
+
+    async def listing(self, since: int) -> CatalogueReply:
+        """Items from number `since` on, with metadata and hidden flags."""
+        revision, items = await self._store.catalogue(since)
+        return CatalogueReply(
+            since,
+            revision,
+            [
+                Item(item.item_id, msgspec.json.decode(item.about) if item.about else None, item.hidden)
+                for item in items
+            ],
+        )
+
+    def _learn(self, ids: Sequence[str], numbers: Iterable[int]) -> None:
+        self._number_of.update(zip(ids, numbers, strict=True))
+        clusters = [self._cluster_of.get(item, -1) for item in ids]
+        self.clusters = np.concatenate([self.clusters, np.array(clusters, np.int32)])
+        self.size += len(ids)
+
+
+def _json(metadata: dict[str, object] | None) -> bytes:
+    return b"" if metadata is None else json.dumps(metadata, ensure_ascii=False).encode()

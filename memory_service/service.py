@@ -1,0 +1,455 @@
+"""The use cases of the memory service: retrieve, plan, write, re-key, forget, inspect. State and order; the semantics
+are `model.bank`'s.
+
+Resident banks are a cache: before every answer the versions in Redis are compared, in one round trip for the whole
+batch, and what changed is loaded. So any replica may serve any user, and an acknowledged write is seen by the next
+retrieval. Everything runs on one event loop; nothing awaits between a search and the use of what it found.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memory_service.catalogue import Catalogue
+from memory_service.index import OwnIndex
+from memory_service.schemas import (
+    Columns,
+    EntryOut,
+    EventIn,
+    Forgotten,
+    Job,
+    PlanReply,
+    PlanRequest,
+    RekeyReply,
+    RekeyRequest,
+    RetrieveReply,
+    RetrieveRequest,
+    StaleUser,
+    UserEvents,
+    UserMemory,
+    UserPlan,
+    UserWrite,
+    UserWritten,
+    WriteReply,
+    WriteRequest,
+)
+from memory_service.store import Store, StoreUnavailable, Tombstone
+from model import rules as rule
+from model.bank import (
+    KEY,
+    Banks,
+    Change,
+    Entries,
+    Event,
+    Plan,
+    UserRecord,
+    apply,
+    event_identity,
+    plan,
+    rekey,
+    rekey_job,
+    select,
+    stack_banks,
+)
+from model.checkpoint import Checkpoint
+from model.rules import Bools, Floats, Ints
+
+
+class ModelMismatch(ValueError):  # noqa: N818 - a state, answered with 409
+    """The caller works with another model than this service."""
+
+
+class BadRequest(ValueError):  # noqa: N818 - answered with 422
+    """Columns of a request do not fit together; says which."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One user's events against their record as of now."""
+
+    user_id: str
+    record: UserRecord
+    stone: Tombstone | None
+    plan: Plan
+
+
+@dataclass
+class Resident:
+    """A record in memory, the slot of its keys in the index, and retrievals not yet written: item → (count, last)."""
+
+    record: UserRecord
+    slot: int
+    accesses: dict[int, tuple[int, float]]
+
+
+class MemoryService:
+    """All banks behind one Redis, for one model."""
+
+    def __init__(self, store: Store, checkpoint: Checkpoint, resident_users: int) -> None:
+        self.store = store
+        self.model_version = checkpoint.version
+        self.rules = checkpoint.config.rules
+        self.dim = checkpoint.config.encoder.dim
+        self.centroids = checkpoint.index_centroids
+        self.catalogue = Catalogue(store, checkpoint)
+        self.index = OwnIndex(self.dim)
+        self.resident_limit = resident_users
+        self._resident: OrderedDict[str, Resident] = OrderedDict()
+        self._new = UserRecord.new(self.dim, self.rules)
+
+    @property
+    def resident_users(self) -> int:
+        """Banks in memory."""
+        return len(self._resident)
+
+    # ----------------------------------------------------------------------------------------- retrieve
+
+    async def retrieve(self, request: RetrieveRequest) -> RetrieveReply:
+        """Entropy, K, memories, state and seen items of a batch of users. Unknown users come back as not known."""
+        self._check_model(request.model_version)
+        if not request.users:
+            raise BadRequest("no users")
+        degraded = False
+        try:
+            await self._refresh(request.users)
+        except StoreUnavailable:
+            degraded = True  # what is resident goes on answering, and the answer says so
+        records = [self._current(user) for user in request.users]
+        fresh = [record.model_version == self.model_version for record in records]
+        stale = [
+            StaleUser(user, record.version, Job.pack(rekey_job(record)))
+            for user, record, is_fresh in zip(request.users, records, fresh, strict=True)
+            if record.version and not is_fresh
+        ]
+        answered = [record if is_fresh else self._new for record, is_fresh in zip(records, fresh, strict=True)]
+        return self._answer(request, answered, stale, degraded)
+
+    def _answer(
+        self, request: RetrieveRequest, records: list[UserRecord], stale: list[StaleUser], degraded: bool
+    ) -> RetrieveReply:
+        banks = stack_banks([record.banks for record in records])
+        states = np.stack([record.state for record in records])
+        entropy = banks.entropy(self.catalogue.clusters)
+        usable = self._usable(request, banks)
+        k = self._wanted_k(request, entropy, banks.size, usable)
+        similarity = self._similarity(request, states, banks.key.shape[1])
+        slots, chosen = select(similarity, usable, banks.fields["time"], k, self.rules.similarity_threshold)
+        found = np.take_along_axis(similarity, slots, 1)
+        own = banks.describe(np.arange(len(records)), slots, chosen, found)
+        self._count(request, own)
+        return RetrieveReply(
+            catalogue_size=self.catalogue.size,
+            degraded=degraded,
+            known=np.array([record.version > 0 for record in records], "u1").tobytes(),
+            versions=np.array([record.version for record in records], "<i8").tobytes(),
+            entropy=entropy.astype("<f4").tobytes(),
+            k=k.astype("<i4").tobytes(),
+            bank_size=banks.size.astype("<i4").tobytes(),
+            states=states.astype("<f4").tobytes(),
+            own=Columns.pack(own),
+            collective=Columns.pack(Entries.empty(len(records))),
+            seen_count=np.array([len(record.seen) for record in records], "<i4").tobytes(),
+            seen=b"".join(record.seen.astype("<u4").tobytes() for record in records),
+            stale=stale,
+        )
+
+    def _usable(self, request: RetrieveRequest, banks: Banks) -> Bools:
+        """(B, C) entries that may be retrieved: all but those the caller ignores."""
+        usable = banks.valid()
+        for row, items in request.ignore.items():
+            if not 0 <= row < len(usable):
+                raise BadRequest(f"ignore names row {row} of {len(usable)}")
+            usable[row] &= ~np.isin(banks.fields["item"][row], items)
+        return usable
+
+    def _wanted_k(self, request: RetrieveRequest, entropy: Floats, size: Ints, usable: Bools) -> Ints:
+        adaptive = rule.own_k(entropy, size, self.rules)
+        if not request.k:
+            return np.asarray(np.minimum(adaptive, usable.sum(axis=1)))
+        asked = _column(request.k, "<i4", len(size), "k")
+        return np.asarray(np.minimum(np.where(asked > 0, asked, adaptive), usable.sum(axis=1)))
+
+    def _similarity(self, request: RetrieveRequest, states: Floats, width: int) -> NDArray[np.float32]:
+        """(B, width) of each user's entries to their query; −inf where there is no entry."""
+        queries = rule.unit(states)
+        rows = np.frombuffer(request.query_rows, "<u4")
+        given = _column(request.queries, "<f4", len(rows) * self.dim, "queries")
+        if len(rows) and rows.max() >= len(states):
+            raise BadRequest(f"query_rows names row {rows.max()} of {len(states)}")
+        queries[rows] = given.reshape(len(rows), self.dim)
+        residents = [self._resident.get(user) for user in request.users]
+        at = np.array([row for row, one in enumerate(residents) if one is not None], np.int64)
+        slots = np.array([one.slot for one in residents if one is not None], np.int64)
+        found = np.full((len(states), width), -np.inf, np.float32)
+        found[at] = self.index.search(slots, queries[at], width)
+        return found
+
+    def _count(self, request: RetrieveRequest, own: Entries) -> None:
+        """Remember which memories were retrieved, until the user's next write."""
+        now, uncounted = time.time(), set(request.uncounted)
+        for row, user in enumerate(request.users):
+            resident = self._resident.get(user)
+            if resident is not None and row not in uncounted:
+                for item in own.item[row, own.valid[row]].tolist():
+                    count, _ = resident.accesses.get(item, (0, 0.0))
+                    resident.accesses[item] = (count + 1, now)
+
+    # -------------------------------------------------------------------------------------------- write
+
+    async def plan(self, request: PlanRequest) -> PlanReply:
+        """What the events would mean, and which keys writing them needs. Nothing is changed."""
+        self._check_model(request.model_version)
+        prepared = await self._prepare(request.users, request.received_at)
+        return PlanReply(self.catalogue.size, [self._plan_out(one) for one in prepared])
+
+    async def write(self, request: WriteRequest) -> WriteReply:
+        """Write planned events with their keys, atomically per user, if nobody wrote in between.
+
+        Raises:
+            StoreUnavailable: it is not known what was written; repeating the events is harmless (event ids).
+        """
+        self._check_model(request.model_version)
+        prepared = await self._prepare(request.users, request.received_at)
+        changes = {
+            row: self._change(one, write)
+            for row, (one, write) in enumerate(zip(prepared, request.users, strict=True))
+            if one.record.version == write.version and not self._is_stale(one.record) and one.plan.accepted
+        }
+        written = dict(zip(changes, apply(list(changes.values())), strict=True))
+        lost = await self._commit(prepared, written)
+        outdated = [
+            row
+            for row, (one, write) in enumerate(zip(prepared, request.users, strict=True))
+            if row in lost or one.record.version != write.version or self._is_stale(one.record)
+        ]
+        again = await self._prepare([request.users[row] for row in outdated], request.received_at)
+        retries = {row: self._plan_out(one) for row, one in zip(outdated, again, strict=True)}
+        return WriteReply(
+            self.catalogue.size,
+            [_written_out(one, written.get(row), retries.get(row)) for row, one in enumerate(prepared)],
+        )
+
+    async def _prepare(self, users: Sequence[UserEvents | UserWrite], received_at: float) -> list[Prepared]:
+        """Current record, tombstone and plan of each user."""
+        names = [user.user_id for user in users]
+        await self._refresh(names)
+        records = [self._current(name) for name in names]
+        stones = await self.store.tombstones(names)
+        numbers = await self.catalogue.numbers(event.item_id for user in users for event in user.events)
+        prepared = []
+        for user, record, stone in zip(users, records, stones, strict=True):
+            events = [_event(user.user_id, event, numbers[event.item_id], received_at) for event in user.events]
+            forgotten_until = stone.time if stone else -np.inf
+            prepared.append(Prepared(user.user_id, record, stone, plan(record, events, forgotten_until)))
+        return prepared
+
+    def _plan_out(self, one: Prepared) -> UserPlan:
+        record, planned = one.record, one.plan
+        stale = StaleUser(one.user_id, record.version, Job.pack(rekey_job(record))) if self._is_stale(record) else None
+        return UserPlan(
+            user_id=one.user_id,
+            version=record.version,
+            accepted=[event.index for event in planned.accepted],
+            duplicates=list(planned.duplicates),
+            forgotten=list(planned.forgotten),
+            job=Job.pack(planned.job),
+            stale=stale,
+        )
+
+    def _change(self, one: Prepared, write: UserWrite) -> Change:
+        count = len(one.plan.accepted)
+        keys = _column(write.keys, "<f4", count * self.dim, "keys").reshape(count, self.dim)
+        resident = self._resident.get(one.user_id)
+        accesses = [(item, *seen) for item, seen in resident.accesses.items()] if resident else []
+        return Change(
+            record=replace(one.record, model_version=self.model_version),
+            plan=one.plan,
+            keys=keys,
+            state=_column(write.state, "<f4", self.dim, "state"),
+            cells=self._cells(keys),
+            accesses=accesses,
+            first_version=one.stone.version if one.stone else 0,
+        )
+
+    def _cells(self, keys: Floats) -> Ints:
+        """(n,) the collective list that each key belongs to."""
+        return np.asarray(np.argmax(keys @ self.centroids.T, axis=1), np.int32)
+
+    async def _commit(self, prepared: list[Prepared], written: dict[int, UserRecord]) -> set[int]:
+        """Store the new records; returns the rows that lost against another writer or against a forget."""
+        outcomes = await self.store.commit(
+            [(prepared[row].user_id, prepared[row].record.version, record) for row, record in written.items()]
+        )
+        lost = {row for row, done in zip(written, outcomes, strict=True) if not done}
+        created = [row for row in written if row not in lost and prepared[row].record.version == 0]
+        stones = await self.store.tombstones([prepared[row].user_id for row in created])
+        for row, stone in zip(created, stones, strict=True):
+            if stone is not None and stone != prepared[row].stone:  # forgotten while the first write was under way
+                await self.store.forget(prepared[row].user_id, stone.time)
+                lost.add(row)
+        for row in written.keys() - lost:
+            self._install(prepared[row].user_id, written[row], keep_accesses=False)
+        for row in lost:
+            del written[row]
+        return lost
+
+    async def rekey(self, request: RekeyRequest) -> RekeyReply:
+        """Give stale records the keys and states of this model; those that changed meanwhile are left alone."""
+        self._check_model(request.model_version)
+        await self._refresh([user.user_id for user in request.users])
+        writes = []
+        for user in request.users:
+            record = self._current(user.user_id)
+            if record.version == user.version and self._is_stale(record):
+                keys = _column(user.keys, "<f4", record.size * self.dim, "keys").reshape(record.size, self.dim)
+                state = _column(user.state, "<f4", self.dim, "state")
+                fresh = rekey(record, self.model_version, keys, state, self._cells(keys))
+                writes.append((user.user_id, user.version, fresh))
+        outcomes = await self.store.commit(writes)
+        done = [write for write, stored in zip(writes, outcomes, strict=True) if stored]
+        for user_id, _, record in done:
+            self._install(user_id, record)
+        return RekeyReply([user_id for user_id, _, _ in done])
+
+    async def forget(self, user_id: str) -> Forgotten:
+        """Remove everything about a user; a tombstone keeps late retries from bringing them back."""
+        existed = await self.store.forget(user_id, time.time())
+        self._drop(user_id)
+        return Forgotten(existed)
+
+    # ------------------------------------------------------------------------------------------ inspect
+
+    async def inspect(self, user_id: str) -> UserMemory | None:
+        """A user's bank laid open; None where nothing is known."""
+        await self._refresh([user_id])
+        record = self._current(user_id)
+        if record.version == 0:
+            return None
+        banks, size = record.banks, record.size
+        cluster = banks.entry_clusters(self.catalogue.clusters)
+        worth, recency = banks.quality(), banks.recency()
+        entropy = rule.entropy(worth, cluster, self.rules.clusters)
+        shares = rule.cluster_shares(worth * banks.valid(), cluster, self.rules.clusters)[0]
+        return UserMemory(
+            user_id=user_id,
+            version=record.version,
+            model_version=record.model_version,
+            events=record.events,
+            share=record.share,
+            entropy=float(entropy[0]),
+            k=int(rule.own_k(entropy, banks.size, self.rules)[0]),
+            capacity=self.rules.capacity,
+            pruned=int(banks.pruned[0]),
+            clusters={int(n): float(shares[n]) for n in np.flatnonzero(shares)},
+            entries=[_entry_out(banks, slot, worth, recency, cluster) for slot in range(size)],
+            log=list(zip(record.log_item.tolist(), record.log_time.tolist(), strict=True)),
+            seen=len(record.seen),
+            catalogue_size=self.catalogue.size,
+        )
+
+    # ----------------------------------------------------------------------------------------- resident
+
+    def _check_model(self, version: str) -> None:
+        if version != self.model_version:
+            raise ModelMismatch(f"this service serves model {self.model_version}, the call is for {version}")
+
+    def _is_stale(self, record: UserRecord) -> bool:
+        return record.version > 0 and record.model_version != self.model_version
+
+    def _current(self, user_id: str) -> UserRecord:
+        resident = self._resident.get(user_id)
+        return resident.record if resident else self._new
+
+    async def _refresh(self, users: Sequence[str]) -> None:
+        """Bring residents of these users to what Redis has."""
+        names = list(dict.fromkeys(users))
+        versions = await self.store.versions(names)
+        changed = []
+        for name, version in zip(names, versions, strict=True):
+            if version == 0:
+                self._drop(name)
+            elif version != self._current(name).version:
+                changed.append(name)
+            else:
+                self._resident.move_to_end(name)
+        for name, record in zip(changed, await self.store.load(changed), strict=True):
+            if record is not None:
+                self._install(name, record)
+        if self._knows_new_items(changed):
+            await self.catalogue.sync()
+
+    def _knows_new_items(self, users: Sequence[str]) -> bool:
+        """Whether another process registered items that these users' records name."""
+        largest = max((int(self._current(user).banks.fields["item"].max()) for user in users), default=0)
+        return largest > self.catalogue.size
+
+    def _install(self, user_id: str, record: UserRecord, *, keep_accesses: bool = True) -> None:
+        old = self._resident.pop(user_id, None)
+        slot = old.slot if old else self.index.claim()
+        usable = not self._is_stale(record)
+        self.index.put(slot, record.banks.key[0, : record.size] if usable else np.zeros((0, self.dim), KEY))
+        accesses = old.accesses if old and keep_accesses else {}
+        self._resident[user_id] = Resident(record, slot, accesses)
+        while len(self._resident) > self.resident_limit:
+            self._drop(next(iter(self._resident)))
+
+    def _drop(self, user_id: str) -> None:
+        resident = self._resident.pop(user_id, None)
+        if resident is not None:
+            self.index.drop(resident.slot)
+
+
+def _event(user_id: str, event: EventIn, number: int, received_at: float) -> Event:
+    return Event(
+        index=event.index,
+        item=number,
+        time=received_at if event.timestamp is None else event.timestamp,
+        rating=float("nan") if event.rating is None else event.rating,
+        event_id=event_identity(user_id, event.item_id, event.timestamp, event.event_id),
+        timed=event.timestamp is not None,
+    )
+
+
+def _written_out(one: Prepared, record: UserRecord | None, retry: UserPlan | None) -> UserWritten:
+    planned = one.plan
+    if retry is not None:
+        return UserWritten(one.user_id, one.record.version, [], [], [], retry)
+    return UserWritten(
+        user_id=one.user_id,
+        version=(record or one.record).version,
+        accepted=[event.index for event in planned.accepted],
+        duplicates=list(planned.duplicates),
+        forgotten=list(planned.forgotten),
+    )
+
+
+def _entry_out(banks: Banks, slot: int, worth: Floats, recency: Floats, cluster: Ints) -> EntryOut:
+    fields = {name: values[0, slot].item() for name, values in banks.fields.items()}
+    return EntryOut(
+        item=fields["item"],
+        quality=float(worth[0, slot]),
+        recency=float(recency[0, slot]),
+        rating=None if np.isnan(fields["rating"]) else fields["rating"],
+        time=fields["time"],
+        frequency=fields["frequency"],
+        access=fields["access"],
+        last_access=fields["last_access"],
+        cluster=int(cluster[0, slot]),
+    )
+
+
+def _column(data: bytes, kind: str, count: int, name: str) -> NDArray[Any]:
+    """Bytes as numbers. Raises BadRequest where they are not `count` finite ones."""
+    if len(data) != count * np.dtype(kind).itemsize:
+        raise BadRequest(f"{name} has {len(data)} bytes, wanted {count} values of {np.dtype(kind).itemsize}")
+    values = np.frombuffer(data, kind)
+    if not np.isfinite(values).all():
+        raise BadRequest(f"{name} holds a number that is not finite")
+    return values

@@ -1,0 +1,32 @@
+"""Settings of the memory service, from the environment (RAMREC_MEMORY_…) or the command line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def user_data_dir() -> Path:
+    """Where the embedded Valkey keeps its files unless a folder is given."""
+    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(base) / "ramrec"
+
+
+class MemorySettings(BaseSettings):
+    """Everything the memory service can be told."""
+
+    model_config = SettingsConfigDict(env_prefix="RAMREC_MEMORY_", extra="forbid")
+
+    run: Path = Field(description="checkpoint folder")
+    host: str = "127.0.0.1"
+    port: int = Field(8001, ge=1, le=65535)
+    redis_url: str | None = Field(None, description="redis://, rediss:// or unix://; none: embedded Valkey")
+    data_dir: Path = Field(default_factory=user_data_dir, description="folder of the embedded Valkey")
+    fsync: Literal["everysec", "always"] = Field("everysec", description="AOF policy of the embedded Valkey")
+    redis_timeout_s: float = Field(2.0, gt=0)
+    resident_users: int = Field(200_000, ge=1, description="banks kept in memory; the least recently used go first")
+    body_limit_bytes: int = Field(32 * 2**20, ge=1024)

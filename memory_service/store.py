@@ -1,0 +1,245 @@
+"""Redis: every key and what it holds. The truth; everything else in this service is a cache of it.
+
+    ramrec:{USER}                     one user's record (`memory_service.record`)
+    ramrec:forgotten:HASH             tombstone of a forgotten user: time f8, last version u8; expires. HASH is a
+                                      keyed hash of the user id, so that it does not say who was forgotten
+    ramrec:secret                     the key of that hash, made once
+    ramrec:catalogue:{items}:number   hash item id → catalogue number (from 1; a number never changes)
+    ramrec:catalogue:{items}:id       list of item ids in order of their numbers
+    ramrec:catalogue:{items}:about    hash item id → JSON metadata
+    ramrec:catalogue:{items}:hidden   set of hidden item ids
+    ramrec:catalogue:{items}:revision counts changes of metadata and hidden flags
+
+Errors of the Redis client are translated here: callers see `StoreUnavailable`.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import redis.asyncio as redis
+from redis.asyncio.client import Pipeline
+from redis.exceptions import BusyLoadingError, ConnectionError, ReadOnlyError, TimeoutError
+
+from memory_service.record import VERSION_BYTES, pack_record, unpack_record
+from model.bank import UserRecord
+from model.config import RulesConfig
+
+TOMBSTONE_S = 30 * 86400
+TOMBSTONE = struct.Struct("<dQ")
+SCAN_COUNT = 1000
+
+NUMBERS, IDS, ABOUT, HIDDEN, REVISION = (
+    f"ramrec:catalogue:{{items}}:{name}" for name in ("number", "id", "about", "hidden", "revision")
+)
+
+COMMIT = """
+local current = redis.call('GETRANGE', KEYS[1], 8, 15)
+if current ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[2])
+return 1
+"""
+"""Compare-and-set of one record: stored only while its version is the one that the write was computed from."""
+
+FORGET = """
+local current = redis.call('GETRANGE', KEYS[1], 8, 15)
+if current ~= ARGV[1] then return 0 end
+redis.call('DEL', KEYS[1])
+return 1
+"""
+
+REGISTER = """
+local overwrite, changed, numbers = ARGV[1] == '1', false, {}
+for i = 2, #ARGV, 3 do
+  local id, about, hidden = ARGV[i], ARGV[i + 1], ARGV[i + 2]
+  local number = redis.call('HGET', KEYS[1], id)
+  if not number then
+    number = redis.call('RPUSH', KEYS[2], id)
+    redis.call('HSET', KEYS[1], id, number)
+  end
+  numbers[#numbers + 1] = tonumber(number)
+  if about ~= '' and (overwrite or redis.call('HEXISTS', KEYS[3], id) == 0) then
+    redis.call('HSET', KEYS[3], id, about)
+    changed = true
+  end
+  if overwrite and hidden ~= '' then
+    redis.call(hidden == '1' and 'SADD' or 'SREM', KEYS[4], id)
+    changed = true
+  end
+end
+if changed then redis.call('INCR', KEYS[5]) end
+return numbers
+"""
+"""Register items atomically: new ones get the next number; metadata is set where there is none, or on overwrite."""
+
+
+class StoreUnavailable(RuntimeError):  # noqa: N818 - a state of the store, not of the call
+    """Redis cannot be reached, is loading, or did not answer in time."""
+
+
+@dataclass(frozen=True)
+class Tombstone:
+    """A forgotten user: events up to `time` stay forgotten; a new record's version follows `version`."""
+
+    time: float
+    version: int
+
+
+@dataclass(frozen=True)
+class CatalogueItem:
+    """One item as Redis keeps it; `about` is JSON, empty where there is none."""
+
+    item_id: str
+    about: bytes
+    hidden: bool
+
+
+def user_key(user_id: str) -> bytes:
+    """Key of a user's record."""
+    return b"ramrec:{" + user_id.encode() + b"}"
+
+
+def version_bytes(version: int) -> bytes:
+    """A version as it stands in a record; nothing for 0, the version of a record that is not there."""
+    return version.to_bytes(8, "little") if version else b""
+
+
+class Store:
+    """Records, tombstones and catalogue in one Redis. `rules` lay out the banks that are read."""
+
+    def __init__(self, url: str, rules: RulesConfig, timeout_s: float) -> None:
+        self.rules = rules
+        self._redis = redis.Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
+        self._commit = self._redis.register_script(COMMIT)
+        self._forget = self._redis.register_script(FORGET)
+        self._register = self._redis.register_script(REGISTER)
+        self._secret = b""
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._redis.aclose()
+
+    async def ping(self) -> None:
+        """Raises StoreUnavailable where Redis does not answer."""
+        async with self._translated():
+            await self._redis.ping()
+
+    # ------------------------------------------------------------------------------------------ records
+
+    async def versions(self, users: Sequence[str]) -> list[int]:
+        """Version of each user's record, 0 where there is none. One round trip."""
+        async with self._pipeline() as pipe:
+            for user in users:
+                pipe.getrange(user_key(user), VERSION_BYTES.start, VERSION_BYTES.stop - 1)
+            return [int.from_bytes(found, "little") for found in await pipe.execute()]
+
+    async def load(self, users: Sequence[str]) -> list[UserRecord | None]:
+        """Records, None where there is none. One round trip. Raises RecordError for damaged ones."""
+        if not users:
+            return []
+        async with self._translated():
+            found: list[Any] = await self._redis.mget([user_key(user) for user in users])
+        return [None if data is None else unpack_record(data, self.rules) for data in found]
+
+    async def commit(self, writes: Sequence[tuple[str, int, UserRecord]]) -> list[bool]:
+        """Store records (user, the version each was computed from, record); False where another came first."""
+        async with self._pipeline() as pipe:
+            for user, expected, record in writes:
+                await self._commit(
+                    keys=[user_key(user)], args=[version_bytes(expected), pack_record(record)], client=pipe
+                )
+            return [bool(done) for done in await pipe.execute()]
+
+    async def forget(self, user: str, now: float) -> bool:
+        """Delete everything about a user and leave a tombstone; whether a record was there. Idempotent."""
+        while True:
+            (version,) = await self.versions([user])
+            (old,) = await self.tombstones([user])
+            last = max(version, old.version if old else 0)
+            if version == 0 and old is None:
+                return False
+            stone = TOMBSTONE.pack(max(now, old.time if old else 0.0), last)
+            async with self._translated():  # tombstone first: a crash in between forgets nothing silently
+                await self._redis.set(await self._tombstone_key(user), stone, ex=TOMBSTONE_S)
+                if await self._forget(keys=[user_key(user)], args=[version_bytes(version)]):
+                    return version > 0
+
+    async def tombstones(self, users: Sequence[str]) -> list[Tombstone | None]:
+        """Tombstones, None where there is none. One round trip."""
+        if not users:
+            return []
+        async with self._translated():
+            found: list[Any] = await self._redis.mget([await self._tombstone_key(user) for user in users])
+        return [None if data is None else Tombstone(*TOMBSTONE.unpack(data)) for data in found]
+
+    async def users(self, prefix: str, limit: int) -> list[str]:
+        """User ids with a prefix, sorted, at most `limit`. Walks the key space without blocking Redis."""
+        pattern = b"ramrec:{" + _escaped(prefix).encode() + b"*}"
+        found: list[str] = []
+        async with self._translated():
+            async for key in self._redis.scan_iter(match=pattern, count=SCAN_COUNT):
+                found.append(key[len(b"ramrec:{") : -1].decode())
+        return sorted(found)[:limit]
+
+    # ---------------------------------------------------------------------------------------- catalogue
+
+    async def register(self, items: Iterable[CatalogueItem], *, overwrite: bool) -> list[int]:
+        """Catalogue numbers of items, registering those that are new."""
+        args: list[Any] = ["1" if overwrite else "0"]
+        for item in items:
+            args += [item.item_id, item.about, "1" if item.hidden else "0"]
+        async with self._translated():
+            numbers: list[int] = await self._register(keys=[NUMBERS, IDS, ABOUT, HIDDEN, REVISION], args=args)
+            return numbers
+
+    async def catalogue(self, since: int) -> tuple[int, list[CatalogueItem]]:
+        """Revision, and the items numbered from `since` on."""
+        async with self._pipeline() as pipe:
+            pipe.get(REVISION)
+            pipe.lrange(IDS, since - 1, -1)
+            pipe.smembers(HIDDEN)
+            revision, ids, hidden = await pipe.execute()
+            about: list[Any] = await self._redis.hmget(ABOUT, ids) if ids else []
+        items = [
+            CatalogueItem(item.decode(), text or b"", item in hidden) for item, text in zip(ids, about, strict=True)
+        ]
+        return int(revision or 0), items
+
+    async def catalogue_state(self) -> tuple[int, int]:
+        """How many items there are, and the revision."""
+        async with self._pipeline() as pipe:
+            pipe.llen(IDS)
+            pipe.get(REVISION)
+            size, revision = await pipe.execute()
+        return int(size), int(revision or 0)
+
+    # -------------------------------------------------------------------------------------------- seams
+
+    async def _tombstone_key(self, user: str) -> str:
+        if not self._secret:
+            await self._redis.set("ramrec:secret", os.urandom(32), nx=True)
+            secret: Any = await self._redis.get("ramrec:secret")
+            self._secret = secret
+        return f"ramrec:forgotten:{blake2b(user.encode(), key=self._secret, digest_size=16).hexdigest()}"
+
+    @asynccontextmanager
+    async def _pipeline(self) -> AsyncIterator[Pipeline]:
+        async with self._translated(), self._redis.pipeline(transaction=False) as pipe:
+            yield pipe
+
+    @asynccontextmanager
+    async def _translated(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except (ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError, OSError) as error:
+            raise StoreUnavailable(str(error) or type(error).__name__) from error
+
+
+def _escaped(prefix: str) -> str:
+    return "".join(f"\\{letter}" if letter in "*?[]\\^" else letter for letter in prefix)
