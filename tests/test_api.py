@@ -1,0 +1,401 @@
+"""The REST API end to end: api, memory service and Valkey over real HTTP."""
+
+import json
+import socket
+import time
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from api.app import BODY_LIMIT_BYTES
+from api.app import create_app as create_api
+from api.settings import ApiSettings
+from api.supervisor import ServeError, data_dir_of, serve
+from memory_service.app import create_app as create_memory
+from memory_service.settings import MemorySettings
+from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from tests.conftest import served
+from tests.synthetic import random_checkpoint
+
+
+@pytest.fixture
+def client(api_url, stack) -> httpx2.Client:
+    return stack.enter_context(httpx2.Client(base_url=api_url))
+
+
+def remember(client: httpx2.Client, *events: tuple) -> dict:
+    """(user, item) or (user, item, timestamp) each."""
+    names = ("user_id", "item_id", "timestamp")
+    body = {"interactions": [dict(zip(names, event, strict=False)) for event in events]}
+    response = client.post("/memories", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def recommend(client: httpx2.Client, **body) -> dict:
+    response = client.post("/recommend", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def ids(answer: dict) -> list[str]:
+    return [item["item_id"] for item in answer["items"]]
+
+
+def scores(answer: dict) -> dict[str, float]:
+    return {item["item_id"]: item["score"] for item in answer["items"]}
+
+
+# ------------------------------------------------------------------------------------- who gets what
+
+
+def test_an_ingested_memory_changes_the_next_answer(client):
+    remember(client, ("u", "i1"), ("u", "i2"))
+    before = recommend(client, user_id="u")
+    assert remember(client, ("u", "i9"))["versions"] == {"u": 2}
+    after = recommend(client, user_id="u")
+    assert (before["memory"]["version"], after["memory"]["version"]) == (1, 2)
+    assert after["memory"]["bank_size"] == 3
+    assert scores(before) != scores(after)
+
+
+def test_a_user_nobody_knows_gets_what_is_popular(client):
+    answer = recommend(client, user_id="stranger", top_n=3)
+    assert answer["source"] == "popularity"
+    assert ids(answer) == ["i1", "i2", "i3"]
+    assert answer["memory"]["bank_size"] == 0
+    assert recommend(client, top_n=3)["items"] == answer["items"]
+
+
+def test_a_sequence_alone_is_answered_by_the_encoder_and_not_kept(client):
+    answer = recommend(client, sequence=["i4", "i5"], top_n=30)
+    assert answer["source"] == "encoder"
+    assert answer["user_id"] is None
+    assert {"i4", "i5"}.isdisjoint(ids(answer))
+    assert len(ids(answer)) == 28
+    assert client.get("/users").json() == {"users": []}
+
+
+def test_items_the_model_does_not_know_are_skipped_and_listed(client):
+    answer = recommend(client, sequence=["i4", "what?", "i5"], top_n=5)
+    assert answer["unknown_items"] == ["what?"]
+    assert scores(answer) == scores(recommend(client, sequence=["i4", "i5"], top_n=5))
+    assert recommend(client, sequence=["what?"])["source"] == "popularity"
+
+
+def test_user_and_sequence_together(client):
+    remember(client, ("u", "i1"), ("u", "i2"))
+    answer = recommend(client, user_id="u", sequence=["i7"], top_n=30)
+    assert answer["source"] == "memory"
+    assert {"i1", "i2", "i7"}.isdisjoint(ids(answer))
+    assert scores(answer) != scores(recommend(client, user_id="u", top_n=30))
+
+
+def test_everything_the_user_ever_had_is_excluded_not_only_what_is_in_window_or_bank(client):
+    had = [f"i{n}" for n in range(1, 26)]  # the window is 8, the bank holds 10
+    remember(client, *(("u", item, 1.6e9 + n) for n, item in enumerate(had)))
+    assert client.get("/users/u/memory").json()["bank_size"] <= 10
+    assert sorted(ids(recommend(client, user_id="u", top_n=30))) == sorted(f"i{n}" for n in range(26, 31))
+    assert len(ids(recommend(client, user_id="u", top_n=30, exclude_seen=False))) == 30
+
+
+def test_exclusions_candidates_and_hidden_items(client):
+    remember(client, ("u", "i1"))
+    answer = recommend(client, user_id="u", candidates=["i1", "i2", "i3", "i4", "nope"], exclude_items=["i3"])
+    assert sorted(ids(answer)) == ["i2", "i4"]
+    assert answer["unknown_items"] == ["nope"]
+    assert client.patch("/items/i2", json={"hidden": True}).json()["hidden"]
+    assert ids(recommend(client, user_id="u", candidates=["i2", "i4"])) == ["i4"]
+    assert ids(recommend(client, candidates=["i2"])) == []
+
+
+def test_k_scopes_and_ignored_memories(client):
+    remember(client, *(("u", f"i{n}", 1.6e9 + n) for n in range(1, 10)))
+    memory = recommend(client, user_id="u", k=2)["memory"]
+    assert (memory["k"], memory["own"]) == (2, {"k": 2, "retrieved": 2})
+    none = recommend(client, user_id="u", scopes=[], explain=True)
+    assert none["memory"]["own"] == {"k": 0, "retrieved": 0}
+    assert all(item["because"] == [] for item in none["items"])
+    named = {r["item_id"] for i in recommend(client, user_id="u", k=9, explain=True)["items"] for r in i["because"]}
+    ignored = sorted(named)[0]
+    without = recommend(client, user_id="u", k=9, explain=True, ignore_memories=[ignored])
+    assert ignored not in {r["item_id"] for i in without["items"] for r in i["because"]}
+    assert without["memory"]["own"]["retrieved"] == 8
+
+
+def test_explanations_name_memories_of_the_bank(client):
+    remember(client, ("u", "i1", 1.6e9), ("u", "brand-new", 1.6e9 + 1), ("u", "i3", 1.6e9 + 2))
+    answer = recommend(client, user_id="u", explain=True, top_n=2)
+    assert 0 < answer["memory"]["gate"] < 1
+    for item in answer["items"]:
+        assert {reason["item_id"] for reason in item["because"]} <= {"i1", "brand-new", "i3"}
+        assert [r["logit"] for r in item["because"]] == sorted((r["logit"] for r in item["because"]), reverse=True)
+    assert "because" not in recommend(client, user_id="u")["items"][0]
+
+
+def test_a_batch_answers_like_its_requests_alone(client):
+    remember(client, ("u", "i1"), ("v", "i2"), ("v", "i3"))
+    asks = [{"user_id": "u"}, {"user_id": "v", "top_n": 3}, {"sequence": ["i5"]}, {}, {"user_id": "x"}]
+    together = client.post("/recommend/batch", json={"requests": asks}).json()["results"]
+    for ask, answer in zip(asks, together, strict=True):
+        alone = recommend(client, **ask)
+        assert ids(alone) == ids(answer)
+        assert list(scores(alone).values()) == pytest.approx(list(scores(answer).values()), abs=1e-4)
+        assert alone["memory"] == pytest.approx(answer["memory"])
+
+
+# ------------------------------------------------------------------------------------------ memories
+
+
+def test_repeating_a_request_is_harmless(client):
+    events = [("u", "i1", 1.6e9), ("u", "i2", 1.6e9)]
+    assert remember(client, *events)["accepted"] == 2
+    again = remember(client, *events)
+    assert (again["accepted"], again["duplicates"], again["versions"]) == (0, 2, {"u": 1})
+
+
+def test_event_ids_make_untimed_events_repeatable(client):
+    body = {"interactions": [{"user_id": "u", "item_id": "i1", "event_id": "order-1"}]}
+    assert client.post("/memories", json=body).json()["accepted"] == 1
+    assert client.post("/memories", json=body).json()["duplicates"] == 1
+
+
+def test_interactions_that_make_no_sense_are_rejected_and_the_rest_kept(client):
+    now = time.time()
+    answer = remember(
+        client, ("u", "i1", now * 1000), ("u", "i2", now + 9e5), ("u", "i3", -1.0), ("u", "i4", now - 5), ("v", "i5")
+    )
+    assert answer["accepted"] == 2
+    assert [(one["index"], one["code"]) for one in answer["rejected"]] == [
+        (0, "timestamp_in_milliseconds"),
+        (1, "timestamp_in_future"),
+        (2, "timestamp_negative"),
+    ]
+    assert set(answer["versions"]) == {"u", "v"}
+
+
+def test_forgetting(client):
+    remember(client, ("u", "i1", 1.6e9))
+    assert client.delete("/users/u/memory").json() == {"user_id": "u", "existed": True}
+    missing = client.get("/users/u/memory")
+    assert (missing.status_code, missing.json()["code"]) == (404, "user_not_found")
+    assert remember(client, ("u", "i1", 1.6e9))["rejected"][0]["code"] == "forgotten"
+    assert recommend(client, user_id="u")["source"] == "popularity"
+    assert client.delete("/users/u/memory").json()["existed"] is False
+
+
+def test_a_bank_laid_open(client):
+    remember(client, ("u", "i1", 1.6e9), ("u", "i2", 1.6e9 + 5), ("u", "i1", 1.6e9 + 9))
+    bank = client.get("/users/u/memory").json()
+    assert [(entry["item_id"], entry["frequency"]) for entry in bank["entries"]] == [("i1", 2), ("i2", 1)]
+    assert [entry["item_id"] for entry in bank["log"]] == ["i1", "i2", "i1"]
+    assert (bank["events"], bank["bank_size"], bank["seen"], bank["k"]) == (3, 2, 2, 2)
+    assert sum(bank["clusters"].values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", ["a/b", "ü ñ", "{x}", "100%", "a?b#c", "..", "x/memory", "emoji 🦊", "a*[b"])
+def test_ids_may_hold_any_characters(client, name):
+    from urllib.parse import quote
+
+    remember(client, (name, "i1"), (name, name))
+    assert recommend(client, user_id=name)["source"] == "memory"
+    path = f"/users/{quote(name, safe='') if name != '..' else '%2E%2E'}/memory"
+    if name != "..":  # clients and proxies resolve this one
+        assert client.get(path).json()["user_id"] == name
+        assert client.delete(path).json() == {"user_id": name, "existed": True}
+
+
+# --------------------------------------------------------------------------------------------- items
+
+
+def test_the_catalogue_over_rest(client):
+    assert client.get("/items/i1").json() == {
+        "item_id": "i1", "metadata": {"title": "One"}, "hidden": False, "known_to_model": True
+    }  # fmt: skip
+    assert client.get("/items/nope").status_code == 404
+    put = client.put("/items/new one", json={"metadata": {"title": "Brand new"}})
+    assert put.json()["known_to_model"] is False
+    assert [item["item_id"] for item in client.get("/items?query=BRAND").json()["items"]] == ["new one"]
+    assert client.patch("/items/new one", json={"metadata": {"year": 2026}}).json()["metadata"] == {
+        "title": "Brand new", "year": 2026
+    }  # fmt: skip
+
+
+def test_model_health_metrics_and_docs(client, run):
+    model = client.get("/model").json()
+    assert (model["model_version"], model["items"], model["scopes"]) == (load_checkpoint(run).version, 30, ["own"])
+    assert client.get("/health/live").status_code == client.get("/health/ready").status_code == 200
+    recommend(client)
+    assert 'ramrec_api_answers_total{source="popularity"} 1.0' in client.get("/metrics").text
+    assert client.get("/openapi.json").json()["info"]["title"] == "RAMRec"
+    assert client.get("/").headers["location"] == "/docs"
+
+
+# ----------------------------------------------------------------------------------- when parts fail
+
+
+def test_without_the_memory_service_answers_are_degraded_and_nothing_is_acknowledged(run, valkey_url, stack):
+    with served(create_memory(MemorySettings(run=run, redis_url=valkey_url))) as memory_url:
+        api_url = stack.enter_context(served(create_api(ApiSettings(run=run, memory_url=memory_url))))
+        client = stack.enter_context(httpx2.Client(base_url=api_url))
+        remember(client, ("u", "i1"))
+        port = int(memory_url.rsplit(":", 1)[1])
+    answer = recommend(client, user_id="u")
+    assert (answer["source"], answer["memory"]["degraded"]) == ("popularity", True)
+    answer = recommend(client, user_id="u", sequence=["i1"])
+    assert (answer["source"], answer["memory"]["degraded"]) == ("encoder", True)
+    assert not recommend(client, sequence=["i1"])["memory"]["degraded"]  # nothing was asked of memory
+    refused = client.post("/memories", json={"interactions": [{"user_id": "u", "item_id": "i2"}]})
+    assert (refused.status_code, refused.json()["code"]) == (503, "memory_unavailable")
+    assert refused.headers["retry-after"]
+    assert refused.json()["committed"] == []
+    for path in ("/users/u/memory", "/users", "/health/ready"):
+        assert client.get(path).status_code == 503
+    assert client.get("/health/live").status_code == 200
+    with served(create_memory(MemorySettings(run=run, redis_url=valkey_url)), port):
+        assert recommend(client, user_id="u")["source"] == "memory"  # recovery is automatic
+
+
+def test_two_api_processes_writing_for_one_user_lose_nothing(run, valkey_url, memory_url, stack):
+    urls = [stack.enter_context(served(create_api(ApiSettings(run=run, memory_url=memory_url)))) for _ in range(2)]
+
+    async def race() -> list[dict]:
+        async with httpx2.AsyncClient() as client:
+            calls = [
+                client.post(
+                    f"{urls[n % 2]}/memories", json={"interactions": [{"user_id": "u", "item_id": f"i{n + 1}"}]}
+                )
+                for n in range(8)
+            ]
+            return [response.json() for response in await asyncio.gather(*calls)]
+
+    import asyncio
+
+    answers = asyncio.run(race())
+    with httpx2.Client(base_url=urls[0]) as client:
+        kept = {entry["item_id"] for entry in client.get("/users/u/memory").json()["entries"]}
+        version = client.get("/users/u/memory").json()["version"]
+    acknowledged = {f"i{n + 1}" for n, answer in enumerate(answers) if answer.get("accepted")}
+    assert kept == acknowledged
+    assert version == len(acknowledged) >= 1
+    assert all(answer.get("accepted") or answer["code"] == "write_conflict" for answer in answers)
+
+
+def test_a_retrained_model_takes_over_the_memories(run, valkey_url, memory_url, tmp_path, stack):
+    with served(create_api(ApiSettings(run=run, memory_url=memory_url))) as url, httpx2.Client(base_url=url) as client:
+        remember(client, ("u", "i1", 1.6e9), ("u", "i2", 1.6e9 + 9), ("v", "i3", 1.6e9))
+    save_checkpoint(tmp_path, random_checkpoint(seed=1))
+    memory = stack.enter_context(served(create_memory(MemorySettings(run=tmp_path, redis_url=valkey_url))))
+    url = stack.enter_context(served(create_api(ApiSettings(run=tmp_path, memory_url=memory))))
+    client = stack.enter_context(httpx2.Client(base_url=url))
+    answer = recommend(client, user_id="u")
+    assert (answer["source"], answer["memory"]["bank_size"]) == ("memory", 2)
+    assert remember(client, ("v", "i4", 1.6e9 + 50))["accepted"] == 1
+    bank = client.get("/users/v/memory").json()
+    assert (bank["model_version"], bank["bank_size"]) == (answer["model_version"], 2)
+
+
+def test_an_api_and_a_memory_service_of_different_models_say_so(memory_url, tmp_path, stack):
+    save_checkpoint(tmp_path, random_checkpoint(seed=2))
+    url = stack.enter_context(served(create_api(ApiSettings(run=tmp_path, memory_url=memory_url))))
+    ready = httpx2.get(f"{url}/health/ready")
+    assert (ready.status_code, "serves model" in ready.json()["status"]) == (503, True)
+    refused = httpx2.post(f"{url}/memories", json={"interactions": [{"user_id": "u", "item_id": "i1"}]})
+    assert (refused.status_code, "model_mismatch" in refused.json()["detail"]) == (503, True)
+
+
+# ------------------------------------------------------------------------------------ malformed input
+
+INTERACTION = {"user_id": "u", "item_id": "i"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "code"),
+    [
+        ("/recommend", b"{", 400, "invalid_json"),
+        ("/recommend", b"", 422, "invalid_request"),
+        ("/recommend", b"\xff\xfe", 400, "invalid_json"),
+        ("/recommend", [], 422, "invalid_request"),
+        ("/recommend", {"user_id": ""}, 422, "invalid_request"),
+        ("/recommend", {"user_id": 7}, 422, "invalid_request"),
+        ("/recommend", {"user_id": "x" * 257}, 422, "invalid_request"),
+        ("/recommend", {"user_id": "ü" * 129}, 422, "invalid_request"),
+        ("/recommend", {"user_id": "a\0b"}, 422, "invalid_request"),
+        ("/recommend", b'{"user_id": "\\ud800"}', 422, "invalid_request"),
+        ("/recommend", {"top_n": 0}, 422, "invalid_request"),
+        ("/recommend", {"top_n": 1001}, 422, "invalid_request"),
+        ("/recommend", {"top_n": 2.5}, 422, "invalid_request"),
+        ("/recommend", {"top_n": "10"}, 422, "invalid_request"),
+        ("/recommend", {"k": 0}, 422, "invalid_request"),
+        ("/recommend", {"k": 101}, 422, "invalid_request"),
+        ("/recommend", {"sequence": ["i"] * 1001}, 422, "invalid_request"),
+        ("/recommend", {"sequence": "i1"}, 422, "invalid_request"),
+        ("/recommend", {"sequence": [None]}, 422, "invalid_request"),
+        ("/recommend", {"colour": "red"}, 422, "invalid_request"),
+        ("/recommend", {"scopes": ["everything"]}, 422, "invalid_request"),
+        ("/recommend", {"scopes": ["collective"]}, 422, "scope_unavailable"),
+        ("/recommend/batch", {"requests": []}, 422, "invalid_request"),
+        ("/recommend/batch", {"requests": [{}] * 257}, 422, "invalid_request"),
+        ("/memories", {"interactions": []}, 422, "invalid_request"),
+        ("/memories", {"interactions": [INTERACTION] * 1001}, 422, "invalid_request"),
+        ("/memories", {"interactions": [{"user_id": "u"}]}, 422, "invalid_request"),
+        ("/memories", {"interactions": [INTERACTION | {"timestamp": "noon"}]}, 422, "invalid_request"),
+        ("/memories", b'{"interactions": [{"user_id": "u", "item_id": "i", "rating": NaN}]}', 422, "invalid_request"),
+        (
+            "/memories",
+            b'{"interactions": [{"user_id": "u", "item_id": "i", "timestamp": 1e999}]}',
+            422,
+            "invalid_request",
+        ),
+        ("/memories", {"interactions": [INTERACTION | {"extra": 1}]}, 422, "invalid_request"),
+        ("/nowhere", {}, 404, "not_found"),
+        ("/health/live", {}, 405, "method_not_allowed"),
+    ],
+)
+def test_malformed_input_gets_a_clear_error(client, path, body, status, code):
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    response = client.post(path, content=content, headers={"Content-Type": "application/json"})
+    assert (response.status_code, response.json()["code"]) == (status, code), response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.json()["detail"]
+    assert client.get("/users").json() == {"users": []}
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_giant_body_is_refused(client, declared):
+    def stream():
+        for _ in range(BODY_LIMIT_BYTES // 65536 + 2):
+            yield bytes(65536)
+
+    content = bytes(BODY_LIMIT_BYTES + 1) if declared else stream()
+    response = client.post("/memories", content=content, headers={"Content-Type": "application/json"})
+    assert (response.status_code, response.json()["code"]) == (413, "body_too_large")
+
+
+# -------------------------------------------------------------------------------------------- ramrec serve
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_serving_fails_clearly_without_a_checkpoint_or_a_port(run, tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        serve(tmp_path, "127.0.0.1", free_port(), free_port(), None, None, None)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ServeError, match=f"127.0.0.1:{port}"):
+            serve(run, "127.0.0.1", port, free_port(), None, None, None)
+        with pytest.raises(ServeError, match=f"127.0.0.1:{port}"):
+            serve(run, "127.0.0.1", free_port(), port, None, None, None)
+
+
+def test_each_run_has_a_data_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert data_dir_of(Path("runs/a")) != data_dir_of(Path("other/a"))
+    assert data_dir_of(Path("runs/a")).is_relative_to(tmp_path)
