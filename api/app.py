@@ -101,7 +101,12 @@ class BodyLimit:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        received = 0
+        refusal = problem(413, BodyTooLarge.code, BodyTooLarge.title, f"a body has at most {BODY_LIMIT_BYTES} bytes")
+        declared = dict(scope.get("headers") or []).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > BODY_LIMIT_BYTES:
+            await refusal(scope, receive, send)
+            return
+        received, refused = 0, False
 
         async def limited() -> Message:
             nonlocal received
@@ -111,18 +116,21 @@ class BodyLimit:
                 raise BodyTooLarge(f"a body has at most {BODY_LIMIT_BYTES} bytes")
             return message
 
-        declared = dict(scope.get("headers") or []).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > BODY_LIMIT_BYTES:
-            answer = problem(413, BodyTooLarge.code, BodyTooLarge.title, f"at most {BODY_LIMIT_BYTES} bytes")
-            await answer(scope, receive, send)
-            return
-        await self.app(scope, limited, send)
+        async def answered(message: Message) -> None:
+            nonlocal refused
+            if received <= BODY_LIMIT_BYTES:
+                await send(message)
+            elif not refused:  # whatever was made of the broken-off body, this is the reason
+                refused = True
+                await refusal(scope, receive, send)
+
+        await self.app(scope, limited, answered)
 
 
 # ------------------------------------------------------------------------------------------- recommend
 
 
-@router.post("/recommend", response_model=face.RecommendResponse, response_model_exclude_none=True)
+@router.post("/recommend", response_model=face.RecommendResponse, response_model_exclude_unset=True)
 async def recommend_one(body: face.RecommendRequest, request: Request) -> Response:
     """The top-N for a user, a sequence of items, both, or nobody in particular."""
     check_scopes(body)
@@ -130,7 +138,7 @@ async def recommend_one(body: face.RecommendRequest, request: Request) -> Respon
     return _json(answer)
 
 
-@router.post("/recommend/batch", response_model=face.RecommendBatchResponse, response_model_exclude_none=True)
+@router.post("/recommend/batch", response_model=face.RecommendBatchResponse, response_model_exclude_unset=True)
 async def recommend_batch(body: face.RecommendBatchRequest, request: Request) -> Response:
     """The same for up to 256 requests."""
     for one in body.requests:
@@ -143,7 +151,7 @@ async def recommend_batch(body: face.RecommendBatchRequest, request: Request) ->
 
 
 def _json(answer: face.RecommendResponse | face.RecommendBatchResponse) -> Response:
-    return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
+    return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
 
 
 # -------------------------------------------------------------------------------------------- memories

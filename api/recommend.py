@@ -205,15 +205,16 @@ def _response(
     engine: Engine, asked: Sequence[Asked], retrieved: Retrieved, row: int, ranked: Ranked, degraded: bool
 ) -> RecommendResponse:
     one, ids = asked[row], engine.recommender.checkpoint.item_ids
-    because = _because(engine, retrieved, row, ranked) if one.request.explain else [None] * len(ranked.items)
+    because: Sequence[list[Because] | None] = [None] * len(ranked.items)
+    if one.request.explain:
+        because = _because(engine, retrieved, row, ranked)
     _observe(engine, one, retrieved, row, degraded)
     return RecommendResponse.model_construct(
         recommendation_id=uuid4().hex,
         user_id=one.request.user_id,
         source=one.source,
         items=[
-            Recommended.model_construct(item_id=ids[index - 1], score=float(score), because=reasons)
-            for index, score, reasons in zip(ranked.items, ranked.scores, because, strict=True)
+            _recommended(ids[index - 1], float(ranked.scores[n]), because[n]) for n, index in enumerate(ranked.items)
         ],
         memory=_memory_use(one, retrieved, row, ranked, degraded),
         unknown_items=one.unknown_items,
@@ -223,21 +224,30 @@ def _response(
 
 def _memory_use(one: Asked, retrieved: Retrieved, row: int, ranked: Ranked, degraded: bool) -> MemoryUse:
     k = int(retrieved.k[row])
-    return MemoryUse.model_construct(
+    use = MemoryUse.model_construct(
         entropy=float(retrieved.entropy[row]),
         k=k,
         bank_size=int(retrieved.bank_size[row]),
         version=one.version,
         own=ScopeUse.model_construct(k=k, retrieved=int(retrieved.own.valid[row].sum())),
         collective=ScopeUse.model_construct(k=0, retrieved=0),
-        gate=ranked.gate if one.request.explain else None,
         degraded=degraded and one.request.user_id is not None,
     )
+    if one.request.explain:
+        use.gate = ranked.gate
+    return use
 
 
-def _because(engine: Engine, retrieved: Retrieved, row: int, ranked: Ranked) -> list[list[Because] | None]:
+def _recommended(item_id: str, score: float, because: list[Because] | None) -> Recommended:
+    item = Recommended.model_construct(item_id=item_id, score=score)
+    if because is not None:
+        item.because = because
+    return item
+
+
+def _because(engine: Engine, retrieved: Retrieved, row: int, ranked: Ranked) -> list[list[Because]]:
     """For each item the memories that raise its logit most."""
-    reasons: list[list[Because] | None] = []
+    reasons: list[list[Because]] = []
     for n in range(len(ranked.items)):
         strongest = sorted(ranked.influences, key=lambda one: -one.part[n])[:REASONS]
         reasons.append(
