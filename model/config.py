@@ -121,7 +121,7 @@ class TrainingConfig(_Section):
     fusion_weight_decay: float = Field(0.01, ge=0)
     fusion_max_epochs: int = Field(30, ge=1)
     fusion_patience: int = Field(4, ge=1)
-    threads: int = Field(0, ge=0, description="torch threads; 0: all cores")
+    threads: int = Field(0, ge=0, description="torch threads; 0: as OMP_NUM_THREADS says, or all cores")
 
 
 class Config(_Section):

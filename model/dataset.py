@@ -5,7 +5,6 @@ Items are counted from 1 (0 is padding), users from 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from model.config import DatasetConfig
 from model.interactions import DatasetError, Interactions, Metadata, read_interactions
+from model.rules import Floats, Ints
 
 __all__ = [
     "Dataset",
@@ -22,12 +22,11 @@ __all__ = [
     "Split",
     "k_core",
     "leave_one_out",
-    "pad",
+    "length_batches",
+    "pad_windows",
     "read_dataset",
     "read_interactions",
 ]
-
-Ints = NDArray[np.integer]
 
 
 @dataclass(frozen=True)
@@ -143,21 +142,34 @@ def leave_one_out(dataset: Dataset) -> Split:
     )
 
 
-def pad(rows: Sequence[Ints], length: int | None = None) -> NDArray[np.int64]:
-    """Sequences of different lengths as one array (B, L), filled with 0 on the right.
+def pad_windows(items: Ints, begin: Ints, length: Ints) -> NDArray[np.int64]:
+    """Windows `items[begin:begin + length]` as one array (W, L), filled with 0 on the right; L is the longest one's.
 
-    Only the last `length` items of each are kept; without `length`, L is the longest row's.
-
-    >>> pad([np.array([1, 2, 3]), np.array([4])], 2).tolist()
-    [[2, 3], [4, 0]]
+    >>> pad_windows(np.array([1, 2, 3, 4]), np.array([0, 3]), np.array([2, 1])).tolist()
+    [[1, 2], [4, 0]]
     """
-    counts = np.fromiter((len(row) for row in rows), np.int64, len(rows))
-    width = int(counts.max(initial=0)) if length is None else length
-    padded = np.zeros((len(rows), width), np.int64)
-    if padded.size:
-        filled = np.arange(width) < counts[:, None]
-        padded[filled] = np.concatenate([row[max(len(row) - width, 0) :] for row in rows])
+    columns = np.arange(int(length.max(initial=0)))
+    inside = columns < length[:, None]
+    padded = np.zeros(inside.shape, np.int64)
+    padded[inside] = items[(begin[:, None] + columns)[inside]]
     return padded
+
+
+def length_batches(length: Floats | Ints, tokens: int) -> list[NDArray[np.int64]]:
+    """Indices (W,) of sequences put together by similar length, at most `tokens` positions a batch once padded.
+
+    A fraction added to a length only decides the order among equals. A sequence too long for any batch gets its own.
+
+    >>> [batch.tolist() for batch in length_batches(np.array([3, 1, 2, 9]), 6)]
+    [[1, 2], [0], [3]]
+    """
+    order = np.argsort(length, kind="stable")
+    width = np.maximum(np.floor(length[order]).astype(np.int64), 1)
+    edges = [0]
+    for at in range(1, len(order)):
+        if (at + 1 - edges[-1]) * width[at] > tokens:
+            edges.append(at)
+    return np.split(order, edges[1:]) if len(order) else []
 
 
 def _arrange(log: Interactions, keep: NDArray[np.bool_]) -> Dataset:

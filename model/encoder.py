@@ -7,7 +7,7 @@ padded on the right, where causal attention never looks, so padding cannot chang
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from model.bank import EncodeJob
 from model.config import EncoderConfig
+from model.dataset import length_batches, pad_windows
 from model.rules import Ints, window_start
 
 BATCH_TOKENS = 16384
@@ -140,7 +141,8 @@ def encode_states(encoder: SequenceEncoder, requests: StateRequests) -> NDArray[
     np.maximum.at(length, inverse, place)
     compact = requests.items[requests.items > 0]
     out = np.empty((len(inverse), config.dim), np.float32)
-    for windows, items in _batches(compact, known[begin], length):
+    for windows in length_batches(length + 1, BATCH_TOKENS):
+        items = pad_windows(compact, known[begin[windows]], length[windows])
         states = encoder(torch.from_numpy(items)).numpy()
         index = np.full(len(begin), -1)
         index[windows] = np.arange(len(windows))
@@ -159,20 +161,3 @@ def _windows(requests: StateRequests, window: int, stride: int) -> tuple[Ints, I
     after = np.where(before_all, begin, base + requests.positions)
     keys, inverse = np.unique(np.stack([requests.rows, begin]), axis=1, return_inverse=True)
     return keys[1], inverse.reshape(-1), after
-
-
-def _batches(items: Ints, begin: Ints, length: Ints) -> Iterator[tuple[Ints, NDArray[np.int64]]]:
-    """Windows of similar length together: (window numbers, padded items), about BATCH_TOKENS a batch."""
-    order = np.argsort(length, kind="stable")
-    at = 0
-    while at < len(order):
-        stop = at + 1
-        while stop < len(order) and (stop + 1 - at) * (length[order[stop]] + 1) <= BATCH_TOKENS:
-            stop += 1
-        windows = order[at:stop]
-        columns = np.arange(length[windows].max())
-        inside = columns < length[windows][:, None]
-        padded = np.zeros(inside.shape, np.int64)
-        padded[inside] = items[(begin[windows][:, None] + columns)[inside]]
-        yield windows, padded
-        at = stop

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from model.config import Config
-from model.dataset import Dataset, leave_one_out
+from model.dataset import Dataset, leave_one_out, length_batches, pad_windows
 from model.encoder import SequenceEncoder, encode_states
 from model.metrics import ranks, summary
 from model.optimisation import (
@@ -90,18 +90,10 @@ def training_batches(
     The windows of a user are laid end to end from a random offset, other ones every epoch.
     """
     begin, length = _training_windows(dataset, users, config.encoder.window, rng)
-    order = np.argsort(length + rng.random(len(length)), kind="stable")
-    width = np.maximum(length[order], 1)
-    edges = [0]
-    for at in range(1, len(order) + 1):
-        if at == len(order) or (at + 1 - edges[-1]) * width[at] > config.training.batch_tokens:
-            edges.append(at)
-    for batch in rng.permutation(len(edges) - 1):
-        windows = order[edges[batch] : edges[batch + 1]]
-        inside = np.arange(length[windows].max()) < length[windows][:, None]
-        padded = np.zeros(inside.shape, np.int64)
-        padded[inside] = dataset.items[(begin[windows][:, None] + np.arange(inside.shape[1]))[inside]]
-        yield padded
+    batches = length_batches(length + rng.random(len(length)), config.training.batch_tokens)
+    for batch in rng.permutation(len(batches)):
+        windows = batches[batch]
+        yield pad_windows(dataset.items, begin[windows], length[windows])
 
 
 def _training_windows(

@@ -9,7 +9,6 @@ all randomness of an epoch follows from (seed, epoch).
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,8 @@ def train(dataset: Dataset, config: Config, run: Path, report: Report = lambda e
         DatasetError: no user has the three events that training, validation and test need.
     """
     config = fitted_config(config, dataset)
-    torch.set_num_threads(config.training.threads or os.cpu_count() or 1)
+    if config.training.threads:
+        torch.set_num_threads(config.training.threads)
     held_out = hold_out(dataset.users, config.training)
     encoder = fit_encoder(dataset, config, ~held_out, run, report)
     clusters = cluster_items(encoder, config)

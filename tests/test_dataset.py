@@ -26,7 +26,8 @@ from model.dataset import (
     DatasetError,
     k_core,
     leave_one_out,
-    pad,
+    length_batches,
+    pad_windows,
     read_dataset,
     read_interactions,
 )
@@ -410,15 +411,22 @@ def test_leave_one_out(tmp_path: Path) -> None:
     assert split.test.tolist() == [3, -1, 8, -1]
 
 
-@given(st.lists(st.lists(st.integers(1, 9), max_size=6), max_size=5), st.none() | st.integers(0, 7))
-def test_pad(rows: list[list[int]], length: int | None) -> None:
-    padded = pad([np.array(row, np.int32) for row in rows], length)
-    width = max(map(len, rows), default=0) if length is None else length
+@given(st.lists(st.lists(st.integers(1, 9), max_size=6), max_size=5))
+def test_windows_are_padded_on_the_right(rows: list[list[int]]) -> None:
+    items = np.array([item for row in rows for item in row], np.int32)
+    length = np.array([len(row) for row in rows], np.int64)
+    padded = pad_windows(items, np.cumsum(length) - length, length)
+    width = max(map(len, rows), default=0)
     assert padded.dtype == np.int64
-    assert padded.shape == (len(rows), width)
-    for row, got in zip(rows, padded.tolist(), strict=True):
-        kept = row[max(len(row) - width, 0) :]
-        assert got == kept + [0] * (width - len(kept))
+    assert padded.tolist() == [row + [0] * (width - len(row)) for row in rows]
+
+
+@given(st.lists(st.integers(0, 12), max_size=30), st.integers(1, 40))
+def test_batches_hold_every_sequence_once_and_keep_to_their_size(lengths: list[int], tokens: int) -> None:
+    batches = length_batches(np.array(lengths, np.int64), tokens)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(1, *(lengths[index] for index in batch)) <= tokens
 
 
 # --- ML-100K ---
