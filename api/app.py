@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
@@ -20,7 +20,7 @@ from api.engine import Engine
 from api.ingest import ingest
 from api.memory_client import MemoryClient
 from api.metrics import Metrics
-from api.problems import BodyTooLarge, MemoryUnavailable, NotFound, install, problem
+from api.problems import MEDIA_TYPE, BodyTooLarge, MemoryUnavailable, NotFound, install, problem
 from api.recommend import SCOPES, check_scopes, recommend
 from api.settings import ApiSettings
 from memory_service.schemas import Item, RegisterRequest, UserMemory
@@ -30,11 +30,15 @@ BODY_LIMIT_BYTES = 4 * 2**20
 REFRESH_S = 5.0
 """How often changes that other api processes made to the catalogue are looked for."""
 
-PROBLEM = {"description": "`application/problem+json` with a stable `code`"}
+PROBLEM: dict[str, Any] = {
+    "description": "What is wrong, with a stable `code` (RFC 9457)",
+    "content": {MEDIA_TYPE: {"schema": face.Problem.model_json_schema()}},
+}
 ERRORS: dict[int | str, dict[str, Any]] = {400: PROBLEM, 413: PROBLEM, 422: PROBLEM, 503: PROBLEM}
 UserId = Annotated[face.Identifier, Path(description="The caller's user id, percent-encoded.")]
 ItemId = Annotated[face.Identifier, Path(description="The caller's item id, percent-encoded.")]
 Limit = Annotated[int, Query(ge=1, le=1000)]
+Search = Annotated[str, Query(max_length=face.ID_LIMIT_BYTES)]
 
 router = APIRouter(responses=ERRORS)
 
@@ -50,8 +54,8 @@ def create_app(settings: ApiSettings) -> FastAPI:
     app.state.settings, app.state.recommender, app.state.metrics = settings, recommender, Metrics()
     app.include_router(router)
     install(app)
-    app.middleware("http")(_counted)
     app.add_middleware(BodyLimit)
+    app.add_middleware(CountRequests)
     return app
 
 
@@ -68,6 +72,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         settings.batch_wait_s,
         settings.queue_limit,
         metrics.seconds.labels("queue").observe,
+        settings.patience_s,
     )
     app.state.engine, app.state.batcher = engine, batcher
     batcher.start()
@@ -86,11 +91,28 @@ async def _refresh_catalogue(engine: Engine) -> None:
         await asyncio.sleep(REFRESH_S)
 
 
-async def _counted(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-    response = await call_next(request)
-    path = getattr(request.scope.get("route"), "path", "unknown")
-    request.app.state.metrics.requests.labels(path, response.status_code).inc()
-    return response
+class CountRequests:
+    """Counts answers by route and status, those that fail unforeseen included."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        status = 500
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noting)
+        finally:
+            path = getattr(scope.get("route"), "path", "unknown")
+            scope["app"].state.metrics.requests.labels(path, status).inc()
 
 
 class BodyLimit:
@@ -134,8 +156,8 @@ class BodyLimit:
 async def recommend_one(body: face.RecommendRequest, request: Request) -> Response:
     """The top-N for a user, a sequence of items, both, or nobody in particular."""
     check_scopes(body)
-    answer = await request.app.state.batcher.submit(body)
-    return _json(answer)
+    answers = await request.app.state.batcher.submit([body], request.is_disconnected)
+    return _json(answers[0])
 
 
 @router.post("/recommend/batch", response_model=face.RecommendBatchResponse, response_model_exclude_unset=True)
@@ -143,10 +165,7 @@ async def recommend_batch(body: face.RecommendBatchRequest, request: Request) ->
     """The same for up to 256 requests."""
     for one in body.requests:
         check_scopes(one)
-    engine, size = request.app.state.engine, request.app.state.settings.batch_size
-    answers = []
-    for at in range(0, len(body.requests), size):
-        answers += await recommend(engine, body.requests[at : at + size])
+    answers = await request.app.state.batcher.submit(body.requests, request.is_disconnected)
     return _json(face.RecommendBatchResponse.model_construct(results=answers))
 
 
@@ -216,7 +235,7 @@ async def forget(user_id: UserId, request: Request) -> face.ForgetResponse:
 
 
 @router.get("/users")
-async def users(request: Request, prefix: str = "", limit: Limit = 100) -> face.UsersResponse:
+async def users(request: Request, prefix: Search = "", limit: Limit = 100) -> face.UsersResponse:
     """User ids that begin with a prefix."""
     return face.UsersResponse(users=list(await request.app.state.engine.memory.users(prefix, limit)))
 
@@ -225,7 +244,7 @@ async def users(request: Request, prefix: str = "", limit: Limit = 100) -> face.
 
 
 @router.get("/items")
-async def items(request: Request, query: str = "", limit: Limit = 20) -> face.ItemsResponse:
+async def items(request: Request, query: Search = "", limit: Limit = 20) -> face.ItemsResponse:
     """Items whose id or metadata contains the query."""
     engine: Engine = request.app.state.engine
     return face.ItemsResponse(items=[_item(engine, item) for item in engine.catalogue.find(query, limit)])
@@ -247,6 +266,7 @@ async def put_item(item_id: ItemId, body: face.ItemPut, request: Request) -> fac
 async def patch_item(item_id: ItemId, body: face.ItemPatch, request: Request) -> face.ItemOut:
     """Change an item's metadata, or hide it from recommendations."""
     engine: Engine = request.app.state.engine
+    await engine.sync()  # another process may have changed it since
     now = _known_item(engine, item_id)
     metadata = now.metadata | (body.metadata or {})
     return await _change_item(engine, Item(item_id, metadata, now.hidden if body.hidden is None else body.hidden))

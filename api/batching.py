@@ -4,41 +4,51 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from api.problems import Overloaded
+from api.problems import CallerGone, Overloaded
+
+PATIENCE_S = 0.05
+"""Callers rarely leave sooner than this."""
 
 Ask = TypeVar("Ask")
 Answer = TypeVar("Answer")
+Gone = Callable[[], Awaitable[bool]]
 
 
 @dataclass
 class _Waiting(Generic[Ask, Answer]):
     ask: Ask
+    gone: Gone | None
     answer: asyncio.Future[Answer]
     since: float = field(default_factory=time.perf_counter)
 
 
 class MicroBatcher(Generic[Ask, Answer]):
-    """Collects up to `size` requests, waiting at most `wait_s` for more once it has one.
+    """Collects up to `size` requests. A batch waits for more, at most `wait_s`, only where the one before it held
+    several: a lone caller is answered at once.
 
-    Requests whose caller has gone are dropped before any work is done for them. An error of `work` reaches every caller
-    of its batch. `observe_wait` is told how long each request queued, in seconds.
+    Requests whose caller has gone are dropped before any work is done for them: the future is cancelled, or after
+    `patience_s` in the queue the connection turns out to be closed. An error of `work` reaches every caller of its
+    batch. `observe_wait` is told how long each request queued, in seconds.
     """
 
     def __init__(
         self,
-        work: Callable[[Sequence[Ask]], Awaitable[Sequence[Answer]]],
+        work: Callable[[Sequence[Ask]], Coroutine[Any, Any, Sequence[Answer]]],
         size: int,
         wait_s: float,
         limit: int,
         observe_wait: Callable[[float], None],
+        patience_s: float = PATIENCE_S,
     ) -> None:
         self._work, self._size, self._wait_s, self._observe = work, size, wait_s, observe_wait
+        self._patience_s = patience_s
         self._queue: asyncio.Queue[_Waiting[Ask, Answer]] = asyncio.Queue(limit)
         self._task: asyncio.Task[None] | None = None
+        self._crowded = False
 
     def start(self) -> None:
         """Begin to answer. Call on the running event loop."""
@@ -51,46 +61,59 @@ class MicroBatcher(Generic[Ask, Answer]):
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    async def submit(self, ask: Ask) -> Answer:
-        """The answer to one request. Raises Overloaded at once where the queue is full."""
-        waiting: _Waiting[Ask, Answer] = _Waiting(ask, asyncio.get_running_loop().create_future())
-        try:
-            self._queue.put_nowait(waiting)
-        except asyncio.QueueFull:
-            raise Overloaded(f"{self._queue.maxsize} requests are waiting already") from None
-        return await waiting.answer
+    async def submit(self, asks: Sequence[Ask], gone: Gone | None = None) -> list[Answer]:
+        """The answers to one caller's requests. `gone` tells whether the caller has hung up.
+
+        Raises:
+            Overloaded: there is no room for all of them; none was accepted.
+            CallerGone: the caller left while they waited.
+        """
+        if self._queue.qsize() + len(asks) > self._queue.maxsize:
+            raise Overloaded(f"{self._queue.qsize()} of at most {self._queue.maxsize} requests are waiting already")
+        loop = asyncio.get_running_loop()
+        waiting = [_Waiting[Ask, Answer](ask, gone, loop.create_future()) for ask in asks]
+        for one in waiting:
+            self._queue.put_nowait(one)
+        return await asyncio.gather(*(one.answer for one in waiting))
 
     async def _run(self) -> None:
         while True:
             taken = await self._collect()
-            wanted = [one for one in taken if not one.answer.done()]  # a cancelled caller has a cancelled future
             try:
-                await self._answer(wanted)
+                await self._answer([one for one in taken if await self._wanted(one)])
             finally:
                 for _ in taken:
                     self._queue.task_done()
 
     async def _collect(self) -> list[_Waiting[Ask, Answer]]:
         taken = [await self._queue.get()]
-        if self._queue.empty() and self._wait_s:
+        if self._crowded and self._queue.empty() and self._wait_s:
             await asyncio.sleep(self._wait_s)
         while len(taken) < self._size and not self._queue.empty():
             taken.append(self._queue.get_nowait())
+        self._crowded = len(taken) > 1
         return taken
+
+    async def _wanted(self, one: _Waiting[Ask, Answer]) -> bool:
+        """Whether somebody still waits for the answer."""
+        waited_s = time.perf_counter() - one.since
+        self._observe(waited_s)
+        if one.gone and waited_s >= self._patience_s and not one.answer.done():
+            gone = await one.gone()
+            if gone and not one.answer.done():
+                one.answer.set_exception(CallerGone(f"the caller left within {waited_s:.3f} s"))
+        return not one.answer.done()
 
     async def _answer(self, wanted: list[_Waiting[Ask, Answer]]) -> None:
         if not wanted:
             return
-        now = time.perf_counter()
-        for one in wanted:
-            self._observe(now - one.since)
-        try:
-            answers = await self._work([one.ask for one in wanted])
-        except Exception as error:
-            for one in wanted:
-                if not one.answer.done():
-                    one.answer.set_exception(error)
-            return
-        for one, answer in zip(wanted, answers, strict=True):
-            if not one.answer.done():
-                one.answer.set_result(answer)
+        outcome = asyncio.create_task(self._work([one.ask for one in wanted]))
+        await asyncio.wait([outcome])
+        error = outcome.exception()
+        for n, one in enumerate(wanted):
+            if one.answer.done():  # cancelled meanwhile
+                continue
+            if error is not None:
+                one.answer.set_exception(error)
+            else:
+                one.answer.set_result(outcome.result()[n])

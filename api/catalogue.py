@@ -31,12 +31,21 @@ class CatalogueMirror:
         return len(self.items)
 
     def take(self, reply: CatalogueReply) -> None:
-        """Learn from a listing; `reply.since` is at most the first number not known yet."""
-        self.items[reply.since - 1 :] = reply.items
-        self.number_of = {item.item_id: number for number, item in enumerate(self.items, start=1)}
-        self.model_index = np.array([0, *(self._index_of.get(item.item_id, 0) for item in self.items)], np.int64)
-        hidden = [self._index_of.get(item.item_id, 0) for item in self.items if item.hidden]
-        self.hidden, self.revision = np.array(hidden, np.int64), reply.revision
+        """Learn from a listing: of everything (`since` 1), or of what follows the last number known.
+
+        The model's thread reads the arrays meanwhile: they are replaced, never changed.
+        """
+        assert reply.since in (1, self.size + 1), (reply.since, self.size)
+        if reply.since == 1:
+            self.items, self.number_of = [], {}
+            self.model_index, self.hidden = np.zeros(1, np.int64), np.zeros(0, np.int64)
+        indices = [self._index_of.get(item.item_id, 0) for item in reply.items]
+        hidden = [index for index, item in zip(indices, reply.items, strict=True) if item.hidden]
+        self.number_of |= {item.item_id: number for number, item in enumerate(reply.items, start=reply.since)}
+        self.items += reply.items
+        self.model_index = np.concatenate([self.model_index, np.array(indices, np.int64)])
+        self.hidden = np.concatenate([self.hidden, np.array(hidden, np.int64)])
+        self.revision = reply.revision
 
     def item_id(self, number: int) -> str:
         """Id of a catalogue number."""

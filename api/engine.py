@@ -69,13 +69,18 @@ class Engine:
     async def know(self, catalogue_size: int) -> None:
         """Make sure that catalogue numbers up to `catalogue_size` are known here."""
         if catalogue_size > self.catalogue.size:
-            await self.sync()
+            async with self._syncing:
+                if catalogue_size > self.catalogue.size:  # nobody else fetched them while we waited
+                    await self._fetch_catalogue()
 
     async def sync(self) -> None:
         """Fetch new catalogue items, and all of them where metadata or hidden flags changed."""
         async with self._syncing:
-            reply = await self.memory.catalogue(self.catalogue.size + 1)
-            if reply.revision != self.catalogue.revision:
-                reply = await self.memory.catalogue(1)
-            if reply.items or reply.revision != self.catalogue.revision:
-                self.catalogue.take(reply)
+            await self._fetch_catalogue()
+
+    async def _fetch_catalogue(self) -> None:
+        reply = await self.memory.catalogue(self.catalogue.size + 1)
+        if reply.revision != self.catalogue.revision:
+            reply = await self.memory.catalogue(1)
+        if reply.items or reply.revision != self.catalogue.revision:
+            self.catalogue.take(reply)

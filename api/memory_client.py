@@ -79,8 +79,8 @@ def unpack(reply: RetrieveReply) -> Remembered:
 class MemoryClient:
     """One method a call of the memory service.
 
-    Every method raises MemoryUnavailable where the service cannot be reached, does not answer in time, has no Redis or
-    serves another model.
+    Every method raises MemoryUnavailable where the service cannot be reached, does not answer in time, has no Redis,
+    serves another model, or answers what no memory service does.
     """
 
     def __init__(self, url: str, timeout_s: float) -> None:
@@ -93,7 +93,11 @@ class MemoryClient:
 
     async def retrieve(self, request: RetrieveRequest) -> Remembered:
         """Memories of a batch of users."""
-        return unpack(await self._post("/v1/retrieve", request, RetrieveReply))
+        reply = await self._post("/v1/retrieve", request, RetrieveReply)
+        try:
+            return unpack(reply)
+        except ValueError as error:
+            raise MemoryUnavailable(f"memory service: columns do not fit: {error}") from error
 
     async def plan(self, request: PlanRequest) -> PlanReply:
         """What events would mean, and the states they need."""
@@ -132,12 +136,14 @@ class MemoryClient:
         """The model version that the service serves, once it is ready."""
         try:
             async with self._session.get(f"{self._url}/health/ready") as response:
-                about = await response.json()
-        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-            raise MemoryUnavailable(f"memory service: {error or 'no answer in time'}") from error
+                about = msgspec.json.decode(await response.read(), type=Readiness)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise MemoryUnavailable(f"memory service: {str(error) or 'no answer in time'}") from error
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise MemoryUnavailable(f"memory service: {error}: not a memory service?") from error
         if response.status != 200:
-            raise MemoryUnavailable(f"memory service: {about.get('status')}")
-        return str(about["model_version"])
+            raise MemoryUnavailable(f"memory service: {about.status}")
+        return about.model_version
 
     async def _post(self, path: str, body: msgspec.Struct, kind: type[Reply]) -> Reply:
         return _there(await self._call("POST", path, kind, data=msgspec.msgpack.encode(body)))
@@ -162,10 +168,24 @@ class MemoryClient:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise MemoryUnavailable(f"memory service: {str(error) or 'no answer in time'}") from error
         if status == 200:
-            return msgspec.msgpack.decode(content, type=kind)
+            return _decoded(content, kind)
         if status == 404:
             return None
         raise MemoryUnavailable(f"memory service answered {status}: {_detail(content)}")
+
+
+class Readiness(msgspec.Struct):
+    """What `/health/ready` of the memory service says."""
+
+    status: str
+    model_version: str
+
+
+def _decoded(content: bytes, kind: type[Reply]) -> Reply:
+    try:
+        return msgspec.msgpack.decode(content, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise MemoryUnavailable(f"memory service: {error}: not a memory service?") from error
 
 
 def _there(reply: Reply | None) -> Reply:

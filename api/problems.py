@@ -6,9 +6,11 @@
     ├─ BodyTooLarge            413 body_too_large
     ├─ Overloaded              503 overloaded, Retry-After
     ├─ WriteConflict           503 write_conflict, Retry-After
-    └─ MemoryUnavailable       503 memory_unavailable, Retry-After
+    ├─ MemoryUnavailable       503 memory_unavailable, Retry-After
+    └─ CallerGone              499 caller_gone (nobody reads it; it shows in the metrics)
 
-Broken JSON is 400 `invalid_json`; unknown paths and methods are 404 `not_found` and 405 `method_not_allowed`.
+Broken JSON is 400 `invalid_json`; unknown paths and methods are 404 `not_found` and 405 `method_not_allowed`;
+anything that should not happen is 500 `internal`, with no detail of the inside.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from starlette.exceptions import HTTPException
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_S = 1
-HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
+HTTP_CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
+"""400: FastAPI's word for a body that is no JSON text at all (not UTF-8, nested too deeply)."""
 
 
 class ApiProblem(Exception):  # noqa: N818 - the word of RFC 9457
@@ -71,6 +74,12 @@ class MemoryUnavailable(ApiProblem):
     status, code, title = 503, "memory_unavailable", "Memory unavailable"
 
 
+class CallerGone(ApiProblem):
+    """The caller closed the connection before its turn came."""
+
+    status, code, title = 499, "caller_gone", "Caller gone"
+
+
 def problem(status: int, code: str, title: str, detail: str, **extra: Any) -> JSONResponse:
     """A problem document as a response."""
     content = {"type": f"urn:ramrec:problem:{code}", "title": title, "status": status, "detail": detail, "code": code}
@@ -100,6 +109,10 @@ def install(app: FastAPI) -> None:
         answer = problem(error.status_code, code, str(error.detail), f"{request.method} {request.url.path}")
         answer.headers.update(error.headers or {})
         return answer
+
+    @app.exception_handler(Exception)
+    async def internal(request: Request, error: Exception) -> JSONResponse:
+        return problem(500, ApiProblem.code, ApiProblem.title, "see the log of the api")
 
 
 def _field(place: tuple[int | str, ...]) -> str:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
+import msgspec
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 ID_LIMIT_BYTES = 256
+METADATA_LIMIT_BYTES = 65536
+METADATA_DEPTH = 16
+RATING_LIMIT = 1e9
+"""Largest size of a rating: far inside what a memory entry (32 bits) can hold."""
 MILLISECONDS = 1e11
 """Timestamps from here on are taken for milliseconds (in seconds it is the year 5138)."""
 
@@ -23,7 +29,27 @@ def _identifier(value: str) -> str:
     return value
 
 
+def _metadata(value: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what the wire or Redis cannot carry: it would be found out only after it was stored."""
+    try:
+        size = len(json.dumps(value, allow_nan=False, ensure_ascii=False).encode())
+        msgspec.msgpack.encode(value)
+    except (OverflowError, RecursionError, ValueError) as error:
+        raise ValueError("metadata holds finite numbers of 64 bits and valid Unicode, not too deeply nested") from error
+    if size > METADATA_LIMIT_BYTES or _depth(value) > METADATA_DEPTH:
+        raise ValueError(f"metadata has at most {METADATA_LIMIT_BYTES} bytes and {METADATA_DEPTH} levels")
+    return value
+
+
+def _depth(value: Any) -> int:
+    """Levels of objects and lists."""
+    if not isinstance(value, dict | list):
+        return 0
+    return 1 + max(map(_depth, value.values() if isinstance(value, dict) else value), default=0)
+
+
 Identifier = Annotated[str, AfterValidator(_identifier)]
+Metadata = Annotated[dict[str, Any], AfterValidator(_metadata)]
 Scope = Literal["own", "collective"]
 
 
@@ -101,6 +127,10 @@ class RecommendResponse(BaseModel):
 class RecommendBatchRequest(_Face):
     """Up to 256 requests."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"requests": [{"user_id": "196"}, {"sequence": ["50", "172"], "top_n": 3}]}]}
+    )
+
     requests: Annotated[list[RecommendRequest], Field(min_length=1, max_length=256)]
 
 
@@ -115,8 +145,8 @@ class Interaction(_Face):
 
     user_id: Identifier
     item_id: Identifier
-    timestamp: Annotated[float, Field(strict=False)] | None = None
-    rating: Annotated[float, Field(strict=False)] | None = None
+    timestamp: float | None = None
+    rating: Annotated[float, Field(ge=-RATING_LIMIT, le=RATING_LIMIT)] | None = None
     event_id: Identifier | None = None
     recommendation_id: Identifier | None = None
 
@@ -219,15 +249,29 @@ class ItemsResponse(BaseModel):
 class ItemPut(_Face):
     """All there is to say about an item."""
 
-    metadata: dict[str, Any] = {}
+    model_config = ConfigDict(json_schema_extra={"examples": [{"metadata": {"title": "Alien", "year": 1979}}]})
+
+    metadata: Metadata = {}
     hidden: bool = False
 
 
 class ItemPatch(_Face):
     """What to change about an item."""
 
-    metadata: dict[str, Any] | None = None
+    model_config = ConfigDict(json_schema_extra={"examples": [{"hidden": True}]})
+
+    metadata: Metadata | None = None
     hidden: bool | None = None
+
+
+class Problem(BaseModel):
+    """An error: `code` is stable, `detail` is for people."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
 
 
 class ModelResponse(BaseModel):

@@ -7,6 +7,8 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from api.batching import PATIENCE_S
+
 
 class ApiSettings(BaseSettings):
     """Everything the api can be told."""
@@ -19,6 +21,7 @@ class ApiSettings(BaseSettings):
     port: int = Field(8000, ge=1, le=65535)
     memory_timeout_s: float = Field(5.0, gt=0)
     batch_size: int = Field(64, ge=1, description="requests answered by one forward pass")
-    batch_wait_s: float = Field(0.001, ge=0, description="how long a batch waits for more requests")
-    queue_limit: int = Field(2048, ge=1, description="waiting requests beyond which new ones are refused")
+    batch_wait_s: float = Field(0.001, ge=0, description="how long a batch waits for more while there are many")
+    patience_s: float = Field(PATIENCE_S, ge=0, description="wait after which the connection is looked at")
+    queue_limit: int = Field(2048, ge=256, description="waiting requests beyond which new ones are refused")
     torch_threads: int = Field(1, ge=1)

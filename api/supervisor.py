@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,9 @@ READY_TIMEOUT_S = 120.0
 GRACE_S = 20.0
 POLL_S = 0.1
 PR_SET_PDEATHSIG = 1
+
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Our own processes are never asked through a proxy that the environment names."""
 
 
 class ServeError(RamrecError):
@@ -43,6 +47,8 @@ def serve(
         CheckpointError: no usable checkpoint. ServeError: a port is taken, or a process ended by itself.
     """
     load_checkpoint(run, with_weights=False)
+    if memory_url is None and port == memory_port:
+        raise ServeError(f"api and memory service cannot both listen on port {port}")
     _check_port(host, port)
     children: list[subprocess.Popen[bytes]] = []
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -53,8 +59,9 @@ def serve(
             keep = ["--redis-url", redis_url] if redis_url else ["--data-dir", str(data_dir or data_dir_of(run))]
             children.append(_start("memory_service", run, memory_port, "127.0.0.1", keep))
         children.append(_start("api", run, port, host, ["--memory-url", memory_url]))
-        _wait_until_ready(children, f"http://{host}:{port}")
-        print(f"RAMRec serves on http://{host}:{port} (API: /docs, stop: Ctrl-C)", flush=True)
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        _wait_until_ready(children, url)
+        print(f"RAMRec serves on {url} (API: /docs, stop: Ctrl-C)", flush=True)
         while True:
             _check_alive(children)
             time.sleep(POLL_S)
@@ -101,15 +108,18 @@ def _end_with(parent: int) -> Callable[[], None]:
 
 
 def _wait_until_ready(children: Sequence[subprocess.Popen[bytes]], url: str) -> None:
-    deadline = time.monotonic() + READY_TIMEOUT_S
+    deadline, reason = time.monotonic() + READY_TIMEOUT_S, "no answer"
     while time.monotonic() < deadline:
         _check_alive(children)
         try:
-            with urllib.request.urlopen(f"{url}/health/ready", timeout=2):
+            with _direct.open(f"{url}/health/ready", timeout=2):
                 return
+        except urllib.error.HTTPError as error:
+            reason = error.read().decode(errors="replace")
         except OSError:
-            time.sleep(POLL_S)
-    raise ServeError(f"not ready within {READY_TIMEOUT_S:.0f} s; see {url}/health/ready")
+            pass  # it does not listen yet
+        time.sleep(POLL_S)
+    raise ServeError(f"not ready within {READY_TIMEOUT_S:.0f} s: {url}/health/ready says {reason}")
 
 
 def _check_alive(children: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -123,7 +133,13 @@ def _name(child: subprocess.Popen[bytes]) -> str:
 
 
 def _stop(children: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Stop the api first, so that it can finish what it accepted; then the memory service."""
+    """Stop the api first, so that it can finish what it accepted; then the memory service.
+
+    From here on further signals change nothing: it ends within two grace periods anyway.
+    """
+    if children:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
     for child in reversed(children):
         if child.poll() is None:
             child.send_signal(signal.SIGTERM)

@@ -1,0 +1,421 @@
+"""Where the REST API could break: hostile values, overload, callers that leave, strangers in place of the memory
+service, and the processes of `ramrec serve`.
+"""
+
+import asyncio
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx2
+import msgspec
+import numpy as np
+import pytest
+from fastapi import FastAPI, Response
+
+from api.app import create_app as create_api
+from api.batching import MicroBatcher
+from api.catalogue import CatalogueMirror
+from api.memory_client import MemoryClient
+from api.problems import CallerGone, MemoryUnavailable, Overloaded
+from api.settings import ApiSettings
+from api.supervisor import ServeError, serve
+from memory_service.schemas import CatalogueReply, Columns, Item, RetrieveReply, RetrieveRequest
+from tests.conftest import served
+
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture
+def client(api_url, stack) -> httpx2.Client:
+    return stack.enter_context(httpx2.Client(base_url=api_url))
+
+
+# ------------------------------------------------------------------------------------- hostile values
+
+EVENT = '{"interactions": [{"user_id": "u", "item_id": "i1", %s}]}'
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "code"),
+    [
+        ("POST", "/recommend", b'{"user_id": "\xff"}', 400, "invalid_json"),
+        ("POST", "/recommend", b"[" * 100_000, 400, "invalid_json"),
+        ("POST", "/recommend", b'{"\\ud800": 1}', 422, "invalid_request"),
+        ("POST", "/recommend", b'{"filter": {}}', 422, "invalid_request"),
+        ("POST", "/recommend", b'{"explain": 1}', 422, "invalid_request"),
+        ("POST", "/recommend", b'{"top_n": true}', 422, "invalid_request"),
+        ("POST", "/recommend/batch", b'{"requests": [{}, {"top_n": 0}]}', 422, "invalid_request"),
+        ("POST", "/recommend/batch", b'{"requests": [{}, {"scopes": ["collective"]}]}', 422, "scope_unavailable"),
+        ("POST", "/memories", EVENT % '"timestamp": "12.5"', 422, "invalid_request"),
+        ("POST", "/memories", EVENT % '"timestamp": true', 422, "invalid_request"),
+        ("POST", "/memories", EVENT % f'"timestamp": 1{"0" * 400}', 422, "invalid_request"),
+        ("POST", "/memories", EVENT % '"rating": 1e300', 422, "invalid_request"),
+        ("POST", "/memories", EVENT % '"rating": Infinity', 422, "invalid_request"),
+        ("POST", "/memories", EVENT % '"event_id": ""', 422, "invalid_request"),
+        ("PUT", "/items/x", b'{"metadata": {"a": NaN}}', 422, "invalid_request"),
+        ("PUT", "/items/x", b'{"metadata": {"a": "\\ud800"}}', 422, "invalid_request"),
+        ("PUT", "/items/x", f'{{"metadata": {{"a": 1{"0" * 30}}}}}', 422, "invalid_request"),
+        ("PUT", "/items/x", b'{"metadata": {"a": %s}}' % (b"[" * 100 + b"]" * 100), 422, "invalid_request"),
+        ("PUT", "/items/x", b'{"metadata": {"a": "%s"}}' % (b"x" * 70_000), 422, "invalid_request"),
+        ("PATCH", "/items/i1", b'{"metadata": {"a": [Infinity]}}', 422, "invalid_request"),
+        ("PATCH", "/items/nope", b'{"hidden": true}', 404, "item_not_found"),
+        ("GET", "/users/%00/memory", b"", 422, "invalid_request"),
+        ("GET", "/users//memory", b"", 422, "invalid_request"),
+        ("GET", "/users?limit=0", b"", 422, "invalid_request"),
+        ("GET", f"/users?prefix={'x' * 300}", b"", 422, "invalid_request"),
+        ("GET", "/items?limit=1001", b"", 422, "invalid_request"),
+    ],
+)
+def test_hostile_values_are_refused_before_anything_is_stored(client, method, path, body, status, code):
+    content = body if isinstance(body, bytes) else body.encode()
+    response = client.request(method, path, content=content, headers=JSON)
+    assert (response.status_code, response.json()["code"]) == (status, code), response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    assert client.get("/users/u/memory").status_code == 404
+    assert client.get("/items/x").status_code == 404
+
+
+def test_an_error_names_the_field(client):
+    found = client.post("/memories", json={"interactions": [{"user_id": "u", "item_id": "i", "rating": "good"}]}).json()
+    assert [error["field"] for error in found["errors"]] == ["interactions.0.rating"]
+
+
+def test_numbers_without_a_fraction_are_numbers(client):
+    event = {"user_id": "u", "item_id": "i1", "timestamp": 1_600_000_000, "rating": 5}
+    assert client.post("/memories", json={"interactions": [event]}).json()["accepted"] == 1
+
+
+def test_what_should_not_happen_is_a_problem_document_too(run, memory_url, stack):
+    app = create_api(ApiSettings(run=run, memory_url=memory_url))
+    app.add_api_route("/broken", lambda: 1 // 0)
+    url = stack.enter_context(served(app))
+    response = httpx2.get(f"{url}/broken")
+    assert (response.status_code, response.json()["code"]) == (500, "internal")
+    assert "division" not in response.text
+    metrics = httpx2.get(f"{url}/metrics").text
+    assert 'ramrec_api_requests_total{route="/broken",status="500"} 1.0' in metrics
+
+
+def test_metadata_is_merged_and_hiding_can_be_undone(client):
+    client.put("/items/i2", json={"metadata": {"title": "Two"}, "hidden": True})
+    assert client.patch("/items/i2", json={"metadata": {"year": 2000}}).json()["hidden"]
+    shown = client.patch("/items/i2", json={"hidden": False}).json()
+    assert (shown["hidden"], shown["metadata"]) == (False, {"title": "Two", "year": 2000})
+
+
+def test_the_openapi_document_tells_of_errors(client):
+    document = client.get("/openapi.json").json()
+    answers = document["paths"]["/recommend"]["post"]["responses"]
+    assert {"200", "400", "413", "422", "503"} <= set(answers)
+    assert "code" in answers["422"]["content"]["application/problem+json"]["schema"]["properties"]
+
+
+# --------------------------------------------------------------------------- overload, callers that leave
+
+
+async def _doubled(numbers):
+    return [2 * number for number in numbers]
+
+
+def batcher(work=_doubled, limit=8, patience_s=60.0) -> MicroBatcher:
+    return MicroBatcher(work, 4, 0.0, limit, lambda seconds: None, patience_s)
+
+
+def test_callers_get_their_own_answers(go):
+    async def scene():
+        batches = batcher()
+        batches.start()
+        answers = await asyncio.gather(*(batches.submit([n, 10 * n]) for n in range(4)))
+        await batches.stop()
+        return answers
+
+    assert go(scene()) == [[0, 0], [2, 20], [4, 40], [6, 60]]
+
+
+def test_requests_beyond_the_limit_are_refused_at_once_and_none_of_theirs_is_done(go):
+    async def scene():
+        batches = batcher(limit=3)
+        waiting = asyncio.ensure_future(batches.submit([1, 2]))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await batches.submit([3, 4])
+        batches.start()
+        answers = await waiting
+        await batches.stop()
+        return answers
+
+    assert go(scene()) == [2, 4]
+
+
+def test_no_work_is_done_for_those_who_left(go):
+    done = []
+
+    async def noted(numbers):
+        done.extend(numbers)
+        return numbers
+
+    async def hung_up() -> bool:
+        return True
+
+    async def still_there() -> bool:
+        return False
+
+    async def scene():
+        batches = batcher(noted, patience_s=0.0)
+        left = asyncio.ensure_future(batches.submit([1], hung_up))
+        cancelled = asyncio.ensure_future(batches.submit([2]))
+        stays = asyncio.ensure_future(batches.submit([3], still_there))
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        batches.start()
+        outcomes = await asyncio.gather(left, cancelled, stays, return_exceptions=True)
+        await batches.stop()
+        return outcomes
+
+    left, cancelled, stays = go(scene())
+    assert isinstance(left, CallerGone)
+    assert isinstance(cancelled, asyncio.CancelledError)
+    assert (stays, done) == ([3], [3])
+
+
+def test_an_error_reaches_all_of_its_batch_and_the_next_batch_is_answered(go):
+    async def picky(numbers):
+        if 13 in numbers:
+            raise MemoryUnavailable("out of luck")
+        return numbers
+
+    async def scene():
+        batches = batcher(picky)
+        batches.start()
+        first = await asyncio.gather(*(batches.submit([n]) for n in (13, 1)), return_exceptions=True)
+        second = await batches.submit([2])
+        await batches.stop()
+        return first, second
+
+    first, second = go(scene())
+    assert [type(error) for error in first] == [MemoryUnavailable, MemoryUnavailable]
+    assert second == [2]
+
+
+def test_a_closed_connection_is_noticed_through_the_whole_application(run, memory_url, stack):
+    """While the model is busy two callers queue; the second hangs up and is never worked for."""
+    app, free = create_api(ApiSettings(run=run, memory_url=memory_url, batch_size=1, patience_s=0)), threading.Event()
+
+    @app.get("/busy")
+    async def busy() -> None:
+        await app.state.engine.compute("busy", free.wait)
+
+    url = stack.enter_context(served(app))
+    client = stack.enter_context(httpx2.Client(base_url=url))
+    blocker, stays = sent(url, "GET", "/busy"), sent(url, "POST", "/recommend", b"{}")
+    assert client.get("/health/live").status_code == 200  # by now the two are under way
+    sent(url, "POST", "/recommend", b"{}").close()
+    assert client.get("/health/live").status_code == 200
+    free.set()
+    for waiting in (blocker, stays):
+        assert waiting.recv(12) == b"HTTP/1.1 200"
+        waiting.close()
+    assert client.post("/recommend", json={}).status_code == 200
+    metrics = client.get("/metrics").text
+    assert 'ramrec_api_requests_total{route="/recommend",status="499"} 1.0' in metrics
+    assert 'ramrec_api_answers_total{source="popularity"} 2.0' in metrics
+
+
+def sent(url: str, method: str, path: str, body: bytes = b"") -> socket.socket:
+    """A request under way on a connection of its own."""
+    host, port = url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), 30)
+    head = f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    return connection
+
+
+# ------------------------------------------------------------------------ strangers as memory service
+
+
+@pytest.fixture
+def stranger_url(stack) -> str:
+    """A web server that answers everything with 200 and something else than msgpack."""
+    app = FastAPI()
+
+    @app.api_route("/{path:path}", methods=["GET", "POST", "DELETE"])
+    async def hello(path: str) -> Response:
+        return Response(b"<html>hello</html>", media_type="text/html")
+
+    return stack.enter_context(served(app))
+
+
+def test_a_stranger_in_place_of_the_memory_service_is_recognised(run, stranger_url, stack):
+    url = stack.enter_context(served(create_api(ApiSettings(run=run, memory_url=stranger_url))))
+    client = stack.enter_context(httpx2.Client(base_url=url))
+    answer = client.post("/recommend", json={"user_id": "u"}).json()
+    assert (answer["source"], answer["memory"]["degraded"]) == ("popularity", True)
+    assert client.post("/memories", json={"interactions": [{"user_id": "u", "item_id": "i1"}]}).status_code == 503
+    assert client.get("/users/u/memory").status_code == 503
+    ready = client.get("/health/ready")
+    assert (ready.status_code, "not a memory service?" in ready.json()["status"]) == (503, True)
+
+
+def test_columns_that_do_not_fit_are_recognised(stack, go):
+    none = Columns(b"", b"", b"", b"", b"", b"")
+    odd = RetrieveReply(0, False, b"\1", b"123", b"", b"", b"", b"", none, none, b"", b"", [])
+    app = FastAPI()
+
+    @app.post("/v1/retrieve")
+    async def retrieve() -> Response:
+        return Response(msgspec.msgpack.encode(odd))
+
+    url = stack.enter_context(served(app))
+
+    async def scene():
+        memory = MemoryClient(url, 5)
+        try:
+            with pytest.raises(MemoryUnavailable, match="columns do not fit"):
+                await memory.retrieve(RetrieveRequest("v", ["u"]))
+        finally:
+            await memory.close()
+
+    go(scene())
+
+
+def test_the_catalogue_mirror_grows_step_by_step_and_starts_anew_on_a_full_listing():
+    mirror = CatalogueMirror({"a": 1, "b": 2})
+    mirror.take(CatalogueReply(1, 0, [Item("a")]))
+    before = mirror.model_index
+    mirror.take(CatalogueReply(2, 0, [Item("new"), Item("b", None, True)]))
+    assert before.tolist() == [0, 1]  # the model's thread may still be reading it
+    assert mirror.model_index.tolist() == [0, 1, 0, 2]
+    assert mirror.number_of == {"a": 1, "new": 2, "b": 3}
+    assert mirror.hidden.tolist() == [2]
+    mirror.take(CatalogueReply(1, 1, [Item("b"), Item("a", None, True)]))
+    assert mirror.indices(np.array([[1, 2]])).tolist() == [[2, 1]]
+    assert mirror.numbers(["a", "new"]) == [2]
+    assert (mirror.hidden.tolist(), mirror.revision) == ([1], 1)
+
+
+# ------------------------------------------------------------------------------------- ramrec serve
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+class Served:
+    """`ramrec serve` as a process of its own; waits until it says that it serves."""
+
+    def __init__(self, run: Path, data_dir: Path, **environment: str) -> None:
+        self.port, memory_port = free_ports(2)
+        words = ["serve", "--run", str(run), "--port", str(self.port), "--memory-port", str(memory_port)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "api.cli", *words, "--data-dir", str(data_dir)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | environment,
+        )
+        assert self.process.stdout is not None
+        self.greeting = self.process.stdout.readline()
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def children(self) -> dict[str, int]:
+        """Process ids of api and memory service."""
+        pid = self.process.pid
+        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return {Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")[2].decode(): int(child) for child in found}
+
+    def end(self, number: signal.Signals) -> tuple[int, str]:
+        """Exit code and stderr after a signal."""
+        self.process.send_signal(number)
+        _, complaints = self.process.communicate(timeout=60)
+        return self.process.returncode, complaints
+
+
+@pytest.fixture
+def serving(run, tmp_path, stack):
+    def start(**environment: str) -> Served:
+        started = Served(run, tmp_path / "data", **environment)
+        stack.callback(started.process.communicate)
+        stack.callback(started.process.kill)
+        assert started.url in started.greeting
+        return started
+
+    return start
+
+
+def test_serve_comes_up_behind_a_proxy_setting_and_stops_cleanly(serving):
+    both = serving(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
+    with httpx2.Client(base_url=both.url, trust_env=False) as client:
+        assert client.get("/health/ready").status_code == 200
+    children = both.children()
+    assert set(children) == {"api", "memory_service"}
+    assert both.end(signal.SIGTERM) == (0, "")
+    assert not any(Path(f"/proc/{child}").exists() for child in children.values())
+
+
+def test_when_the_api_dies_serve_stops_the_memory_service_and_says_so(serving):
+    both = serving()
+    children = both.children()
+    os.kill(children["api"], signal.SIGKILL)
+    _, complaints = both.process.communicate(timeout=60)
+    assert both.process.returncode == 2
+    assert complaints.splitlines()[-1].startswith("ramrec: the api ended")
+    assert not any(Path(f"/proc/{child}").exists() for child in children.values())
+
+
+def test_when_serve_is_killed_its_processes_end_and_nothing_is_lost(serving):
+    both = serving()
+    event = {"user_id": "u", "item_id": "i1"}
+    with httpx2.Client(base_url=both.url) as client:
+        assert client.post("/memories", json={"interactions": [event]}).json()["accepted"] == 1
+    watches = [os.pidfd_open(child) for child in both.children().values()]
+    both.process.kill()
+    for watch in watches:
+        _wait_for_end(watch)
+    again = serving()  # same data folder
+    with httpx2.Client(base_url=again.url) as client:
+        assert client.get("/users/u/memory").json()["bank_size"] == 1
+    assert again.end(signal.SIGTERM) == (0, "")
+
+
+def _wait_for_end(watch: int) -> None:
+    ended, _, _ = select.select([watch], [], [], 60)
+    os.close(watch)
+    assert ended
+
+
+def test_one_port_for_two_services_is_refused(run):
+    (port,) = free_ports(1)
+    with pytest.raises(ServeError, match=f"cannot both listen on port {port}"):
+        serve(run, "127.0.0.1", port, port, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [(["--run", "nowhere"], "no checkpoint at nowhere"), (["--port", "99999"], "port"), ([], "run")],
+)
+def test_the_api_alone_fails_with_one_line(words, complaint):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAMREC_")}
+    ended = subprocess.run(
+        [sys.executable, "-m", "api", *words], capture_output=True, text=True, env=environment, check=False
+    )
+    assert ended.returncode == 2
+    assert len(ended.stderr.splitlines()) == 1
+    assert complaint in ended.stderr
+
+
+def test_a_problem_is_json_even_with_odd_characters(client):
+    response = client.post("/recommend", content=json.dumps({"ü🦊": 1}).encode(), headers=JSON)
+    assert response.json()["errors"][0]["field"] == "ü🦊"
