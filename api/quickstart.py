@@ -28,6 +28,9 @@ ASK_BATCH = 250
 FULL_ENOUGH = 50
 """Bank size above which users are compared for being narrow or diverse."""
 
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Loopback is reached directly, whatever proxy the environment names."""
+
 console = Console(highlight=False)
 
 
@@ -107,7 +110,7 @@ def _wait_until_ready(server: subprocess.Popen[bytes], url: str) -> None:
         if server.poll() is not None:
             raise QuickstartError(f"ramrec serve ended with exit code {server.returncode}")
         try:
-            with urllib.request.urlopen(f"{url}/health/ready", timeout=2):
+            with DIRECT.open(f"{url}/health/ready", timeout=2):
                 return
         except OSError:
             time.sleep(POLL_S)
@@ -119,7 +122,7 @@ def _post(url: str, body: dict[str, Any]) -> Any:
         url, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
     )
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with DIRECT.open(request, timeout=60) as response:
             return json.load(response)
     except urllib.error.HTTPError as error:
         raise QuickstartError(f"{url} answered {error.code}: {error.read().decode()[:500]}") from error

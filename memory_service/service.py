@@ -217,18 +217,19 @@ class MemoryService:
         """
         self._check_model(request.model_version)
         prepared = await self._prepare(request.users, request.received_at)
-        changes = {
-            row: self._change(one, write)
-            for row, (one, write) in enumerate(zip(prepared, request.users, strict=True))
-            if one.record.version == write.version and not self._is_stale(one.record) and one.plan.accepted
-        }
-        written = dict(zip(changes, apply(list(changes.values())), strict=True))
-        lost = await self._commit(prepared, written)
         outdated = [
             row
             for row, (one, write) in enumerate(zip(prepared, request.users, strict=True))
-            if row in lost or one.record.version != write.version or self._is_stale(one.record)
+            if one.record.version != write.version or self._is_stale(one.record) or self._forgotten_since(one, write)
         ]
+        changes = {
+            row: self._change(one, write)
+            for row, (one, write) in enumerate(zip(prepared, request.users, strict=True))
+            if row not in outdated and one.plan.accepted
+        }
+        written = dict(zip(changes, apply(list(changes.values())), strict=True))
+        lost = await self._commit(prepared, written)
+        outdated = sorted({*outdated, *lost})
         again = await self._prepare([request.users[row] for row in outdated], request.received_at)
         retries = {row: self._plan_out(one) for row, one in zip(outdated, again, strict=True)}
         return WriteReply(
@@ -239,6 +240,8 @@ class MemoryService:
     async def _prepare(self, users: Sequence[UserEvents | UserWrite], received_at: float) -> list[Prepared]:
         """Current record, tombstone and plan of each user."""
         names = [user.user_id for user in users]
+        if len(set(names)) < len(names):
+            raise BadRequest("a user is named twice")
         await self._refresh(names)
         records = [self._current(name) for name in names]
         stones = await self.store.tombstones(names)
@@ -262,6 +265,10 @@ class MemoryService:
             job=Job.pack(planned.job),
             stale=stale,
         )
+
+    def _forgotten_since(self, one: Prepared, write: UserWrite) -> bool:
+        """Whether a forget came between plan and first write, so that fewer events count than keys were made for."""
+        return one.stone is not None and len(write.keys) > len(one.plan.accepted) * self.dim * 4
 
     def _change(self, one: Prepared, write: UserWrite) -> Change:
         count = len(one.plan.accepted)

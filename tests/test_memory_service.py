@@ -334,6 +334,18 @@ def test_a_forget_between_plan_and_write_wins(caller):
     assert caller.inspect("u") is None
 
 
+def test_a_forget_before_the_first_write_wins_too(caller):
+    caller.remember("u", took(0, "i1"))
+    caller.forget("u")
+    users = [UserEvents("u", [took(1, "i2", 4e9), took(2, "i3", 4e9 + 1)])]
+    planned = caller.plan(*users)
+    assert (planned.users[0].version, planned.users[0].accepted) == (0, [1, 2])
+    users[0].events[0].timestamp = NOW  # as if the forget had come after this event
+    reply = caller.write_planned(planned.users, users)
+    assert reply.users[0].retry.accepted == [2]
+    assert caller.inspect("u") is None
+
+
 def test_everything_survives_a_restart_of_the_service_and_of_valkey(run, tmp_path):
     version = load_checkpoint(run).version
 
