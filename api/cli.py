@@ -167,7 +167,23 @@ def evaluate(
     print_report(report)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        json_file.write_text(json.dumps(report | {"about": measured_with()}, indent=1) + "\n", encoding="utf-8")
+
+
+def measured_with() -> dict[str, Any]:
+    """Command, versions and machine that a measurement belongs to."""
+    import os
+    import platform
+    from importlib.metadata import version
+
+    processor = Path("/proc/cpuinfo")
+    lines = processor.read_text(encoding="utf-8").splitlines() if processor.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "command": " ".join(["ramrec", *sys.argv[1:]]),
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in ("ramrec", "torch", "numpy")}},
+        "machine": {"processor": names[0] if names else platform.machine(), "cores": os.cpu_count()},
+    }
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -19,17 +17,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from api.supervisor import DIRECT, end, wait_until_ready
 from model.errors import RamrecError
 
-READY_TIMEOUT_S = 60.0
-POLL_S = 0.2
-STOP_TIMEOUT_S = 20.0
+STOP_TIMEOUT_S = 60.0
 ASK_BATCH = 250
 FULL_ENOUGH = 50
 """Bank size above which users are compared for being narrow or diverse."""
-
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""Loopback is reached directly, whatever proxy the environment names."""
 
 console = Console(highlight=False)
 
@@ -87,34 +81,16 @@ def _serving(run: Path) -> Iterator[str]:
     server = subprocess.Popen([sys.executable, "-m", "api.cli", *command])
     url = f"http://127.0.0.1:{port}"
     try:
-        _wait_until_ready(server, url)
+        wait_until_ready([server], url)
         yield url
     finally:
-        server.send_signal(signal.SIGINT)
-        try:
-            server.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+        end(server, STOP_TIMEOUT_S)
 
 
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _wait_until_ready(server: subprocess.Popen[bytes], url: str) -> None:
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            raise QuickstartError(f"ramrec serve ended with exit code {server.returncode}")
-        try:
-            with DIRECT.open(f"{url}/health/ready", timeout=2):
-                return
-        except OSError:
-            time.sleep(POLL_S)
-    raise QuickstartError(f"{url} was not ready within {READY_TIMEOUT_S:.0f} s")
 
 
 def _post(url: str, body: dict[str, Any]) -> Any:

@@ -23,8 +23,9 @@ READY_TIMEOUT_S = 120.0
 GRACE_S = 20.0
 POLL_S = 0.1
 PR_SET_PDEATHSIG = 1
+NAMES = {"api": "the api", "memory_service": "the memory service", "api.cli": "ramrec serve"}
 
-_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Our own processes are never asked through a proxy that the environment names."""
 
 
@@ -51,7 +52,8 @@ def serve(
         raise ServeError(f"api and memory service cannot both listen on port {port}")
     _check_port(host, port)
     children: list[subprocess.Popen[bytes]] = []
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background jobs begin with it ignored
+        signal.signal(number, signal.default_int_handler)
     try:
         if memory_url is None:
             _check_port("127.0.0.1", memory_port)
@@ -60,7 +62,7 @@ def serve(
             children.append(_start("memory_service", run, memory_port, "127.0.0.1", keep))
         children.append(_start("api", run, port, host, ["--memory-url", memory_url]))
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        _wait_until_ready(children, url)
+        wait_until_ready(children, url)
         print(f"RAMRec serves on {url} (API: /docs, stop: Ctrl-C)", flush=True)
         while True:
             _check_alive(children)
@@ -107,12 +109,13 @@ def _end_with(parent: int) -> Callable[[], None]:
     return prepare
 
 
-def _wait_until_ready(children: Sequence[subprocess.Popen[bytes]], url: str) -> None:
+def wait_until_ready(children: Sequence[subprocess.Popen[bytes]], url: str) -> None:
+    """Wait until an api answers that it is ready. Raises ServeError where a child ends or the time is up."""
     deadline, reason = time.monotonic() + READY_TIMEOUT_S, "no answer"
     while time.monotonic() < deadline:
         _check_alive(children)
         try:
-            with _direct.open(f"{url}/health/ready", timeout=2):
+            with DIRECT.open(f"{url}/health/ready", timeout=2):
                 return
         except urllib.error.HTTPError as error:
             reason = error.read().decode(errors="replace")
@@ -129,7 +132,8 @@ def _check_alive(children: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _name(child: subprocess.Popen[bytes]) -> str:
-    return "the api" if "api" in child.args[2:3] else "the memory service"  # type: ignore[index]
+    module = child.args[2]  # type: ignore[index]
+    return NAMES.get(str(module), str(module))
 
 
 def _stop(children: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -141,10 +145,15 @@ def _stop(children: Sequence[subprocess.Popen[bytes]]) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
     for child in reversed(children):
-        if child.poll() is None:
-            child.send_signal(signal.SIGTERM)
-            try:
-                child.wait(GRACE_S)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
+        end(child, GRACE_S)
+
+
+def end(child: subprocess.Popen[bytes], grace_s: float) -> None:
+    """Ask a process to stop; kill it where it does not within the grace period."""
+    if child.poll() is None:
+        child.terminate()
+        try:
+            child.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
