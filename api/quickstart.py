@@ -40,7 +40,6 @@ def tour(data: Path, run: Path, source: Path | None) -> None:
     """
     from api.backfill import backfill, events_of
     from api.data import fetch_ml_100k
-    from model.checkpoint import load_checkpoint
     from model.dataset import read_interactions
 
     console.rule("1. ML-100K")
@@ -55,7 +54,7 @@ def tour(data: Path, run: Path, source: Path | None) -> None:
         counts = backfill(url, events_of(log))
         console.print(", ".join(f"{name} {count:,}" for name, count in counts.items()))
         console.rule("5. Recommendations")
-        titles = {item: about.get("movie_title", item) for item, about in load_checkpoint(run).metadata.items()}
+        titles = {item: about.get("movie_title", item) for item, about in log.metadata.items()}
         narrow, diverse = _narrowest_and_most_diverse(url, list(log.user_ids))
         _show(url, "A narrow user", narrow, titles)
         _show(url, "A diverse user", diverse, titles)
@@ -126,9 +125,9 @@ def _show(url: str, who: str, user: str, titles: dict[str, Any], asked: dict[str
         f"K = {memory['k']} (answered from {answer['source']})",
         title_justify="left",
     )
-    table.add_column("recommended", width=42)
+    table.add_column("recommended", max_width=40)
     table.add_column("log P", justify="right")
-    table.add_column("because of (part of its logit)")
+    table.add_column("because of (part of its logit)", min_width=30)
     for item in answer["items"]:
         reasons = [f"{titles.get(r['item_id'], r['item_id'])} ({r['logit']:+.2f})" for r in item.get("because") or []]
         table.add_row(str(titles.get(item["item_id"], item["item_id"])), f"{item['score']:.2f}", ", ".join(reasons))
@@ -138,7 +137,7 @@ def _show(url: str, who: str, user: str, titles: dict[str, Any], asked: dict[str
 def _newcomer(url: str, titles: dict[str, Any]) -> None:
     """A user that nobody has seen: before any interaction, and after each of three."""
     user = f"newcomer-{os.urandom(3).hex()}"
-    taste = [item for item, title in titles.items() if title in ("Alien", "Blade Runner", "The Terminator")]
+    taste = [item for item, title in titles.items() if title in ("Alien", "Blade Runner", "Terminator, The")]
     _show(url, "A new user, nothing known", user, titles)
     for item in taste or list(titles)[:3]:
         accepted = _post(f"{url}/memories", {"interactions": [{"user_id": user, "item_id": item, "rating": 5}]})
