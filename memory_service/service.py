@@ -375,7 +375,9 @@ class MemoryService:
         return resident.record if resident else self._new
 
     async def _refresh(self, users: Sequence[str]) -> None:
-        """Bring residents of these users to what Redis has."""
+        """Bring residents of these users to what Redis has. Room is made first, so that all of them stay."""
+        while len(self._resident) > self.resident_limit:
+            self._drop(next(iter(self._resident)))
         names = list(dict.fromkeys(users))
         versions = await self.store.versions(names)
         changed = []
@@ -404,8 +406,6 @@ class MemoryService:
         self.index.put(slot, record.banks.key[0, : record.size] if usable else np.zeros((0, self.dim), KEY))
         accesses = old.accesses if old and keep_accesses else {}
         self._resident[user_id] = Resident(record, slot, accesses)
-        while len(self._resident) > self.resident_limit:
-            self._drop(next(iter(self._resident)))
 
     def _drop(self, user_id: str) -> None:
         resident = self._resident.pop(user_id, None)
