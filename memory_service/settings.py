@@ -28,5 +28,7 @@ class MemorySettings(BaseSettings):
     data_dir: Path = Field(default_factory=user_data_dir, description="folder of the embedded Valkey")
     fsync: Literal["everysec", "always"] = Field("everysec", description="AOF policy of the embedded Valkey")
     redis_timeout_s: float = Field(2.0, gt=0)
-    resident_users: int = Field(200_000, ge=1, description="banks kept in memory between calls; the least recently used go first")
+    resident_users: int = Field(
+        200_000, ge=1, description="banks kept in memory between calls; the least recently used go first"
+    )
     body_limit_bytes: int = Field(32 * 2**20, ge=1024)
