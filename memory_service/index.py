@@ -7,7 +7,11 @@ Not safe for changes beside a search (faiss returns garbage silently): callers k
 
 from __future__ import annotations
 
+import os
 from typing import Any
+
+# Before faiss is loaded: two OpenMP threads hang a forked child, and searches here are small.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import faiss
 import numpy as np
