@@ -28,7 +28,7 @@ from model.rules import Ints
 SCOPES: tuple[Scope, ...] = ("own",)
 """Scopes that can be asked for."""
 REASONS = 3
-"""Memories named for each item when explaining; fewer where fewer speak for it."""
+"""Memories named for each item when explaining, the largest part first; a negative part speaks against the item."""
 
 
 @dataclass
@@ -249,8 +249,7 @@ def _because(engine: Engine, retrieved: Retrieved, row: int, ranked: Ranked) -> 
     """For each item the memories that raise its logit most."""
     reasons: list[list[Because]] = []
     for n in range(len(ranked.items)):
-        speaking_for = [one for one in ranked.influences if one.part[n] > 0]
-        strongest = sorted(speaking_for, key=lambda one: -one.part[n])[:REASONS]
+        strongest = sorted(ranked.influences, key=lambda one: -one.part[n])[:REASONS]
         reasons.append(
             [
                 Because.model_construct(
