@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
@@ -43,6 +44,8 @@ from model.checkpoint import load_checkpoint
 RETRY_AFTER_S = 1
 STATUS: dict[type[Exception], tuple[int, str]] = {
     msgspec.MsgspecError: (400, "invalid_body"),
+    UnicodeDecodeError: (400, "invalid_body"),  # what msgspec raises for text that is no UTF-8
+    RequestValidationError: (422, "invalid_query"),
     ModelMismatch: (409, "model_mismatch"),
     BadRequest: (422, "invalid_columns"),
     RecordError: (500, "damaged_record"),

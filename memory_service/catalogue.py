@@ -41,8 +41,10 @@ class Catalogue:
         """Learn what other processes registered."""
         size, self.revision = await self._store.catalogue_state()
         if size > self.size:
-            _, items = await self._store.catalogue(self.size + 1)
-            self._learn([item.item_id for item in items], range(self.size + 1, self.size + 1 + len(items)))
+            since = self.size + 1
+            _, items = await self._store.catalogue(since)
+            new = items[self.size + 1 - since :]  # another call may have learnt the first of them meanwhile
+            self._learn([item.item_id for item in new], range(self.size + 1, self.size + 1 + len(new)))
 
     async def numbers(self, item_ids: Iterable[str]) -> dict[str, int]:
         """Number of each item; items nobody has seen are registered."""

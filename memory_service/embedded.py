@@ -38,13 +38,15 @@ def embedded_valkey(data_dir: Path, fsync: str) -> Iterator[str]:
     with ExitStack() as stack:
         _make_folder(data_dir)
         stack.enter_context(_locked(data_dir))
+        note = data_dir / "valkey.socket"
+        _end_orphan(note)
         socket = _socket_path(data_dir, stack)
-        _end_orphan(socket)
+        note.write_text(str(socket), encoding="utf-8")
         config = {"appendonly": "yes", "appendfsync": fsync, "loglevel": "warning"}
         server = ValkeyServer(port=0, data_dir=data_dir, persist=True, unix_socket_path=socket, config=config)
         try:
             server.start(START_TIMEOUT_S)
-        except ValkeyServerError as error:
+        except (ValkeyServerError, OSError) as error:
             raise EmbeddedError(f"the embedded Valkey in {data_dir} does not start: {error}") from error
         stack.callback(_stop, server)
         yield f"unix://{socket}"
@@ -64,7 +66,11 @@ def _make_folder(data_dir: Path) -> None:
 
 @contextmanager
 def _locked(data_dir: Path) -> Iterator[None]:
-    with (data_dir / "ramrec.lock").open("w") as file:
+    try:
+        opened = (data_dir / "ramrec.lock").open("w")
+    except OSError as error:
+        raise EmbeddedError(f"cannot write in the data folder {data_dir}: {error.strerror}") from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -80,9 +86,10 @@ def _socket_path(data_dir: Path, stack: ExitStack) -> Path:
     return socket
 
 
-def _end_orphan(socket: Path) -> None:
-    """We hold the lock: a server that still answers here lost its owner."""
-    if not socket.exists():
+def _end_orphan(note: Path) -> None:
+    """We hold the lock: a server that still answers at the socket noted here lost its owner."""
+    socket = Path(note.read_text(encoding="utf-8")) if note.exists() else None
+    if socket is None or not socket.exists():
         return
     try:
         redis.Redis(unix_socket_path=str(socket)).shutdown(nosave=True)

@@ -179,7 +179,7 @@ class MemoryService:
     def _similarity(self, request: RetrieveRequest, states: Floats, width: int) -> NDArray[np.float32]:
         """(B, width) of each user's entries to their query; −inf where there is no entry."""
         queries = rule.unit(states)
-        rows = np.frombuffer(request.query_rows, "<u4")
+        rows = _column(request.query_rows, "<u4", len(request.query_rows) // 4, "query_rows")
         given = _column(request.queries, "<f4", len(rows) * self.dim, "queries")
         if len(rows) and rows.max() >= len(states):
             raise BadRequest(f"query_rows names row {rows.max()} of {len(states)}")
@@ -375,29 +375,41 @@ class MemoryService:
         return resident.record if resident else self._new
 
     async def _refresh(self, users: Sequence[str]) -> None:
-        """Bring residents of these users to what Redis has. Room is made first, so that all of them stay."""
+        """Bring residents of these users to what Redis has. Room is made first, so that all of them stay.
+
+        Other calls run while this one waits and may exchange residents for older ones: those found current are
+        compared again once nothing is awaited any more.
+        """
         while len(self._resident) > self.resident_limit:
             self._drop(next(iter(self._resident)))
         names = list(dict.fromkeys(users))
-        versions = await self.store.versions(names)
-        changed = []
-        for name, version in zip(names, versions, strict=True):
-            if version == 0:
-                self._drop(name)
-            elif version != self._current(name).version:
-                changed.append(name)
-            else:
-                self._resident.move_to_end(name)
-        for name, record in zip(changed, await self.store.load(changed), strict=True):
-            if record is not None:
-                self._install(name, record)
-        if self._knows_new_items(changed):
-            await self.catalogue.sync()
+        while True:
+            seen = dict(zip(names, await self.store.versions(names), strict=True))
+            changed = {name for name in names if seen[name] not in (0, self._current(name).version)}
+            await self._load(sorted(changed))
+            for name in names:
+                if seen[name] == 0:
+                    self._drop(name)
+                elif name in self._resident:
+                    self._resident.move_to_end(name)
+            if all(self._current(name).version == seen[name] for name in names if name not in changed):
+                return
 
-    def _knows_new_items(self, users: Sequence[str]) -> bool:
-        """Whether another process registered items that these users' records name."""
-        largest = max((int(self._current(user).banks.fields["item"].max()) for user in users), default=0)
-        return largest > self.catalogue.size
+    async def _load(self, names: list[str]) -> None:
+        """Read records anew. The catalogue comes first: no resident names an item that is not in it."""
+        records = await self.store.load(names)
+        if any(self._names_new_items(record) for record in records if record is not None):
+            await self.catalogue.sync()
+        for name, record in zip(names, records, strict=True):
+            if record is None:
+                self._drop(name)
+            else:
+                self._install(name, record)
+
+    def _names_new_items(self, record: UserRecord) -> bool:
+        """Whether another process registered items that this record names."""
+        columns = (record.banks.fields["item"], record.log_item, record.seen)
+        return max(int(column.max(initial=0)) for column in columns) > self.catalogue.size
 
     def _install(self, user_id: str, record: UserRecord, *, keep_accesses: bool = True) -> None:
         old = self._resident.pop(user_id, None)

@@ -25,7 +25,14 @@ from typing import Any
 
 import redis.asyncio as redis
 from redis.asyncio.client import Pipeline
-from redis.exceptions import BusyLoadingError, ConnectionError, ReadOnlyError, TimeoutError
+from redis.exceptions import (
+    BusyLoadingError,
+    ConnectionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+    TimeoutError,
+)
 
 from memory_service.record import VERSION_BYTES, pack_record, unpack_record
 from model.bank import UserRecord
@@ -80,7 +87,7 @@ return numbers
 
 
 class StoreUnavailable(RuntimeError):  # noqa: N818 - a state of the store, not of the call
-    """Redis cannot be reached, is loading, or did not answer in time."""
+    """Redis cannot be reached, is loading, refuses writes (memory or disk full), or did not answer in time."""
 
 
 @dataclass(frozen=True)
@@ -181,10 +188,10 @@ class Store:
     async def users(self, prefix: str, limit: int) -> list[str]:
         """User ids with a prefix, sorted, at most `limit`. Walks the key space without blocking Redis."""
         pattern = b"ramrec:{" + _escaped(prefix).encode() + b"*}"
-        found: list[str] = []
+        found: set[str] = set()  # SCAN may name a key twice
         async with self._translated():
             async for key in self._redis.scan_iter(match=pattern, count=SCAN_COUNT):
-                found.append(key[len(b"ramrec:{") : -1].decode())
+                found.add(key[len(b"ramrec:{") : -1].decode())
         return sorted(found)[:limit]
 
     # ---------------------------------------------------------------------------------------- catalogue
@@ -237,8 +244,12 @@ class Store:
     async def _translated(self) -> AsyncIterator[None]:
         try:
             yield
-        except (ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError, OSError) as error:
+        except (ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError, OutOfMemoryError, OSError) as error:
             raise StoreUnavailable(str(error) or type(error).__name__) from error
+        except ResponseError as error:
+            if "MISCONF" not in str(error):  # the AOF cannot be written; redis-py has no class for it
+                raise
+            raise StoreUnavailable(str(error)) from error
 
 
 def _escaped(prefix: str) -> str:
