@@ -83,10 +83,6 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Overrides training.seed of the config.")] = None,
 ) -> None:
     """Fit encoder and memory fusion. An interrupted run of the same config goes on where it was."""
-    import os
-
-    # Before torch is loaded: threads that spin while they wait made training four times slower beside other load.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from model.config import Config, load_config
     from model.dataset import read_dataset
     from model.training import train as fit
