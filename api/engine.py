@@ -14,7 +14,7 @@ from api.catalogue import CatalogueMirror
 from api.memory_client import MemoryClient
 from api.metrics import Metrics
 from memory_service.schemas import Job, RekeyRequest, StaleUser, UserRekey
-from model.bank import EncodeJob
+from model.events import EncodeJob
 from model.recommender import Recommender
 from model.rules import Floats
 

@@ -21,7 +21,8 @@ from api.problems import InvalidRequest, MemoryUnavailable
 from api.schemas import Because, MemoryUse, Recommended, RecommendRequest, RecommendResponse, Scope, ScopeUse
 from memory_service.schemas import RetrieveRequest
 from model import rules as rule
-from model.bank import EncodeJob, Entries, Retrieved
+from model.bank import Entries, Retrieved
+from model.events import EncodeJob
 from model.recommender import NO_ITEMS, Query, Ranked
 from model.rules import Ints
 

@@ -24,8 +24,9 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from model.bank import ENTRY_FIELDS, KEY, Banks, UserRecord
+from model.bank import ENTRY_FIELDS, KEY, Banks
 from model.config import RulesConfig
+from model.events import UserRecord
 
 MAGIC = b"RMRC"
 FORMAT = 1

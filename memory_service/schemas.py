@@ -12,13 +12,14 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from model.bank import EncodeJob, Entries
+from model.bank import Entries
+from model.events import EncodeJob
 
 CONTENT_TYPE = "application/msgpack"
 
 
 class Job(msgspec.Struct):
-    """`model.bank.EncodeJob`: items as u4, positions as i8."""
+    """`model.events.EncodeJob`: items as u4, positions as i8."""
 
     start: int
     items: bytes

@@ -1,5 +1,5 @@
 """The use cases of the memory service: retrieve, plan, write, re-key, forget, inspect. State and order; the semantics
-are `model.bank`'s.
+are `model.bank`'s and `model.events`'.
 
 Resident banks are a cache: before every answer the versions in Redis are compared, in one round trip for the whole
 batch, and what changed is loaded. So any replica may serve any user, and an acknowledged write is seen by the next
@@ -42,23 +42,9 @@ from memory_service.schemas import (
 )
 from memory_service.store import Store, StoreUnavailable, Tombstone
 from model import rules as rule
-from model.bank import (
-    KEY,
-    Banks,
-    Change,
-    Entries,
-    Event,
-    Plan,
-    UserRecord,
-    apply,
-    event_identity,
-    plan,
-    rekey,
-    rekey_job,
-    select,
-    stack_banks,
-)
+from model.bank import KEY, Banks, Entries, select, stack_banks
 from model.checkpoint import Checkpoint
+from model.events import Change, Event, Plan, UserRecord, apply, event_identity, plan, rekey, rekey_job
 from model.rules import Bools, Floats, Ints
 
 

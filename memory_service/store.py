@@ -35,8 +35,8 @@ from redis.exceptions import (
 )
 
 from memory_service.record import VERSION_BYTES, pack_record, unpack_record
-from model.bank import UserRecord
 from model.config import RulesConfig
+from model.events import UserRecord
 
 TOMBSTONE_S = 30 * 86400
 TOMBSTONE = struct.Struct("<dQ")

@@ -1,16 +1,14 @@
 """Memory banks as plain arrays: how memories are written, forgotten and chosen. No torch, no I/O.
 
 `Banks` holds many users' banks side by side and writes one event to each of many users at once; training and
-evaluation replay whole datasets through it, the memory service the few users of a request.
-`UserRecord` is all that is remembered about one user (bank, log, seen items, event ids, state), `plan` decides
-what a batch of events means for it, `apply` makes the next records. `select` is the choice of K memories.
+evaluation replay whole datasets through it, the memory service the few users of a request. `select` is the choice of
+K memories. What else is remembered about a user, and what a batch of events means for it: `model.events`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from hashlib import blake2b
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,15 +18,7 @@ from model import rules as rule
 from model.config import RulesConfig
 from model.rules import Bools, Floats, Ints
 
-LOG_LIMIT = 512
-"""Newest (item, time) pairs kept in a user's log."""
-SEEN_LIMIT = 8192
-"""Items that a user is known to have had, exact up to this many; beyond, the earliest are dropped."""
-EVENT_ID_LIMIT = 1024
-"""Recent event ids kept for recognising retries."""
 KEY = np.dtype("<f2")
-UNKNOWN_POSITION = -1
-"""Log position of an event older than the log: its key is the state before any item."""
 
 ENTRY_FIELDS: dict[str, np.dtype] = {
     "item": np.dtype("<u4"),
@@ -287,209 +277,6 @@ class Banks:
         return Retrieved(diversity, wanted, size, own, Entries.empty(len(size)))
 
 
-@dataclass(frozen=True)
-class Event:
-    """One interaction as the memory sees it.
-
-    `item` is a catalogue number; `time` in seconds; `timed` says that the caller gave the time; `event_id` is the
-    64-bit identity of the event (0: none); `index` is its place in the caller's request.
-    """
-
-    index: int
-    item: int
-    time: float
-    rating: float = float("nan")
-    event_id: int = 0
-    timed: bool = True
-
-
-def event_identity(user_id: str, item_id: str, timestamp: float | None, event_id: str | None) -> int:
-    """64-bit identity by which a retried event is recognised; 0 where there is neither id nor timestamp."""
-    if event_id is None and timestamp is None:
-        return 0
-    parts = ("id", event_id) if event_id is not None else ("at", item_id, repr(float(timestamp or 0.0)))
-    text = "\x1f".join((user_id, *(part or "" for part in parts)))
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") or 1
-
-
-def _no_items() -> NDArray[np.uint32]:
-    return np.zeros(0, "<u4")
-
-
-@dataclass(frozen=True)
-class UserRecord:
-    """All that is remembered about one user. `banks` holds exactly this user's bank (one row).
-
-    `version` counts the writes, `events` all events ever accepted; log_item / log_time the newest `LOG_LIMIT` of
-    them in order of time; `seen` every item the user had; `state` (d,) float32 the encoder's state after all
-    events, made by model `model_version`; `share` whether the bank serves the collective scope.
-    """
-
-    banks: Banks
-    version: int = 0
-    model_version: str = ""
-    events: int = 0
-    share: bool = True
-    log_item: NDArray[np.uint32] = field(default_factory=_no_items)
-    log_time: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0, "<f8"))
-    seen: NDArray[np.uint32] = field(default_factory=_no_items)
-    event_ids: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, "<u8"))
-    state: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, "<f4"))
-
-    @classmethod
-    def new(cls, dim: int, rules: RulesConfig) -> UserRecord:
-        """A user of whom nothing is known."""
-        return cls(Banks(1, dim, rules), state=np.zeros(dim, "<f4"))
-
-    @property
-    def size(self) -> int:
-        """Entries in the bank."""
-        return int(self.banks.size[0])
-
-    @property
-    def log_start(self) -> int:
-        """Absolute position of the first event in the log."""
-        return self.events - len(self.log_item)
-
-
-@dataclass(frozen=True)
-class EncodeJob:
-    """States that are wanted of a user's sequence.
-
-    `items` is the known tail of the sequence, beginning at absolute position `start`. Wanted: the state before
-    each of `positions` (absolute; −1 means the state before any item), and the state after the last item.
-    """
-
-    start: int
-    items: Ints
-    positions: Ints
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a batch of events means for a record: the events to write in order of time, and what happens to the rest.
-
-    `job` says which keys they need; `log_item` / `log_time` are the log with them merged in.
-    """
-
-    accepted: tuple[Event, ...]
-    duplicates: tuple[int, ...]
-    forgotten: tuple[int, ...]
-    job: EncodeJob
-    log_item: NDArray[np.uint32]
-    log_time: NDArray[np.float64]
-
-
-def plan(record: UserRecord, events: Sequence[Event], forgotten_until: float = -np.inf) -> Plan:
-    """Sort out a batch of events for one user. Pure: the same record and events give the same plan.
-
-    Events are taken in order of (time, arrival). Known event ids, and any timed event whose (item, time) stands in
-    log or bank, are duplicates; events up to `forgotten_until` are refused (the user asked to be forgotten).
-    """
-    accepted, duplicates, forgotten = [], [], []
-    known_ids = set(record.event_ids.tolist())
-    known_times = _known_times(record)
-    for event in sorted(events, key=lambda one: (one.time, one.index)):
-        if event.time <= forgotten_until:
-            forgotten.append(event.index)
-        elif event.event_id in known_ids or (event.timed and (event.item, event.time) in known_times):
-            duplicates.append(event.index)
-        else:
-            accepted.append(event)
-            known_times.add((event.item, event.time))
-            known_ids.update({event.event_id} - {0})
-    return _merge(record, accepted, sorted(duplicates), sorted(forgotten))
-
-
-def _known_times(record: UserRecord) -> set[tuple[int, float]]:
-    known = set(zip(record.log_item.tolist(), record.log_time.tolist(), strict=True))
-    fields, size = record.banks.fields, record.size
-    return known | set(zip(fields["item"][0, :size].tolist(), fields["time"][0, :size].tolist(), strict=True))
-
-
-def _merge(record: UserRecord, accepted: list[Event], duplicates: list[int], forgotten: list[int]) -> Plan:
-    truncated = record.log_start > 0
-    oldest = record.log_time[0] if truncated else -np.inf
-    too_old = [event.time < oldest for event in accepted]
-    inside = [event for event, old in zip(accepted, too_old, strict=True) if not old]
-    time = np.concatenate([record.log_time, [event.time for event in inside]])
-    item = np.concatenate([record.log_item, np.array([event.item for event in inside], "<u4")])
-    order = np.argsort(time, kind="stable")  # a late event goes behind those of the same time
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
-    start = record.log_start + sum(too_old)
-    places = iter(start + place[len(record.log_item) :])
-    positions = [UNKNOWN_POSITION if old else int(next(places)) for old in too_old]
-    job = EncodeJob(start, item[order], np.array(positions, np.int64))
-    return Plan(tuple(accepted), tuple(duplicates), tuple(forgotten), job, item[order], time[order])
-
-
-@dataclass(frozen=True)
-class Change:
-    """A planned batch of one user with all it needs to be applied.
-
-    keys (n, d) unit length, one for each accepted event; state (d,) after the last event; cells (n,) collective
-    lists of the keys; accesses: buffered retrievals, see `Banks.touch`; first_version: a new record's version
-    follows this one (a forgotten user's versions go on).
-    """
-
-    record: UserRecord
-    plan: Plan
-    keys: Floats
-    state: Floats
-    cells: Ints
-    accesses: Sequence[tuple[int, int, float]] = ()
-    first_version: int = 0
-
-
-def apply(changes: Sequence[Change]) -> list[UserRecord]:
-    """The records after their planned batches; the given ones are left as they were. All users' events are written
-    side by side: the first of each, then the second of each, and so on. Users must be distinct.
-    """
-    if not changes:
-        return []
-    banks = stack_banks([change.record.banks for change in changes])
-    for row, change in enumerate(changes):
-        banks.touch(row, change.accesses)
-    count = np.array([len(change.plan.accepted) for change in changes])
-    for nth in range(int(count.max())):
-        rows = np.flatnonzero(count > nth)
-        now = [changes[row] for row in rows.tolist()]
-        events = [change.plan.accepted[nth] for change in now]
-        banks.write(
-            rows,
-            np.array([event.item for event in events]),
-            np.stack([change.keys[nth] for change in now]),
-            np.array([event.time for event in events]),
-            np.array([event.rating for event in events]),
-            np.array([change.cells[nth] for change in now]),
-        )
-    return [_next_record(change, banks.row(row)) for row, change in enumerate(changes)]
-
-
-def _next_record(change: Change, banks: Banks) -> UserRecord:
-    record, accepted = change.record, change.plan.accepted
-    new_ids = np.array([event.event_id for event in accepted if event.event_id], "<u8")
-    taken = np.array([event.item for event in accepted], "<u4")
-    return replace(
-        record,
-        banks=banks,
-        version=max(record.version, change.first_version) + 1,
-        events=record.events + len(accepted),
-        log_item=change.plan.log_item[-LOG_LIMIT:],
-        log_time=change.plan.log_time[-LOG_LIMIT:],
-        seen=_remember(record.seen, taken)[-SEEN_LIMIT:],
-        event_ids=np.concatenate([record.event_ids, new_ids])[-EVENT_ID_LIMIT:],
-        state=np.asarray(change.state, "<f4"),
-    )
-
-
-def _remember(seen: NDArray[np.uint32], taken: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    new = taken[~np.isin(taken, seen)]
-    first = np.sort(np.unique(new, return_index=True)[1])
-    return np.concatenate([seen, new[first]])
-
-
 def stack_banks(banks: Sequence[Banks]) -> Banks:
     """Copies of several users' banks side by side. At least one; all of one capacity and dimension."""
     stacked = Banks(0, banks[0].key.shape[2], banks[0].rules)
@@ -498,27 +285,3 @@ def stack_banks(banks: Sequence[Banks]) -> Banks:
     stacked.size = np.concatenate([one.size for one in banks])
     stacked.pruned = np.concatenate([one.pruned for one in banks])
     return stacked
-
-
-def rekey_job(record: UserRecord) -> EncodeJob:
-    """Which states make all keys of a record anew, for another model: where each entry's item was last logged."""
-    last = {int(item): place for place, item in enumerate(record.log_item)}
-    items = record.banks.fields["item"][0, : record.size].tolist()
-    positions = [record.log_start + last[item] if item in last else UNKNOWN_POSITION for item in items]
-    return EncodeJob(record.log_start, record.log_item, np.array(positions, np.int64))
-
-
-def rekey(record: UserRecord, model_version: str, keys: Floats, state: Floats, cells: Ints | None = None) -> UserRecord:
-    """The record with keys (size, d) and state (d,) of another model; everything else stays."""
-    old = record.banks.row(0)
-    fitted = Banks(1, keys.shape[1], old.rules)
-    fitted.fields, fitted.size, fitted.pruned = old.fields, old.size, old.pruned
-    fitted.key[0, : record.size] = keys
-    fitted.fields["cell"][0, : record.size] = 0 if cells is None else cells
-    return replace(
-        record,
-        banks=fitted,
-        version=record.version + 1,
-        model_version=model_version,
-        state=np.asarray(state, "<f4"),
-    )

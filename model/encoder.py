@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.bank import EncodeJob
 from model.config import EncoderConfig
 from model.dataset import length_batches, pad_windows
+from model.events import EncodeJob
 from model.rules import Ints, window_start
 
 BATCH_TOKENS = 16384

@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.bank import EncodeJob, Retrieved
+from model.bank import Retrieved
 from model.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from model.config import Config
 from model.encoder import SequenceEncoder, StateRequests, encode_states
+from model.events import EncodeJob
 from model.fusion import Fused, MemoryFusion, MemoryTokens
 from model.rules import Ints, unit
 

@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.bank import (
+from model.bank import Banks, select
+from model.config import RulesConfig
+from model.events import (
     EVENT_ID_LIMIT,
     LOG_LIMIT,
-    Banks,
     Change,
     Event,
     UserRecord,
@@ -17,9 +18,7 @@ from model.bank import (
     plan,
     rekey,
     rekey_job,
-    select,
 )
-from model.config import RulesConfig
 from model.rules import unit
 from tests.synthetic import random_banks
 

@@ -4,9 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.bank import EncodeJob
 from model.config import EncoderConfig
 from model.encoder import SequenceEncoder, StateRequests, encode_states
+from model.events import EncodeJob
 from model.rules import window_start
 
 CONFIG = EncoderConfig(dim=16, layers=2, heads=2, window=8, dropout=0.5)

@@ -15,6 +15,7 @@ ALLOWED = {
         "memory_service",
         "model.rules",
         "model.bank",
+        "model.events",
         "model.checkpoint",
         "model.config",
         "model.errors",
@@ -49,7 +50,7 @@ def test_the_memory_service_never_loads_torch(module):
 
 
 def test_the_pure_parts_do_no_io():
-    for name in ("rules", "bank", "metrics"):
+    for name in ("rules", "bank", "events", "metrics"):
         text = (ROOT / "model" / f"{name}.py").read_text(encoding="utf-8")
         assert not {"torch", "redis", "faiss", "fastapi", "open("} & set(text.replace("(", "( ").split())
 

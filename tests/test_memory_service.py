@@ -36,9 +36,9 @@ from memory_service.schemas import (
 )
 from memory_service.settings import MemorySettings
 from memory_service.store import TOMBSTONE_S, CatalogueItem, Store
-from model.bank import Change, Event, UserRecord, apply, plan
 from model.checkpoint import load_checkpoint, save_checkpoint
 from model.config import RulesConfig
+from model.events import Change, Event, UserRecord, apply, plan
 from model.rules import unit
 from tests.synthetic import random_checkpoint, small_config
 

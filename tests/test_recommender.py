@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from model.bank import EncodeJob, Entries, Retrieved
+from model.bank import Entries, Retrieved
 from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from model.events import EncodeJob
 from model.recommender import Query, Recommender, top_items
 from tests.synthetic import random_checkpoint, random_memories
 
