@@ -43,6 +43,8 @@ class EncoderConfig(_Section):
     window: int = Field(50, ge=4, le=512, description="L: the most items that one state looks back on")
     stride: int | None = Field(None, ge=1, description="steps in which a full window moves; None: L/4")
     dropout: float = Field(0.3, ge=0, lt=1)
+    score: Literal["dot", "cosine"] = Field("dot", description="cosine: states and items of unit length / √temperature")
+    temperature: float = Field(0.07, gt=0, description="of cosine scores")
 
     @property
     def window_stride(self) -> int:
@@ -109,6 +111,11 @@ class TrainingConfig(_Section):
     """How encoder and fusion are fitted."""
 
     seed: int = 0
+    objective: Literal["softmax", "sampled", "gbce"] = Field(
+        "softmax", description="over all items; over `negatives` of them, corrected by log Q; gBCE (gSASRec)"
+    )
+    negatives: int = Field(1024, ge=1, description="uniform negatives of a batch, for sampled and gbce")
+    calibration: float = Field(0.75, ge=0, le=1, description="t of gBCE")
     held_out_users: float = Field(0.15, gt=0, lt=0.9, description="share of users kept from the encoder")
     batch_tokens: int = Field(8192, ge=64, description="positions a batch, padding included")
     learning_rate: float = Field(1e-3, gt=0)

@@ -7,6 +7,7 @@ padded on the right, where causal attention never looks, so padding cannot chang
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -90,15 +91,23 @@ class SequenceEncoder(nn.Module):
         x = functional.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
             x = block(x)
-        out: Tensor = self.norm(x)
-        return out
+        return self._scaled(self.norm(x))
+
+    def table(self) -> Tensor:
+        """What states are scored against, (items + 1, d): a logit is state · row. Row 0 is padding."""
+        return self._scaled(self.item.weight)
 
     def logits(self, states: Tensor) -> Tensor:
         """States (…, d) to a logit for every item index (…, items + 1); padding gets −inf."""
-        scores = states @ self.item.weight.T
-        padding = torch.zeros(scores.shape[-1], dtype=torch.bool)
-        padding[0] = True
-        return scores.masked_fill(padding, -torch.inf)
+        scores = states @ self.table().T
+        scores[..., 0] = -torch.inf
+        return scores
+
+    def _scaled(self, vectors: Tensor) -> Tensor:
+        """With cosine scores, all vectors get length 1/√temperature, so that a dot product is cosine / temperature."""
+        if self.config.score == "dot":
+            return vectors
+        return functional.normalize(vectors, dim=-1) / math.sqrt(self.config.temperature)
 
 
 @dataclass(frozen=True)

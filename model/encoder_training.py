@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
-from model.config import Config
+from model.config import Config, TrainingConfig
 from model.dataset import Dataset, leave_one_out, length_batches, pad_windows
 from model.encoder import SequenceEncoder, encode_states
+from model.losses import gbce_loss, sampled_softmax_loss, softmax_loss
 from model.metrics import ranks, summary
 from model.optimisation import (
     Epoch,
@@ -68,18 +68,24 @@ def _encoder_epoch(
     encoder.train()
     total = count = 0.0
     for targets in training_batches(dataset, users, config, rng):
-        loss = next_item_loss(encoder, torch.from_numpy(targets))
+        loss = next_item_loss(encoder, torch.from_numpy(targets), config.training)
         step(optimizer, encoder, loss, config.training)
         total += loss.item() * np.count_nonzero(targets)
         count += np.count_nonzero(targets)
     return total / count
 
 
-def next_item_loss(encoder: SequenceEncoder, targets: Tensor) -> Tensor:
-    """Softmax cross-entropy over all items at every position. targets (B, T): windows, right-padded with 0."""
-    states = encoder(targets[:, :-1])
+def next_item_loss(encoder: SequenceEncoder, targets: Tensor, settings: TrainingConfig) -> Tensor:
+    """The objective at every position. targets (B, T): windows, right-padded with 0."""
     real = targets > 0
-    return functional.cross_entropy(encoder.logits(states[real]), targets[real])
+    states, table, target = encoder(targets[:, :-1])[real], encoder.table()[1:], targets[real] - 1
+    match settings.objective:
+        case "softmax":
+            return softmax_loss(states, table, target)
+        case "sampled":
+            return sampled_softmax_loss(states, table, target, settings.negatives)
+        case "gbce":
+            return gbce_loss(states, table, target, settings.negatives, settings.calibration)
 
 
 def training_batches(

@@ -1,0 +1,94 @@
+"""Objectives of the encoder as pure functions of states, item table and targets.
+
+`softmax_loss` is the full softmax over all items. Its logits never exist as a whole: rows are taken in tiles that stay
+in the cache, and the gradient of a tile is made while its softmax is at hand (as in Liger's and Apple's fused linear
+cross-entropy), which on a CPU halves the time and keeps memory flat for large catalogues.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+TILE = 64
+"""Rows of logits that exist at a time."""
+SAFE = 60.0
+"""Bound on |logit| under which exponentials and their sums stay finite in float32 without shifting."""
+
+
+class _LogPartition(torch.autograd.Function):
+    """log Σ_v exp(s·w_v) for each row, the gradient computed on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, table: Tensor) -> Tensor:
+        """(N, d), (V, d) → (N,)."""
+        rows, transposed = len(states), table.t().contiguous()
+        expected, total = torch.empty_like(states), torch.empty(rows, 1)
+        scaled = torch.zeros_like(table)  # the gradient for equal row weights; rows weigh alike in a mean
+        shift = states.new_zeros(rows, 1)
+        bound = float(states.norm(dim=1).max() * table.norm(dim=1).max()) if rows else 0.0
+        buffer = states.new_empty(min(TILE, rows), len(table))
+        for at in range(0, rows, TILE):
+            tile = states[at : at + TILE]
+            p = torch.mm(tile, transposed, out=buffer[: len(tile)])
+            if not bound < SAFE:
+                shift[at : at + TILE] = p.amax(dim=1, keepdim=True)
+                p.sub_(shift[at : at + TILE])
+            p.exp_()
+            z = torch.sum(p, dim=1, keepdim=True, out=total[at : at + TILE])
+            torch.mm(p, table, out=expected[at : at + TILE])
+            scaled.addmm_(p.t(), tile / z)
+        ctx.save_for_backward(expected / total, scaled)
+        return (total.log() + shift)[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Every row must weigh alike, as in a mean over rows."""
+        expected, scaled = ctx.saved_tensors
+        return expected * gradient[:, None], scaled * gradient[0]
+
+
+def softmax_loss(states: Tensor, table: Tensor, target: Tensor) -> Tensor:
+    """Mean cross-entropy of the full softmax: states (N, d), table (V, d), target (N,) rows of the table → scalar."""
+    partition: Tensor = _LogPartition.apply(states, table)  # type: ignore[no-untyped-call]
+    return (partition - (states * table[target]).sum(dim=1)).mean()
+
+
+def sampled_softmax_loss(states: Tensor, table: Tensor, target: Tensor, negatives: int) -> Tensor:
+    """Cross-entropy against `negatives` items drawn uniformly for the whole batch, corrected by log Q.
+
+    Each drawn item stands for V / negatives items (Bengio and Senécal 2008), so the loss estimates the full one;
+    a row's own target is not counted twice.
+    """
+    drawn = torch.randint(len(table), (negatives,))
+    against = states @ table[drawn].t() + math.log(len(table) / negatives)
+    against = against.masked_fill(drawn == target[:, None], -torch.inf)
+    positive = (states * table[target]).sum(dim=1)
+    return (torch.logsumexp(torch.cat([positive[:, None], against], dim=1), dim=1) - positive).mean()
+
+
+def gbce_loss(states: Tensor, table: Tensor, target: Tensor, negatives: int, calibration: float) -> Tensor:
+    """Generalised binary cross-entropy (gSASRec, Petrov and Macdonald 2023) with uniform negatives.
+
+    `calibration` t in [0, 1]: the positive probability is raised to β = α·(t·(1 − 1/α) + 1/α), α = negatives / (V − 1).
+    """
+    drawn = torch.randint(len(table), (negatives,))
+    rate = negatives / max(len(table) - 1, 1)
+    beta = rate * (calibration * (1 - 1 / rate) + 1 / rate)
+    positive = (states * table[target]).sum(dim=1)
+    against = states @ table[drawn].t()
+    against = functional.softplus(against).masked_fill(drawn == target[:, None], 0.0).sum(dim=1)
+    return (beta * functional.softplus(-positive) + against).mean() / (negatives + 1)
+
+
+def contrastive_loss(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+    """InfoNCE between two views (B, d) of the same rows, all others as negatives (DuoRec, Qiu et al. 2022)."""
+    views = functional.normalize(torch.cat([first, second]), dim=1)
+    similarity = views @ views.t() / temperature
+    similarity = similarity.masked_fill(torch.eye(len(views), dtype=torch.bool), -torch.inf)
+    partner = torch.arange(len(views)).roll(len(first))
+    return functional.cross_entropy(similarity, partner)
