@@ -153,8 +153,7 @@ def _nothing(engine: Engine, asked: Sequence[Asked]) -> Retrieved:
         if len(one.sequence):
             weights, cluster = np.ones((1, len(one.sequence))), clusters[one.sequence][None]
             entropy[row] = rule.entropy(weights, cluster, engine.recommender.config.rules.clusters)[0]
-    zero = np.zeros(count, np.int64)
-    return Retrieved(entropy, zero, zero.copy(), Entries.empty(count), Entries.empty(count))
+    return Retrieved.nothing(entropy)
 
 
 def _spread(
@@ -171,7 +170,7 @@ def _spread(
             k[row] = found.k[n]
             for column in Entries.COLUMNS:
                 getattr(own, column)[row] = getattr(found.own, column)[n]
-    return Retrieved(entropy, k, size, own, nothing.collective)
+    return replace(nothing, entropy=entropy, k=k, bank_size=size, own=own)
 
 
 def _rank(engine: Engine, asked: Sequence[Asked], retrieved: Retrieved) -> list[Ranked]:

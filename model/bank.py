@@ -8,7 +8,7 @@ K memories. What else is remembered about a user, and what a batch of events mea
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from model.config import RulesConfig
 from model.rules import Bools, Floats, Ints
 
 KEY = np.dtype("<f2")
+NOT_SHARED = -1
+"""Cell of an entry that the collective scope leaves out."""
 
 ENTRY_FIELDS: dict[str, np.dtype] = {
     "item": np.dtype("<u4"),
@@ -73,13 +75,22 @@ class Entries:
 
 @dataclass(frozen=True)
 class Retrieved:
-    """What memory answers to B queries: entropy (B,) float32, k (B,) own-scope K, bank_size (B,), and the entries."""
+    """What memory answers to B queries: entropy (B,) float32, k (B,) own-scope K, bank_size (B,), the entries of both
+    scopes, and collective_k (B,).
+    """
 
     entropy: NDArray[np.float32]
     k: NDArray[np.int64]
     bank_size: NDArray[np.int64]
     own: Entries
     collective: Entries
+    collective_k: NDArray[np.int64]
+
+    @classmethod
+    def nothing(cls, entropy: NDArray[np.float32], bank_size: NDArray[np.int64] | None = None) -> Retrieved:
+        """No memories for users of these entropies (B,)."""
+        none, zero = Entries.empty(len(entropy)), np.zeros(len(entropy), np.int64)
+        return cls(entropy, zero, zero.copy() if bank_size is None else bank_size, none, none, zero.copy())
 
     def take(self, rows: Ints | Bools | slice) -> Retrieved:
         """The same for some of the queries."""
@@ -89,6 +100,7 @@ class Retrieved:
             self.bank_size[rows],
             self.own.take(rows),
             self.collective.take(rows),
+            self.collective_k[rows],
         )
 
 
@@ -169,7 +181,7 @@ class Banks:
 
         Args:
             rows: (A,) distinct users. item: (A,). key: (A, d) unit length. time: (A,). rating: (A,), NaN = none.
-            cell: (A,) collective list of the key, 0 where there is no collective index.
+            cell: (A,) collective list of the key; one that is blended keeps its list. None: not in any.
         """
         at = np.arange(len(rows))
         match = self.valid(rows) & (self.fields["item"][rows] == np.asarray(item)[:, None])
@@ -183,7 +195,7 @@ class Banks:
         blended = rule.blend_keys(self.key[rows, slot], key, frequency).astype(KEY)
         new = {
             "item": item,
-            "cell": 0 if cell is None else cell,
+            "cell": np.where(known & (old["cell"] >= 0), old["cell"], NOT_SHARED if cell is None else cell),
             "frequency": frequency,
             "access": np.where(known, old["access"], 0),
             "rating": np.where(keep_rating, old["rating"], rating),
@@ -259,6 +271,11 @@ class Banks:
             valid=chosen,
         )
 
+    def everything(self) -> Entries:
+        """All entries of all banks in order of their slots; similarity is 0."""
+        slots = np.broadcast_to(np.arange(self.key.shape[1]), self.key.shape[:2])
+        return self.describe(np.arange(len(self)), slots, self.valid(), np.zeros(slots.shape, np.float32))
+
     def retrieve(self, rows: Ints, query: Floats, clusters: Ints, k: int | None = None) -> Retrieved:
         """Own-scope retrieval by exact search: entropy, adaptive K and the K best memories of each user.
 
@@ -274,7 +291,7 @@ class Banks:
             similarity, self.valid(rows), self.fields["time"][rows], wanted, self.rules.similarity_threshold
         )
         own = self.describe(rows, slots, chosen, np.take_along_axis(similarity, slots, 1))
-        return Retrieved(diversity, wanted, size, own, Entries.empty(len(size)))
+        return replace(Retrieved.nothing(diversity, size), k=wanted, own=own)
 
 
 def stack_banks(banks: Sequence[Banks]) -> Banks:

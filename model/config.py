@@ -46,6 +46,9 @@ class EncoderConfig(_Section):
     score: Literal["dot", "cosine"] = Field("dot", description="cosine: states and items of unit length / √temperature")
     temperature: float = Field(0.07, gt=0, description="of cosine scores")
 
+    skip: bool = Field(False, description="add the decayed mean of the window's items to the state; cosine only")
+    skip_decay: float = Field(0.8, gt=0, le=1, description="weight of an item against the one after it in that mean")
+
     @property
     def window_stride(self) -> int:
         """Steps in which a full window moves, in items."""
@@ -57,6 +60,8 @@ class EncoderConfig(_Section):
             raise ValueError(f"dim {self.dim} is not divisible by heads {self.heads}")
         if self.window_stride > self.window:
             raise ValueError(f"stride {self.stride} is larger than window {self.window}")
+        if self.skip and self.score != "cosine":
+            raise ValueError("skip needs score = cosine: it adds directions")
         return self
 
 
@@ -85,6 +90,7 @@ class RulesConfig(_Section):
     collective_k_base: float = Field(20.0, gt=0)
     collective_k_min: int = Field(10, ge=1)
     collective_k_max: int = Field(30, ge=1, le=100)
+    collective_probes: int = Field(32, ge=1, description="lists of the collective index that a search scans")
 
     @model_validator(mode="after")
     def _consistent(self) -> RulesConfig:
@@ -103,6 +109,7 @@ class FusionConfig(_Section):
 
     heads: int = Field(4, ge=1)
     temperature: float = Field(0.5, gt=0, description="similarity / temperature is added to attention logits")
+    copy_sharpness: float = Field(16.0, gt=0, description="where the learned factor on similarities starts, copying")
     gate_max: float = Field(1.0, gt=0, le=1, description="cap on the share of memory in the fused state")
     dropout: float = Field(0.1, ge=0, lt=1)
 
@@ -125,6 +132,8 @@ class TrainingConfig(_Section):
     patience: int = Field(10, ge=1, description="epochs without a better validation NDCG@10")
     fusion_batch: int = Field(256, ge=1)
     fusion_learning_rate: float = Field(1e-3, gt=0)
+    copy_learning_rate: float = Field(1e-2, gt=0, description="for copying and the repeat bias")
+    rank_temperature: float = Field(0.1, gt=0, description="of the smooth rank that the fusion is fitted by")
     fusion_weight_decay: float = Field(0.01, ge=0)
     fusion_max_epochs: int = Field(30, ge=1)
     fusion_patience: int = Field(4, ge=1)

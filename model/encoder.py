@@ -69,6 +69,7 @@ class SequenceEncoder(nn.Module):
         self.position = nn.Embedding(config.window + 1, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim)
+        self.skip = nn.Parameter(torch.ones(()), requires_grad=config.skip)
         self.apply(self._initialise)
         nn.init.normal_(self.bos, std=0.02)
 
@@ -91,7 +92,17 @@ class SequenceEncoder(nn.Module):
         x = functional.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
             x = block(x)
-        return self._scaled(self.norm(x))
+        states = self.norm(x)
+        if self.config.skip:
+            states = functional.normalize(states, dim=-1) + self.skip * self._recent(items)
+        return self._scaled(states)
+
+    def _recent(self, items: Tensor) -> Tensor:
+        """(B, T + 1, d) direction of the decayed mean of the items before each state; zero before any item."""
+        before = torch.arange(items.shape[1] + 1)[:, None] - 1 - torch.arange(items.shape[1])
+        weight = torch.where(before >= 0, self.config.skip_decay ** before.clamp(min=0).float(), 0.0)
+        taken = functional.normalize(self.item(items), dim=-1)  # padding is a zero row
+        return functional.normalize(torch.matmul(weight, taken), dim=-1)
 
     def table(self) -> Tensor:
         """What states are scored against, (items + 1, d): a logit is state · row. Row 0 is padding."""

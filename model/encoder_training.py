@@ -39,7 +39,7 @@ def fit_encoder(
     settings = config.training
     torch.manual_seed(settings.seed)
     encoder = SequenceEncoder(config.encoder, dataset.item_count)
-    optimizer = adamw(encoder, settings.learning_rate, settings.weight_decay)
+    optimizer = adamw(encoder.parameters(), settings.learning_rate, settings.weight_decay)
     best = snapshot(encoder)
     progress = resume(run, _fingerprint(dataset, config), encoder, optimizer, best)
     while not progress.over(settings.max_epochs, settings.patience):

@@ -1,13 +1,15 @@
 """Evaluation: leave-one-out on test items, all items ranked, with and without memory.
 
-Protocols: `unmasked` removes nothing from the ranking; `masked` removes the user's history less the target. Store
-`train`: the banks hold the user's own earlier events (the validation item included), nobody's test item.
+Protocols: `unmasked` removes nothing from the ranking; `masked` removes the user's history less the target. The own
+scope holds the user's own earlier events (the validation item included). Stores of the collective scope: `train` holds
+others' training interactions, `live` their validation items too; nobody's test item is in either. Both are transductive
+where a log is split by user and not by time: others' later interactions are visible.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,13 +19,27 @@ from model.bank import Entries, Retrieved
 from model.dataset import Dataset, leave_one_out
 from model.errors import RamrecError
 from model.fusion_training import memory_ranks
-from model.metrics import summary
+from model.metrics import ndcg, relative_gain, summary
 from model.recommender import Recommender
-from model.replay import Replay, Replayed, adaptive, fixed, replay
-from model.rules import unit
+from model.replay import (
+    MemorySpace,
+    Replay,
+    Replayed,
+    Store,
+    adaptive,
+    ask_others,
+    collective,
+    fixed,
+    replay,
+    trajectory,
+)
+from model.rules import collective_k, own_k, unit
 
 PROTOCOLS = {"unmasked": False, "masked": True}
+STORES: tuple[Store, ...] = ("train", "live")
 FIXED_K = (5, 10, 20)
+FIXED_COLLECTIVE_K = (10, 20, 30, 50, 100)
+BASELINE, MEMORY, SHUFFLED = "encoder+repeat-bias", "memory", "shuffled"
 
 
 class EvaluationError(RamrecError):
@@ -31,45 +47,100 @@ class EvaluationError(RamrecError):
 
 
 @dataclass(frozen=True)
+class Asked:
+    """Every user's question before their test item, answered by both scopes with the most memories they may give.
+
+    banks: as they are then; strangers (N,): for each question another user, whose memories stand for shuffled ones.
+    """
+
+    replayed: Replayed
+    space: MemorySpace
+    store: Store
+    strangers: NDArray[np.int64]
+
+    @property
+    def questions(self) -> Replay:
+        """The questions."""
+        return self.replayed.replay
+
+
+@dataclass(frozen=True)
 class Variant:
-    """What the ranking may use: memories (None = no memory) and whether the learned repeat bias is added."""
+    """What the ranking may use: which memories, and whether the learned repeat bias is added.
+
+    `stores`: whether the collective store matters, so that the variant is ranked for each.
+    """
 
     name: str
-    memories: Callable[[Replayed, NDArray[np.int32], int], Retrieved]
+    memories: Callable[[Asked], Retrieved]
     repeat_bias: bool = True
+    stores: bool = True
 
 
-def _none(replayed: Replayed, clusters: NDArray[np.int32], seed: int) -> Retrieved:
-    asked = replayed.replay.retrieved
-    nothing = Entries.empty(len(asked.k))
-    return Retrieved(asked.entropy, np.zeros_like(asked.k), asked.bank_size, nothing, nothing)
+def no_memory(asked: Asked) -> Retrieved:
+    """Nothing retrieved."""
+    retrieved = asked.questions.retrieved
+    return Retrieved.nothing(retrieved.entropy, retrieved.bank_size)
 
 
-def _own(replayed: Replayed, clusters: NDArray[np.int32], seed: int) -> Retrieved:
-    return adaptive(replayed.replay.retrieved, replayed.replay.rules)
+def own_only(asked: Asked) -> Retrieved:
+    """Adaptive K of the own scope."""
+    chosen = adaptive(asked.questions)
+    return replace(chosen, collective=Entries.empty(len(chosen.k)), collective_k=np.zeros_like(chosen.k))
 
 
-def _fixed(k: int) -> Callable[[Replayed, NDArray[np.int32], int], Retrieved]:
-    return lambda replayed, clusters, seed: fixed(replayed.replay.retrieved, k)
+def collective_only(asked: Asked) -> Retrieved:
+    """Adaptive K of the collective scope."""
+    chosen = adaptive(asked.questions)
+    return replace(chosen, own=Entries.empty(len(chosen.k)), k=np.zeros_like(chosen.k))
 
 
-def _shuffled(replayed: Replayed, clusters: NDArray[np.int32], seed: int) -> Retrieved:
-    """Each query asks the bank of another user, who had as many questions put to theirs: one each."""
-    owner = np.flatnonzero(replayed.banks.size > 0)
-    order = np.random.default_rng([seed, 5]).permutation(len(owner))
-    stranger = np.empty_like(owner)
-    stranger[order] = owner[np.roll(order, 1)]
-    asked = replayed.replay
-    return replayed.banks.retrieve(stranger[: len(asked.event)], unit(asked.state), clusters)
+def both_scopes(asked: Asked) -> Retrieved:
+    """What serving retrieves."""
+    return adaptive(asked.questions)
+
+
+def fixed_own(k: int) -> Callable[[Asked], Retrieved]:
+    """K own memories for everybody, the collective scope as ever."""
+
+    def retrieve(asked: Asked) -> Retrieved:
+        retrieved = asked.questions.retrieved
+        return fixed(retrieved, k, collective_k(retrieved.entropy, asked.space.rules))
+
+    return retrieve
+
+
+def fixed_collective(k: int) -> Callable[[Asked], Retrieved]:
+    """K collective memories for everybody, the own scope as ever."""
+
+    def retrieve(asked: Asked) -> Retrieved:
+        retrieved = asked.questions.retrieved
+        return fixed(retrieved, own_k(retrieved.entropy, retrieved.bank_size, asked.space.rules), k)
+
+    return retrieve
+
+
+def shuffled(asked: Asked) -> Retrieved:
+    """Each query gets what another user's bank and another user's question retrieve."""
+    questions = asked.questions
+    mine = adaptive(questions)
+    own = asked.replayed.banks.retrieve(asked.strangers, unit(questions.state), asked.space.clusters)
+    order = np.random.default_rng(len(mine.k)).permutation(len(mine.k))
+    other = np.empty_like(order)
+    other[order] = np.roll(order, 1)
+    return replace(own, collective=mine.collective.take(other), collective_k=mine.collective_k)
 
 
 VARIANTS = (
-    Variant("encoder", _none, repeat_bias=False),
-    Variant("encoder+repeat-bias", _none),
-    Variant("own", _own),
-    Variant("own-no-repeat-bias", _own, repeat_bias=False),
-    *(Variant(f"fixed-k-{k}", _fixed(k)) for k in FIXED_K),
-    Variant("shuffled", _shuffled),
+    Variant("encoder", no_memory, repeat_bias=False, stores=False),
+    Variant(BASELINE, no_memory, stores=False),
+    Variant("own", own_only, stores=False),
+    Variant("collective", collective_only),
+    Variant(MEMORY, both_scopes),
+    Variant("memory-no-repeat-bias", both_scopes, repeat_bias=False),
+    *(Variant(f"own-k-{k}", fixed_own(k)) for k in FIXED_K),
+    *(Variant(f"collective-k-{k}", fixed_collective(k)) for k in FIXED_COLLECTIVE_K),
+    Variant(SHUFFLED, shuffled),
 )
 
 
@@ -77,97 +148,112 @@ def evaluate(recommenders: Sequence[Recommender], dataset: Dataset, name: str) -
     """The report of one or several runs (seeds) on a dataset's test items; figures are means over the runs.
 
     Returns:
-        {"rows": [{dataset, variant, protocol, store, seeds, hr@5, …, mrr}], "entropy": {mean, std,
-        std_at_full_bank}, "k": {mean, distinct, distinct_at_full_bank, correlation_with_entropy_at_full_bank}}
+        {"rows": [{dataset, variant, protocol, store, seeds, hr@5, …, mrr}], "gains": [{dataset, variant, protocol,
+        store, over, gain, low, high}] (relative NDCG@10, 95 % paired bootstrap over users), "entropy", "k",
+        "collective_k": {mean, distinct values, …}}. Variants without collective memories have the store "none".
 
     Raises:
         EvaluationError: a run was trained on other items.
     """
-    reports = [_evaluate_one(recommender, dataset, name) for recommender in recommenders]
-    rows = [_mean_row([report["rows"][n] for report in reports]) for n in range(len(reports[0]["rows"]))]
-    spread = {
-        part: {key: float(np.mean([report[part][key] for report in reports])) for key in reports[0][part]}
-        for part in ("entropy", "k")
-    }
-    return {"rows": rows, **spread}
+    reports = [_evaluate_one(recommender, dataset) for recommender in recommenders]
+    labels = list(reports[0][0])
+    rows, gains = [], []
+    for variant, protocol, store in labels:
+        found = [ranks[variant, protocol, store] for ranks, _ in reports]
+        label = {"dataset": name, "variant": variant, "protocol": protocol, "store": store}
+        rows.append({**label, "seeds": len(reports), **_mean([summary(one) for one in found])})
+        if variant not in ("encoder", BASELINE):
+            base = np.mean([ndcg(ranks[BASELINE, protocol, "none"]) for ranks, _ in reports], axis=0)
+            gains.append(
+                {**label, "over": BASELINE, **relative_gain(np.mean([ndcg(one) for one in found], axis=0), base)}
+            )
+    spread = {part: _mean([figures[part] for _, figures in reports]) for part in reports[0][1]}
+    return {"rows": rows, "gains": gains, **spread}
 
 
-def ask_test(recommender: Recommender, dataset: Dataset) -> Replayed:
-    """Every user's memory just before their test item."""
+def ask_test(recommender: Recommender, dataset: Dataset, store: Store, state: NDArray[np.float32]) -> Asked:
+    """Every user's memory just before their test item. state: the dataset's `trajectory`."""
+    split, owner = leave_one_out(dataset), dataset.owners()
+    space = memory_space_of(recommender)
+    asked = replay(dataset, state, space, np.arange(len(dataset)) == split.test[owner])
+    order = np.argsort(asked.replay.event)
+    users = owner[asked.replay.event[order]]
+    questions = ask_others(asked.replay.take(order), users, collective(dataset, state, space, store))
+    strangers = users[np.roll(np.random.default_rng([recommender.config.training.seed, 5]).permutation(len(users)), 1)]
+    return Asked(Replayed(questions, asked.banks), space, store, _nobody_their_own(users, strangers))
+
+
+def memory_space_of(recommender: Recommender) -> MemorySpace:
+    """Rules, clusters and centroids that a checkpoint carries."""
+    checkpoint = recommender.checkpoint
+    return MemorySpace(checkpoint.config.rules, checkpoint.item_clusters, checkpoint.index_centroids)
+
+
+def check_items(recommender: Recommender, dataset: Dataset) -> None:
+    """Raises EvaluationError where a run was trained on other items than the dataset's."""
     if recommender.checkpoint.item_ids != dataset.item_ids:
         raise EvaluationError(
             f"the run knows {len(recommender.checkpoint.item_ids)} items, the dataset has {dataset.item_count}: "
             "evaluate on the dataset that the run was trained on"
         )
-    split = leave_one_out(dataset)
-    asked = np.arange(len(dataset)) == split.test[dataset.owners()]
-    checkpoint = recommender.checkpoint
-    return replay(dataset, recommender.encoder, checkpoint.config.rules, checkpoint.item_clusters, asked)
 
 
-def _evaluate_one(recommender: Recommender, dataset: Dataset, name: str) -> dict[str, Any]:
-    replayed = ask_test(recommender, dataset)
-    clusters, seed = recommender.checkpoint.item_clusters, recommender.config.training.seed
-    rows = []
-    for variant in VARIANTS:
-        memories = variant.memories(replayed, clusters, seed)
-        for protocol, masked in PROTOCOLS.items():
-            figures = summary_of(recommender, dataset, replayed.replay, memories, masked, variant.repeat_bias)
-            label = {
-                "dataset": name,
-                "variant": variant.name,
-                "protocol": protocol,
-                "store": "train",
-                "seeds": 1,
-            }
-            rows.append({**label, **figures})
-    return {"rows": rows, **spread_of(replayed)}
+def _nobody_their_own(users: NDArray[np.int64], strangers: NDArray[np.int64]) -> NDArray[np.int64]:
+    same = users == strangers
+    return np.where(same, np.roll(users, 1), strangers)
 
 
-def summary_of(
-    recommender: Recommender,
-    dataset: Dataset,
-    asked: Replay,
-    memories: Retrieved,
-    masked: bool,
-    repeat_bias: bool,
-) -> dict[str, float]:
-    """Metrics of one variant under one protocol."""
-    found = memory_ranks(
-        recommender.fusion,
-        recommender.encoder,
-        dataset,
-        asked,
-        masked=masked,
-        retrieved=memories,
-        repeat_bias=repeat_bias,
-    )
-    return summary(found)
+def _evaluate_one(
+    recommender: Recommender, dataset: Dataset
+) -> tuple[dict[tuple[str, str, str], NDArray[np.int64]], dict[str, dict[str, float]]]:
+    """Ranks by (variant, protocol, store), and how entropy and K spread."""
+    check_items(recommender, dataset)
+    state = trajectory(dataset, recommender.encoder)
+    ranks: dict[tuple[str, str, str], NDArray[np.int64]] = {}
+    for store in STORES:
+        asked = ask_test(recommender, dataset, store, state)
+        for variant in VARIANTS:
+            if variant.stores or store == STORES[0]:
+                memories = variant.memories(asked)
+                for protocol, masked in PROTOCOLS.items():
+                    ranks[variant.name, protocol, store if variant.stores else "none"] = memory_ranks(
+                        recommender.fusion,
+                        recommender.table,
+                        dataset,
+                        asked.questions,
+                        memories,
+                        masked=masked,
+                        repeat_bias=variant.repeat_bias,
+                    )
+    return ranks, spread_of(asked)
 
 
-def spread_of(replayed: Replayed) -> dict[str, dict[str, float]]:
+def spread_of(asked: Asked) -> dict[str, dict[str, float]]:
     """How entropy and adaptive K differ between users: over all, and among the quarter with the fullest banks."""
-    retrieved = replayed.replay.retrieved
-    k = adaptive(retrieved, replayed.replay.rules).k
-    full = retrieved.bank_size >= np.quantile(retrieved.bank_size, 0.75)
-    entropy_full, k_full = retrieved.entropy[full], k[full]
-    varied = np.std(k_full) > 0 and np.std(entropy_full) > 0
+    chosen = adaptive(asked.questions)
+    entropy, k = chosen.entropy, chosen.k
+    full = chosen.bank_size >= np.quantile(chosen.bank_size, 0.75)
+    varied = np.std(k[full]) > 0 and np.std(entropy[full]) > 0
     return {
         "entropy": {
-            "mean": float(retrieved.entropy.mean()),
-            "std": float(retrieved.entropy.std()),
-            "std_at_full_bank": float(entropy_full.std()),
+            "mean": float(entropy.mean()),
+            "std": float(entropy.std()),
+            "std_at_full_bank": float(entropy[full].std()),
         },
         "k": {
             "mean": float(k.mean()),
             "distinct": float(len(np.unique(k))),
-            "distinct_at_full_bank": float(len(np.unique(k_full))),
-            "correlation_with_entropy_at_full_bank": float(np.corrcoef(entropy_full, k_full)[0, 1]) if varied else 0.0,
+            "distinct_at_full_bank": float(len(np.unique(k[full]))),
+            "correlation_with_entropy_at_full_bank": float(np.corrcoef(entropy[full], k[full])[0, 1])
+            if varied
+            else 0.0,
+        },
+        "collective_k": {
+            "mean": float(chosen.collective_k.mean()),
+            "distinct": float(len(np.unique(chosen.collective_k))),
         },
     }
 
 
-def _mean_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    labels = {key: value for key, value in rows[0].items() if isinstance(value, str)}
-    figures = {key: float(np.mean([row[key] for row in rows])) for key in rows[0] if "@" in key or key == "mrr"}
-    return {**labels, "seeds": len(rows), **figures}
+def _mean(figures: list[dict[str, float]]) -> dict[str, float]:
+    return {key: float(np.mean([one[key] for one in figures])) for key in figures[0]}

@@ -1,16 +1,20 @@
-"""Memory fusion: the state asks K memories by cross-attention, a gate decides how much they count.
+"""Memory fusion: the state asks K memories by cross-attention, a gate decides how much they count; what others took in
+alike situations may be copied.
 
     m_j = value(item_j) + features_j                      one token a memory
     a_j = softmax_j(q(h)·k(m_j)/√d + similarity_j/τ)      a head at a time
     h_mem = Σ_j a_j·o(v(m_j))                             linear in the memories: no norm or MLP after it
     h̃ = (1 − g)·h + g·h_mem,  g = gate(h, h_mem, H, n)
+    P = (1 − λ)·softmax(h̃·Eᵀ + repeat bias) + λ·Σ_j c_j·1[item_j]        j over the collective memories
 
-Because h_mem is linear, each memory's part in every logit is exact. Without memories h̃ = h.
+Because h_mem is linear, each memory's part in every logit is exact, and so is each copy's share of a probability.
+Without memories h̃ = h, without collective memories λ = 0.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,15 +28,22 @@ from model.config import FusionConfig
 OWN, COLLECTIVE = 0.0, 1.0
 GATE_START = -2.0
 """Bias of the fresh gate: memory starts with a small say."""
+COPY_START = -2.0
+"""The same for λ."""
+LOG_P_SCALE = 8.0
+"""Brings logarithms of probabilities and sizes near 1."""
 
 
 @dataclass(frozen=True)
 class MemoryTokens:
-    """Memories as tensors: item (B, K) int64 (0 = unknown to the model), features (B, K, 5) float32 (similarity,
-    quality, recency, rating, scope), valid (B, K) bool, entropy and size (B,) float32.
+    """Memories as tensors: item (B, K) int64 (0 = unknown to the model), copied (B, K') int64 the items of the
+    collective ones as they came (unknown ones beyond the model's items), features (B, K, 5) float32 (similarity,
+    quality, recency, rating, scope), valid (B, K) bool, entropy and size (B,) float32. The first `own` columns are
+    the own scope's, the others collective.
     """
 
     item: Tensor
+    copied: Tensor
     features: Tensor
     valid: Tensor
     entropy: Tensor
@@ -41,16 +52,23 @@ class MemoryTokens:
     FEATURES = ("similarity", "quality", "recency", "rating", "scope")
 
     @classmethod
-    def of(cls, retrieved: Retrieved) -> MemoryTokens:
-        """Own and collective memories of a batch side by side."""
+    def of(cls, retrieved: Retrieved, items: int) -> MemoryTokens:
+        """Own and collective memories of a batch side by side; `items` is the number of items that the model knows."""
         scopes = ((retrieved.own, OWN), (retrieved.collective, COLLECTIVE))
+        item = np.concatenate([entries.item for entries, _ in scopes], axis=1)
         return cls(
-            item=torch.from_numpy(np.concatenate([entries.item for entries, _ in scopes], axis=1)),
+            item=torch.from_numpy(np.where(item > items, 0, item)),
+            copied=torch.from_numpy(retrieved.collective.item),
             features=torch.from_numpy(np.concatenate([_features(*scope) for scope in scopes], axis=1)),
             valid=torch.from_numpy(np.concatenate([entries.valid for entries, _ in scopes], axis=1)),
             entropy=torch.from_numpy(retrieved.entropy.astype(np.float32)),
             size=torch.from_numpy(retrieved.bank_size.astype(np.float32)),
         )
+
+    @property
+    def own(self) -> int:
+        """Columns of the own scope."""
+        return self.item.shape[1] - self.copied.shape[1]
 
 
 def _features(entries: Entries, scope: float) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
@@ -68,8 +86,65 @@ class Fused:
     values: Tensor
 
 
+@dataclass(frozen=True)
+class Copying:
+    """What is copied from the collective memories: weights (B, K') adding up to 1 (0 without any), share (B, 1): λ."""
+
+    weights: Tensor
+    share: Tensor
+
+
+class CopyHead(nn.Module):
+    """How much each collective memory is copied, and how much copying counts.
+
+    c_j ∝ exp(β·similarity_j + w·(quality, recency, rating, log p(item_j))); λ from the best and mean similarity, how
+    concentrated c is, the user's entropy and bank size, and how sure the model is itself.
+    """
+
+    def __init__(self, config: FusionConfig) -> None:
+        super().__init__()
+        self.sharpness = nn.Parameter(torch.tensor(math.log(config.copy_sharpness)))
+        self.features = nn.Linear(4, 1, bias=False)
+        nn.init.zeros_(self.features.weight)
+        last = nn.Linear(16, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.constant_(last.bias, COPY_START)
+        self.share = nn.Sequential(nn.Linear(7, 16), nn.GELU(), last)
+
+    def forward(self, memories: MemoryTokens, log_p: Tensor, repeat: Tensor) -> Copying:
+        """log_p (B, K): the model's own log-probability of each collective item, 0 where it has none; repeat (B, K):
+        the repeat bias that applies to each.
+        """
+        valid, features = memories.valid[:, memories.own :], memories.features[:, memories.own :]
+        similarity = features[..., 0]
+        scaled = torch.cat([features[..., 1:4], log_p[..., None] / LOG_P_SCALE], dim=-1)
+        affinity = similarity * self.sharpness.exp() + self.features(scaled)[..., 0] + repeat
+        weights = torch.softmax(affinity.masked_fill(~valid, -1e9), dim=1).masked_fill(~valid, 0.0)
+        return Copying(weights, self._share(memories, weights, similarity, log_p, valid))
+
+    def _share(
+        self, memories: MemoryTokens, weights: Tensor, similarity: Tensor, log_p: Tensor, valid: Tensor
+    ) -> Tensor:
+        count = valid.sum(dim=1).clamp(min=1)
+        concentration = torch.special.entr(weights).sum(dim=1) / math.log(100)
+        context = torch.stack(
+            [
+                similarity.amax(dim=1),
+                similarity.sum(dim=1) / count,
+                concentration,
+                memories.entropy,
+                torch.log1p(memories.size) / LOG_P_SCALE,
+                (weights * log_p).sum(dim=1) / LOG_P_SCALE,
+                log_p.masked_fill(~valid, -LOG_P_SCALE).amax(dim=1) / LOG_P_SCALE,
+            ],
+            dim=1,
+        )
+        share: Tensor = torch.sigmoid(self.share(context)) * valid.any(dim=1, keepdim=True)
+        return share
+
+
 class MemoryFusion(nn.Module):
-    """Cross-attention over memories, the gate, and the repeat bias."""
+    """Cross-attention over memories, the gate, the repeat bias, and copying."""
 
     def __init__(self, config: FusionConfig, dim: int) -> None:
         super().__init__()
@@ -84,6 +159,12 @@ class MemoryFusion(nn.Module):
         nn.init.constant_(gate_out.bias, GATE_START)
         self.gate = nn.Sequential(nn.Linear(2 * dim + 2, dim), nn.GELU(), gate_out)
         self.repeat_bias = nn.Parameter(torch.zeros(()))
+        self.copy = CopyHead(config)
+
+    def attention(self) -> Iterator[nn.Parameter]:
+        """Parameters of cross-attention and gate."""
+        apart = {id(self.repeat_bias), *(id(one) for one in self.copy.parameters())}
+        return (one for one in self.parameters() if id(one) not in apart)
 
     def forward(self, state: Tensor, memories: MemoryTokens, item_table: Tensor) -> Fused:
         """States (B, d) and their memories to fused states. `item_table` (items + 1, d) holds the values."""
@@ -117,6 +198,14 @@ class MemoryFusion(nn.Module):
         context = torch.stack([memories.entropy, torch.log1p(memories.size)], dim=1)
         opening = torch.sigmoid(self.gate(torch.cat([state, recalled, context], dim=1)))
         return opening * self.config.gate_max * memories.valid.any(dim=1, keepdim=True)
+
+    def copying(self, memories: MemoryTokens, log_p: Tensor, seen: Tensor) -> Copying:
+        """What is copied. log_p (B, items + 1): the model's own; seen (B, items + 1) bool: items that each user had."""
+        item = memories.item[:, memories.own :]
+        if not item.shape[1]:
+            return Copying(log_p.new_zeros(len(log_p), 0), log_p.new_zeros(len(log_p), 1))
+        own_log_p = log_p.detach().gather(1, item).masked_fill(item == 0, 0.0)
+        return self.copy(memories, own_log_p, self.repeat_bias * seen.gather(1, item))  # type: ignore[no-any-return]
 
     def entry_parts(self, fused: Fused) -> Tensor:
         """Each memory's share of the fused state, (B, K, d); with (1 − g)·h they add up to h̃."""

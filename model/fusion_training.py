@@ -5,28 +5,30 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional
+from torch import Tensor
 
 from model.bank import Retrieved
-from model.config import Config
+from model.config import Config, TrainingConfig
 from model.dataset import Dataset, leave_one_out
 from model.encoder import SequenceEncoder
 from model.fusion import MemoryFusion, MemoryTokens
+from model.losses import smooth_ndcg_loss
 from model.metrics import ranks, summary
 from model.optimisation import Epoch, Progress, Report, adamw, advance, snapshot, step
-from model.recommender import mark
-from model.replay import Replay, adaptive, replay
+from model.recommender import mark, predict
+from model.replay import MemorySpace, Replay, adaptive, ask_others, collective, replay, trajectory
 from model.rules import Ints
 
 UNKNOWN_SHARE = 0.02
 """Share of memories whose item is hidden from the fusion while fitting, so that "unknown" gets an embedding."""
+RANK_ROWS = 256
 
 
 def fit_fusion(
     dataset: Dataset,
     config: Config,
     encoder: SequenceEncoder,
-    clusters: NDArray[np.int32],
+    space: MemorySpace,
     held_out: NDArray[np.bool_],
     report: Report,
 ) -> MemoryFusion:
@@ -37,13 +39,15 @@ def fit_fusion(
     settings = config.training
     torch.manual_seed(settings.seed + 1)
     fusion = MemoryFusion(config.fusion, config.encoder.dim)
-    samples, validation = _fusion_samples(dataset, config, encoder, clusters, held_out)
-    optimizer = adamw(fusion, settings.fusion_learning_rate, settings.fusion_weight_decay)
+    samples, validation = _fusion_samples(dataset, encoder, space, held_out)
+    table = encoder.table().detach()
+    fusion.repeat_bias.data.fill_(repeat_bias(dataset, table, samples))
+    optimizer = _optimizer(fusion, settings)
     progress, best = Progress(), snapshot(fusion)
     while not progress.over(settings.fusion_max_epochs, settings.fusion_patience):
         rng = np.random.default_rng([settings.seed, 4, progress.epoch])
-        loss = _fusion_epoch(fusion, encoder, optimizer, dataset, samples, config, rng)
-        figures = _validate_fusion(fusion, encoder, dataset, validation)
+        loss = _fusion_epoch(fusion, table, optimizer, dataset, samples, config, rng)
+        figures = summary(memory_ranks(fusion, table, dataset, validation, adaptive(validation), masked=False))
         advance(progress, figures, fusion, best)
         is_best = progress.best_epoch == progress.epoch
         report(Epoch("fusion", progress.epoch, settings.fusion_max_epochs, loss, figures, is_best))
@@ -51,26 +55,32 @@ def fit_fusion(
     return fusion.eval()
 
 
+def _optimizer(fusion: MemoryFusion, settings: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW; the few parameters of copying and the repeat bias learn faster than the attention."""
+    optimizer = adamw(fusion.attention(), settings.fusion_learning_rate, settings.fusion_weight_decay)
+    quick = [*fusion.copy.parameters(), fusion.repeat_bias]
+    optimizer.add_param_group({"params": quick, "lr": settings.copy_learning_rate, "weight_decay": 0.0})
+    return optimizer
+
+
 def _fusion_samples(
-    dataset: Dataset,
-    config: Config,
-    encoder: SequenceEncoder,
-    clusters: NDArray[np.int32],
-    held_out: NDArray[np.bool_],
+    dataset: Dataset, encoder: SequenceEncoder, space: MemorySpace, held_out: NDArray[np.bool_]
 ) -> tuple[Replay, Replay]:
     """Replays of the held-out users' training positions, and of everybody's validation position."""
     split = leave_one_out(dataset)
     event, owner = np.arange(len(dataset)), dataset.owners()
     wanted = held_out[owner] & (event < split.train_end[owner])
     validation = event == split.validation[owner]
-    asked = replay(dataset, encoder, config.rules, clusters, wanted | validation).replay
+    state = trajectory(dataset, encoder)
+    asked = replay(dataset, state, space, wanted | validation).replay
+    asked = ask_others(asked, owner[asked.event], collective(dataset, state, space, "train"))
     is_validation = validation[asked.event]
     return asked.take(~is_validation), asked.take(is_validation)
 
 
 def _fusion_epoch(
     fusion: MemoryFusion,
-    encoder: SequenceEncoder,
+    table: Tensor,
     optimizer: torch.optim.Optimizer,
     dataset: Dataset,
     samples: Replay,
@@ -79,17 +89,16 @@ def _fusion_epoch(
 ) -> float:
     torch.manual_seed(int(rng.integers(2**31)))
     fusion.train()
-    table = encoder.item.weight.detach()
     order, size = rng.permutation(len(samples.event)), config.training.fusion_batch
     losses = []
     for at in range(0, len(order), size):
         batch = samples.take(order[at : at + size])
-        memories = MemoryTokens.of(adaptive(batch.retrieved, config.rules))
+        memories = MemoryTokens.of(adaptive(batch), len(table) - 1)
         memories.item[torch.rand(memories.item.shape) < UNKNOWN_SHARE] = 0
-        fused = fusion(torch.from_numpy(batch.state), memories, table)
-        logits = encoder.logits(fused.state)
-        logits = logits + fusion.repeat_bias * mark(history(dataset, batch.event), logits.shape[1])
-        loss = functional.cross_entropy(logits, torch.from_numpy(dataset.items[batch.event].astype(np.int64)))
+        had = mark(history(dataset, batch.event), len(table))
+        prediction = predict(fusion, table, torch.from_numpy(batch.state), memories, had)
+        target = torch.from_numpy(dataset.items[batch.event].astype(np.int64))
+        loss = smooth_ndcg_loss(prediction.scores(), target, config.training.rank_temperature)
         step(optimizer, fusion, loss, config.training)
         losses.append(loss.item())
     return float(np.mean(losses))
@@ -101,45 +110,58 @@ def history(dataset: Dataset, event: Ints) -> list[Ints]:
     return [dataset.items[start:stop] for start, stop in zip(first, event, strict=True)]
 
 
-def _validate_fusion(
-    fusion: MemoryFusion, encoder: SequenceEncoder, dataset: Dataset, validation: Replay
-) -> dict[str, float]:
-    return summary(memory_ranks(fusion, encoder, dataset, validation, masked=False))
+@torch.inference_mode()
+def repeat_bias(dataset: Dataset, table: Tensor, asked: Replay) -> float:
+    """The bias on items that the user has had which makes repeats as likely as they are: the maximum-likelihood one of
+    the encoder alone, half a repeat added so that it stays finite where nobody repeats. In [−15, 15].
+    """
+    mass, repeats = [], 0.5
+    for at in range(0, len(asked.event), RANK_ROWS):
+        event = asked.event[at : at + RANK_ROWS]
+        had = mark(history(dataset, event), len(table))
+        logits = torch.from_numpy(asked.state[at : at + RANK_ROWS]) @ table.T
+        logits[:, 0] = -torch.inf
+        mass.append((torch.softmax(logits, dim=1) * had).sum(dim=1))
+        repeats += float(had[np.arange(len(event)), dataset.items[event]].sum())
+    share = torch.cat(mass).double().clamp(1e-12, 1 - 1e-12)
+    low, high = -15.0, 15.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        expected = float(torch.sigmoid(torch.logit(share) + middle).sum())
+        low, high = (low, middle) if expected > repeats else (middle, high)
+    return (low + high) / 2
 
 
 @torch.inference_mode()
 def memory_ranks(
     fusion: MemoryFusion,
-    encoder: SequenceEncoder,
+    table: Tensor,
     dataset: Dataset,
     asked: Replay,
+    retrieved: Retrieved,
     *,
     masked: bool,
-    retrieved: Retrieved | None = None,
     repeat_bias: bool = True,
 ) -> NDArray[np.int64]:
-    """Rank of each asked event's item with memory.
+    """Rank of each asked event's item with the memories in `retrieved`.
 
     Args:
+        table: the encoder's, (items + 1, d).
         masked: remove the user's history, less the target, from the ranking.
-        retrieved: other memories than the adaptive choice from the asked ones.
         repeat_bias: whether the learned repeat bias is added.
     """
     fusion.eval()
-    table = encoder.item.weight
-    memories = adaptive(asked.retrieved, asked.rules) if retrieved is None else retrieved
     found = []
-    for at in range(0, len(asked.event), 256):
-        rows = slice(at, at + 256)
+    for at in range(0, len(asked.event), RANK_ROWS):
+        rows = slice(at, at + RANK_ROWS)
         event = asked.event[rows]
         target = dataset.items[event].astype(np.int64)
-        state = torch.from_numpy(asked.state[rows])
-        logits = encoder.logits(fusion(state, MemoryTokens.of(memories.take(rows)), table).state)
-        had = mark(history(dataset, event), logits.shape[1])
-        if repeat_bias:
-            logits = logits + fusion.repeat_bias * had
+        memories = MemoryTokens.of(retrieved.take(rows), len(table) - 1)
+        had = mark(history(dataset, event), len(table))
+        known = had if repeat_bias else torch.zeros_like(had)
+        scores = predict(fusion, table, torch.from_numpy(asked.state[rows]), memories, known).scores()
         if masked:
             had[np.arange(len(target)), target] = False
-            logits = logits.masked_fill(had, -torch.inf)
-        found.append(ranks(logits.numpy(), target))
+            scores[had] = -torch.inf
+        found.append(ranks(scores.numpy(), target))
     return np.concatenate(found)

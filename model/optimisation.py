@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,10 +54,10 @@ class Progress:
         return self.epoch >= max_epochs or self.epoch - self.best_epoch >= patience
 
 
-def adamw(network: torch.nn.Module, rate: float, decay: float) -> torch.optim.Optimizer:
+def adamw(parameters: Iterable[torch.nn.Parameter], rate: float, decay: float) -> torch.optim.Optimizer:
     """AdamW that decays matrices only."""
-    matrices = [p for p in network.parameters() if p.dim() >= 2]
-    others = [p for p in network.parameters() if p.dim() < 2]
+    parameters = list(parameters)
+    matrices, others = [p for p in parameters if p.dim() >= 2], [p for p in parameters if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
 

@@ -11,15 +11,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from model.bank import Retrieved
 from model.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from model.config import Config
 from model.encoder import SequenceEncoder, StateRequests, encode_states
 from model.events import EncodeJob
-from model.fusion import Fused, MemoryFusion, MemoryTokens
+from model.fusion import Copying, Fused, MemoryFusion, MemoryTokens
 from model.rules import Ints, unit
 
+TINY = 1e-30
 NO_ITEMS: NDArray[np.int64] = np.zeros(0, np.int64)
 
 
@@ -39,24 +41,72 @@ class Query:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """P = (1 − λ)·exp(log_p) + λ·Σ_j c_j·1[item_j] for B queries.
+
+    log_p (B, items + 1): log-softmax of the fused state's logits with the repeat bias, −inf at 0; memories: what it was
+    made from; fused and copying: how.
+    """
+
+    log_p: Tensor
+    memories: MemoryTokens
+    fused: Fused
+    copying: Copying
+
+    def scores(self) -> Tensor:
+        """log P of every item index, (B, width). Wider than the model's items where an unknown one was copied."""
+        copied, weights = self.memories.copied, self.copying.weights * self.copying.share
+        model = self.log_p + torch.log1p(-self.copying.share)
+        if not copied.shape[1]:
+            return model
+        wider = max(0, int(copied.max()) + 1 - model.shape[1])
+        model = functional.pad(model, (0, wider), value=-torch.inf)
+        shares = torch.zeros_like(model).scatter_add_(1, copied, weights)
+        shares[:, 0] = 0.0
+        row, column = torch.nonzero(shares > 0, as_tuple=True)
+        both = torch.logaddexp(model[row, column], shares[row, column].log())
+        return model.index_put((row, column), both)
+
+    def of(self, target: Tensor) -> Tensor:
+        """log P of one item that the model knows for each query; target (B,). Differentiable."""
+        model = self.log_p.gather(1, target[:, None])[:, 0] + torch.log1p(-self.copying.share[:, 0])
+        same = self.memories.copied == target[:, None]
+        copied = (self.copying.weights * self.copying.share * same).sum(dim=1)
+        return torch.logaddexp(model, (copied + TINY).log())
+
+
+def predict(fusion: MemoryFusion, table: Tensor, states: Tensor, memories: MemoryTokens, had: Tensor) -> Prediction:
+    """Fuse, score, copy. states (B, d); table: `encoder.table()`; had (B, items + 1) bool: items each user has had."""
+    fused = fusion(states, memories, table)
+    logits = fused.state @ table.T + fusion.repeat_bias * had
+    logits[:, 0] = -torch.inf
+    log_p = torch.log_softmax(logits, dim=1)
+    return Prediction(log_p, memories, fused, fusion.copying(memories, log_p, had))
+
+
+@dataclass(frozen=True)
 class Influence:
-    """What one memory did: scope, its column in the retrieved entries, mean attention weight, and its exact part (n,)
-    in the logit of each returned item.
+    """What one memory did: scope, its column in the retrieved entries, mean attention weight, its exact part (n,) in
+    the logit of each returned item, and the exact share (n,) of each one's probability that is copied from it.
     """
 
     scope: Literal["own", "collective"]
     entry: int
     weight: float
     part: NDArray[np.float32]
+    copied: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """items (n,) int64 best first, scores (n,) float32 = log P; gate in [0, 1]; influences only when explained."""
+    """items (n,) int64 best first, scores (n,) float32 = log P; gate and copying (λ) in [0, 1]; copy_share (n,): how
+    much of each probability was copied; influences only when explained.
+    """
 
     items: NDArray[np.int64]
     scores: NDArray[np.float32]
     gate: float = 0.0
+    copying: float = 0.0
     copy_share: NDArray[np.float32] | None = None
     influences: list[Influence] = field(default_factory=list)
 
@@ -68,6 +118,9 @@ class Recommender:
         self.checkpoint = checkpoint
         self.encoder = encoder.eval()
         self.fusion = fusion.eval()
+        self.item_count = len(checkpoint.item_ids)
+        with torch.inference_mode():
+            self.table = encoder.table().clone()
         self.index_of = {item: index for index, item in enumerate(checkpoint.item_ids, start=1)}
 
     @property
@@ -110,42 +163,60 @@ class Recommender:
         return [(unit(one[:-1]), one[-1]) for one in per_job]
 
     @torch.inference_mode()
-    def logits(self, states: NDArray[np.float32], retrieved: Retrieved, seen: Sequence[Ints]) -> tuple[Tensor, Fused]:
-        """Logit of every item index (B, items + 1) after fusion and repeat bias, and the fusion behind it."""
-        fused = self.fusion(torch.from_numpy(states), MemoryTokens.of(retrieved), self.encoder.item.weight)
-        scores = self.encoder.logits(fused.state)
-        scores[mark(seen, scores.shape[1])] += self.fusion.repeat_bias
-        return scores, fused
+    def predict(self, states: NDArray[np.float32], retrieved: Retrieved, seen: Sequence[Ints]) -> Prediction:
+        """Probabilities of every item after fusion, repeat bias and copying."""
+        memories = MemoryTokens.of(retrieved, self.item_count)
+        had = mark(seen, self.item_count + 1)
+        return predict(self.fusion, self.table, torch.from_numpy(states), memories, had)
 
     def recommend(self, queries: Sequence[Query], retrieved: Retrieved, explain: Sequence[bool]) -> list[Ranked]:
-        """The top-N of each query. `retrieved` holds model item indices, 0 for items unknown to the model."""
+        """The top-N of each query. `retrieved` holds model item indices; an item unknown to the model is 0 in the own
+        scope, and 0 or an index beyond the model's items in the collective one, which can then be recommended.
+        """
         states = np.stack([query.state for query in queries])
-        scores, fused = self.logits(states, retrieved, [query.seen for query in queries])
-        log_p = torch.log_softmax(scores, dim=1).numpy()
-        gates = fused.gate[:, 0].tolist()
-        answers = []
-        for row, query in enumerate(queries):
-            items = top_items(log_p[row], query)
-            influences = self._influences(fused, retrieved, row, items) if explain[row] else []
-            answers.append(Ranked(items, log_p[row, items], gates[row], None, influences))
-        return answers
+        prediction = self.predict(states, retrieved, [query.seen for query in queries])
+        scores = prediction.scores().numpy()
+        return [
+            self._ranked(prediction, retrieved, row, top_items(scores[row], query), scores[row], explain[row])
+            for row, query in enumerate(queries)
+        ]
+
+    def _ranked(
+        self,
+        prediction: Prediction,
+        retrieved: Retrieved,
+        row: int,
+        items: NDArray[np.int64],
+        scores: NDArray[np.float32],
+        explain: bool,
+    ) -> Ranked:
+        gate, share = float(prediction.fused.gate[row]), float(prediction.copying.share[row])
+        if not explain:
+            return Ranked(items, scores[items], gate, share)
+        influences = self._influences(prediction, retrieved, row, items, scores[items])
+        copy_share = np.sum([one.copied for one in influences], axis=0) if influences else np.zeros(len(items), "f4")
+        return Ranked(items, scores[items], gate, share, copy_share, influences)
 
     @torch.inference_mode()
-    def _influences(self, fused: Fused, retrieved: Retrieved, row: int, items: Ints) -> list[Influence]:
+    def _influences(
+        self, prediction: Prediction, retrieved: Retrieved, row: int, items: Ints, scores: NDArray[np.float32]
+    ) -> list[Influence]:
+        fused = prediction.fused
         one = Fused(*(getattr(fused, name)[row : row + 1] for name in ("state", "gate", "weights", "values")))
-        parts = (self.encoder.item.weight[items] @ self.fusion.entry_parts(one)[0].T).numpy()
+        known = np.where(items <= self.item_count, items, 0)
+        parts = (self.table[known] @ self.fusion.entry_parts(one)[0].T).numpy()
         weight = one.weights[0].mean(dim=0).tolist()
+        copied = (prediction.copying.weights * prediction.copying.share)[row].numpy()
+        same = retrieved.collective.item[row] == items[:, None]
+        shares = same * copied / np.exp(scores)[:, None]
         width = retrieved.own.item.shape[1]
-        valid = np.concatenate([retrieved.own.valid[row], retrieved.collective.valid[row]])
-        return [
-            Influence(
-                "own" if column < width else "collective",
-                int(column if column < width else column - width),
-                weight[column],
-                parts[:, column],
-            )
-            for column in np.flatnonzero(valid)
+        none = np.zeros(len(items), np.float32)
+        own = [Influence("own", int(c), weight[c], parts[:, c], none) for c in np.flatnonzero(retrieved.own.valid[row])]
+        others = [
+            Influence("collective", int(c), weight[width + c], parts[:, width + c], shares[:, c].astype(np.float32))
+            for c in np.flatnonzero(retrieved.collective.valid[row])
         ]
+        return own + others
 
     def most_popular(self, query: Query) -> Ranked:
         """The most taken items of the training data; `query.state` does not matter."""

@@ -1,22 +1,39 @@
-"""Replaying a dataset through the memory: what would each user's bank have answered before each event?
+"""Replaying a dataset through the memory: what would memory have answered before each event?
 
-The same `Banks` that serves requests is written event by event, all users at once, one step a position; the
-steps in between are where the questions are asked. Only strictly earlier events of a user are ever in the bank.
+The same `Banks` that serves requests is written event by event, all users at once, one step a position; the steps in
+between are where the questions are asked. Own scope: only strictly earlier events of the user are ever in the bank.
+Collective scope: the banks of all others as a store holds them, `train` (training interactions) or `live` (validation
+items too); the user's own entries are always left out.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from model import rules as rule
 from model.bank import Banks, Entries, Retrieved
+from model.collective import CollectiveIndex, cells
 from model.config import RulesConfig
-from model.dataset import Dataset
+from model.dataset import Dataset, leave_one_out
 from model.encoder import SequenceEncoder, StateRequests, encode_states
-from model.rules import Bools, Ints
+from model.rules import Bools, Floats, Ints
+
+Store = Literal["train", "live"]
+SEARCH_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class MemorySpace:
+    """What the memories of one model are measured by: its rules, item clusters (items + 1,) and index centroids."""
+
+    rules: RulesConfig
+    clusters: NDArray[np.int32]
+    centroids: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -43,45 +60,84 @@ class Replayed:
     banks: Banks
 
 
-def adaptive(retrieved: Retrieved, rules: RulesConfig) -> Retrieved:
-    """Only as many of the retrieved memories as adaptive K says."""
-    return fixed(retrieved, rule.own_k(retrieved.entropy, retrieved.bank_size, rules))
+def adaptive(asked: Replay) -> Retrieved:
+    """Only as many of the retrieved memories as adaptive K says, in both scopes."""
+    retrieved, rules = asked.retrieved, asked.rules
+    own = rule.own_k(retrieved.entropy, retrieved.bank_size, rules)
+    return fixed(retrieved, own, rule.collective_k(retrieved.entropy, rules))
 
 
-def fixed(retrieved: Retrieved, k: Ints | int) -> Retrieved:
-    """Only the best k memories; k (B,) or one number."""
-    wanted = np.minimum(np.broadcast_to(k, retrieved.bank_size.shape), retrieved.bank_size)
-    return Retrieved(retrieved.entropy, wanted, retrieved.bank_size, retrieved.own.first(wanted), retrieved.collective)
+def fixed(retrieved: Retrieved, k: Ints | int, collective_k: Ints | int) -> Retrieved:
+    """Only the best k memories of each scope; k (B,) or one number."""
+    shape = retrieved.bank_size.shape
+    own = np.minimum(np.broadcast_to(k, shape), retrieved.bank_size)
+    others = np.broadcast_to(collective_k, shape).astype(np.int64)
+    return replace(
+        retrieved,
+        k=own,
+        own=retrieved.own.first(own),
+        collective=retrieved.collective.first(others),
+        collective_k=others,
+    )
 
 
-def replay(
-    dataset: Dataset,
-    encoder: SequenceEncoder,
-    rules: RulesConfig,
-    clusters: NDArray[np.int32],
-    asked: Bools,
-) -> Replayed:
-    """Write every user's events up to their last question, asking before each event marked in `asked` (N,).
+def trajectory(dataset: Dataset, encoder: SequenceEncoder) -> NDArray[np.float32]:
+    """(N, d) every user's state just before each of their events, by the one window rule."""
+    return encode_states(encoder, state_requests(dataset, np.arange(len(dataset))))
 
-    `clusters` maps item index to item cluster.
+
+def replay(dataset: Dataset, state: Floats, space: MemorySpace, asked: Bools) -> Replayed:
+    """Write every user's events up to their last question, asking the own scope before each event marked in `asked`
+    (N,). `state` (N, d) is the dataset's `trajectory`.
     """
+    key, rules = rule.unit(state), space.rules
     lengths = last_question(dataset, asked)
-    state = _states(dataset, encoder, lengths)
-    key = rule.unit(state)
-    banks = Banks(dataset.users, state.shape[1], rules)
+    banks = Banks(dataset.users, key.shape[1], rules)
     events, answers = [], []
-    for position in range(int(lengths.max(initial=0))):
-        rows = np.flatnonzero(lengths > position)
-        event = dataset.offsets[rows] + position
-        asking = asked[event]
+    for rows, now in _steps(dataset, lengths):
+        asking = asked[now]
         if asking.any():
-            events.append(event[asking])
-            answers.append(banks.retrieve(rows[asking], key[event[asking]], clusters, k=rules.k_max))
-        before_last = lengths[rows] > position + 1
-        rows, event = rows[before_last], event[before_last]
-        banks.write(rows, dataset.items[event], key[event], dataset.times[event], dataset.ratings[event])
-    event = np.concatenate(events)
+            events.append(now[asking])
+            answers.append(banks.retrieve(rows[asking], key[now[asking]], space.clusters, k=rules.k_max))
+        before_last = now - dataset.offsets[rows] < lengths[rows] - 1
+        _write(banks, dataset, key, rows[before_last], now[before_last])
+    event: NDArray[np.int64] = np.concatenate(events).astype(np.int64)
     return Replayed(Replay(event, state[event], _stack(answers, rules.k_max), rules), banks)
+
+
+def filled(dataset: Dataset, state: Floats, space: MemorySpace, lengths: Ints) -> Banks:
+    """All users' banks after their first `lengths` (users,) events."""
+    key = rule.unit(state)
+    banks = Banks(dataset.users, key.shape[1], space.rules)
+    for rows, event in _steps(dataset, lengths):
+        cell = cells(key[event], event - dataset.offsets[rows], space.centroids)
+        _write(banks, dataset, key, rows, event, cell)
+    return banks
+
+
+def collective(dataset: Dataset, state: Floats, space: MemorySpace, store: Store) -> CollectiveIndex:
+    """The collective index of a store; a user's slot is their number."""
+    lengths = leave_one_out(dataset).train_end - dataset.offsets[:-1]
+    if store == "live":
+        lengths = lengths + (leave_one_out(dataset).validation >= 0)
+    return index_of(filled(dataset, state, space, lengths), space)
+
+
+def index_of(banks: Banks, space: MemorySpace) -> CollectiveIndex:
+    """A collective index of all the banks; a user's slot is their row."""
+    index = CollectiveIndex(space.centroids, space.rules.capacity, space.rules.collective_probes)
+    index.put(np.arange(len(banks)), banks)
+    return index
+
+
+def ask_others(asked: Replay, owners: Ints, index: CollectiveIndex) -> Replay:
+    """The questions with the collective_k_max best memories of others. owners (N,): the asking users' slots."""
+    queries, width = rule.unit(asked.state), asked.rules.collective_k_max
+    wanted = np.full(len(queries), width)
+    chunks = [slice(at, at + SEARCH_ROWS) for at in range(0, len(queries), SEARCH_ROWS)]
+    parts = [_widen(index.search(queries[rows], owners[rows], wanted[rows]), width) for rows in chunks]
+    found = Entries(*(np.concatenate([getattr(part, name) for part in parts]) for name in Entries.COLUMNS))
+    return replace(asked, retrieved=replace(asked.retrieved, collective=found, collective_k=wanted))
 
 
 def last_question(dataset: Dataset, asked: Bools) -> NDArray[np.int64]:
@@ -99,26 +155,25 @@ def state_requests(dataset: Dataset, events: Ints) -> StateRequests:
     return StateRequests(items, dataset.offsets, starts, owner, events - dataset.offsets[owner])
 
 
-def _states(dataset: Dataset, encoder: SequenceEncoder, lengths: Ints) -> NDArray[np.float32]:
-    """(N, d) state before each event that matters, by the one window rule; zero for the others."""
-    needed = np.flatnonzero(dataset.positions() < lengths[dataset.owners()])
-    states = np.zeros((len(dataset), encoder.config.dim), np.float32)
-    states[needed] = encode_states(encoder, state_requests(dataset, needed))
-    return states
+def _steps(dataset: Dataset, lengths: Ints) -> Iterator[tuple[Ints, Ints]]:
+    """(users, their events) position by position, for all users that reach so far."""
+    longest_first = np.argsort(-np.asarray(lengths), kind="stable")
+    reach = -np.asarray(lengths)[longest_first]
+    for position in range(int(np.max(lengths, initial=0))):
+        rows = np.sort(longest_first[: np.searchsorted(reach, -position, side="left")])
+        yield rows, dataset.offsets[rows] + position
+
+
+def _write(banks: Banks, dataset: Dataset, key: Floats, rows: Ints, event: Ints, cell: Ints | None = None) -> None:
+    if len(rows):
+        banks.write(rows, dataset.items[event], key[event], dataset.times[event], dataset.ratings[event], cell)
 
 
 def _stack(answers: list[Retrieved], width: int) -> Retrieved:
-    def joined(name: str) -> Entries:
-        padded = [_widen(getattr(one, name), width if name == "own" else 0) for one in answers]
-        return Entries(*(np.concatenate([getattr(e, c) for e in padded]) for c in Entries.COLUMNS))
-
-    return Retrieved(
-        np.concatenate([one.entropy for one in answers]),
-        np.concatenate([one.k for one in answers]),
-        np.concatenate([one.bank_size for one in answers]),
-        joined("own"),
-        joined("collective"),
-    )
+    own = [_widen(one.own, width) for one in answers]
+    entropy, k, size = (np.concatenate([getattr(one, n) for one in answers]) for n in ("entropy", "k", "bank_size"))
+    joined = Entries(*(np.concatenate([getattr(one, name) for one in own]) for name in Entries.COLUMNS))
+    return replace(Retrieved.nothing(entropy, size), k=k, own=joined)
 
 
 def _widen(entries: Entries, width: int) -> Entries:

@@ -25,7 +25,7 @@ from model.encoder import SequenceEncoder, encode_states
 from model.encoder_training import fit_encoder
 from model.fusion_training import fit_fusion
 from model.optimisation import Report, named_weights
-from model.replay import state_requests
+from model.replay import MemorySpace, state_requests
 
 CENTROID_SAMPLE = 50_000
 
@@ -42,15 +42,15 @@ def train(dataset: Dataset, config: Config, run: Path, report: Report = lambda e
         torch.set_num_threads(config.training.threads)
     held_out = hold_out(dataset.users, config.training)
     encoder = fit_encoder(dataset, config, ~held_out, run, report)
-    clusters = cluster_items(encoder, config)
-    fusion = fit_fusion(dataset, config, encoder, clusters, held_out, report)
+    space = memory_space(dataset, encoder, config)
+    fusion = fit_fusion(dataset, config, encoder, space, held_out, report)
     checkpoint = Checkpoint(
         config=config,
         item_ids=dataset.item_ids,
         metadata={item: dataset.metadata[item] for item in dataset.item_ids if item in dataset.metadata},
         weights=named_weights(encoder, "encoder.") | named_weights(fusion, "fusion."),
-        item_clusters=clusters,
-        index_centroids=collective_centroids(dataset, encoder, config),
+        item_clusters=space.clusters,
+        index_centroids=space.centroids,
         popularity=popularity(dataset),
     )
     version = save_checkpoint(run, checkpoint)
@@ -79,6 +79,11 @@ def popularity(dataset: Dataset) -> NDArray[np.float32]:
     in_training = np.arange(len(dataset)) < leave_one_out(dataset).train_end[dataset.owners()]
     counts = np.bincount(dataset.items[in_training], minlength=dataset.item_count + 1)
     return np.asarray(counts / counts.sum(), np.float32)
+
+
+def memory_space(dataset: Dataset, encoder: SequenceEncoder, config: Config) -> MemorySpace:
+    """Item clusters and index centroids of a fitted encoder, beside the rules."""
+    return MemorySpace(config.rules, cluster_items(encoder, config), collective_centroids(dataset, encoder, config))
 
 
 def cluster_items(encoder: SequenceEncoder, config: Config) -> NDArray[np.int32]:

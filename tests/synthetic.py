@@ -52,6 +52,7 @@ def random_checkpoint(config: Config | None = None, items: int = 30, seed: int =
         encoder.item.weight[1:].normal_()
         fusion.repeat_bias.fill_(-1.5)
         fusion.unknown.normal_()
+        fusion.copy.share[-1].bias.fill_(-0.5)
     rng = np.random.default_rng(seed)
     centroids = rng.normal(size=(4, config.encoder.dim)).astype(np.float32)
     return Checkpoint(
@@ -66,15 +67,20 @@ def random_checkpoint(config: Config | None = None, items: int = 30, seed: int =
 
 
 def random_memories(rows: int, width: int, items: int, seed: int = 0, empty_row: bool = True) -> Retrieved:
-    """Memories of `rows` users; the last user has none."""
+    """Memories of `rows` users from both scopes; the last user has none."""
     rng = np.random.default_rng(seed)
-    count = rng.integers(1, width + 1, rows)
-    if empty_row:
-        count[-1] = 0
-    valid = np.arange(width) < count[:, None]
-    real = [np.where(valid, rng.random((rows, width)), 0).astype(np.float32) for _ in range(4)]
-    own = Entries(np.where(valid, rng.integers(1, items + 1, (rows, width)), 0), *real, valid)
-    return Retrieved(rng.random(rows).astype(np.float32), count, count * 2, own, Entries.empty(rows))
+
+    def entries() -> Entries:
+        count = rng.integers(1, width + 1, rows)
+        if empty_row:
+            count[-1] = 0
+        valid = np.arange(width) < count[:, None]
+        real = [np.where(valid, rng.random((rows, width)), 0).astype(np.float32) for _ in range(4)]
+        return Entries(np.where(valid, rng.integers(1, items + 1, (rows, width)), 0), *real, valid)
+
+    own, others = entries(), entries()
+    k, entropy = own.valid.sum(axis=1), rng.random(rows).astype(np.float32)
+    return Retrieved(entropy, k, k * 2, own, others, others.valid.sum(axis=1))
 
 
 def random_banks(users: int, events: int, dim: int, rules: RulesConfig, items: int = 30, seed: int = 0) -> Banks:

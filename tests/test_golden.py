@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from model.dataset import Dataset
+from model.evaluation import memory_space_of
 from model.recommender import Query, Recommender
-from model.replay import adaptive, replay
+from model.replay import adaptive, replay, trajectory
 from tests.synthetic import random_memories
 
 USERS, ITEMS = 50, 30
@@ -51,11 +52,10 @@ def _no_item_twice_at_once(items: np.ndarray, times: np.ndarray) -> np.ndarray:
 def offline(dataset, run) -> list[dict[str, float]]:
     """Score of every item for every user, from the replay."""
     recommender = Recommender.load(run)
-    checkpoint = recommender.checkpoint
     last = np.zeros(len(dataset), bool)
     last[dataset.offsets[1:] - 1] = True
-    rules = checkpoint.config.rules
-    asked = replay(dataset, recommender.encoder, rules, checkpoint.item_clusters, last).replay
+    space = memory_space_of(recommender)
+    asked = replay(dataset, trajectory(dataset, recommender.encoder), space, last).replay
     assert len(asked.event) == USERS
     order = np.argsort(asked.event)
     asked = asked.take(order)
@@ -65,7 +65,7 @@ def offline(dataset, run) -> list[dict[str, float]]:
         )
         for u in range(USERS)
     ]
-    ranked = recommender.recommend(queries, adaptive(asked.retrieved, rules), [False] * USERS)
+    ranked = recommender.recommend(queries, adaptive(asked), [False] * USERS)
     return [
         {dataset.item_ids[item - 1]: float(score) for item, score in zip(one.items, one.scores, strict=True)}
         for one in ranked
@@ -108,5 +108,5 @@ def test_the_golden_checkpoint_lets_memories_matter(run):
     recommender = Recommender.load(run)
     state = np.random.default_rng(0).normal(size=(20, 16)).astype(np.float32)
     memories = random_memories(20, 6, ITEMS, empty_row=False)
-    _, fused = recommender.logits(state, memories, [np.zeros(0, np.int64)] * 20)
-    assert fused.gate.mean() > 0.05
+    prediction = recommender.predict(state, memories, [np.zeros(0, np.int64)] * 20)
+    assert prediction.fused.gate.mean() > 0.05

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -35,7 +37,7 @@ def test_a_batch_answers_like_its_requests_alone(recommender):
 def test_padding_of_memories_changes_no_score(recommender):
     memories, asked = random_memories(3, 4, ITEMS), queries(3)
     wide = Entries(*(np.pad(getattr(memories.own, name), ((0, 0), (0, 5))) for name in Entries.COLUMNS))
-    padded = Retrieved(memories.entropy, memories.k, memories.bank_size, wide, memories.collective)
+    padded = replace(memories, own=wide)
     for a, b in zip(
         recommender.recommend(asked, memories, [False] * 3),
         recommender.recommend(asked, padded, [False] * 3),
@@ -46,9 +48,7 @@ def test_padding_of_memories_changes_no_score(recommender):
 
 def test_without_memories_the_encoder_alone_answers(recommender):
     state = np.random.default_rng(3).normal(size=(1, 16)).astype(np.float32)
-    nothing = Retrieved(
-        np.full(1, 0.5, np.float32), np.zeros(1, int), np.zeros(1, int), Entries.empty(1), Entries.empty(1)
-    )
+    nothing = Retrieved.nothing(np.full(1, 0.5, np.float32))
     answer = recommender.recommend([Query(state[0], top_n=ITEMS)], nothing, [True])[0]
     with torch.inference_mode():
         plain = torch.log_softmax(recommender.encoder.logits(torch.from_numpy(state)), dim=1)[0].numpy()
@@ -67,23 +67,66 @@ def test_scores_are_log_probabilities_of_all_items(recommender):
 def test_memory_parts_add_up_to_the_fused_logit(recommender):
     memories, asked = random_memories(1, 6, ITEMS, empty_row=False), queries(1, top_n=ITEMS)
     answer = recommender.recommend(asked, memories, [True])[0]
-    logits, _ = recommender.logits(asked[0].state[None], memories, [asked[0].seen])
+    prediction = recommender.predict(asked[0].state[None], memories, [asked[0].seen])
     table = recommender.encoder.item.weight.detach().numpy()[answer.items]
     bias = np.where(np.isin(answer.items, asked[0].seen), recommender.fusion.repeat_bias.item(), 0.0)
+    model_share = prediction.log_p[0, answer.items].numpy()
+    log_z = np.log(np.exp(recommender_logits(recommender, prediction, asked[0])).sum())
     own_share = (1 - answer.gate) * (table @ asked[0].state)
     from_memories = sum(influence.part for influence in answer.influences)
-    assert len(answer.influences) == memories.own.valid.sum()
+    assert len(answer.influences) == memories.own.valid.sum() + memories.collective.valid.sum()
     assert sum(influence.weight for influence in answer.influences) == pytest.approx(1.0, abs=1e-5)
-    assert np.allclose(own_share + from_memories + bias, logits[0, answer.items].numpy(), atol=1e-4)
+    assert np.allclose(own_share + from_memories + bias - log_z, model_share, atol=1e-4)
+
+
+def recommender_logits(recommender, prediction, query):
+    """Logits of all items by hand from the fused state."""
+    table = recommender.encoder.item.weight.detach().numpy()[1:]
+    bias = np.isin(np.arange(1, ITEMS + 1), query.seen) * recommender.fusion.repeat_bias.item()
+    return table @ prediction.fused.state[0].numpy() + bias
+
+
+def test_copies_and_the_model_share_every_probability_exactly(recommender):
+    memories = random_memories(1, 6, ITEMS, empty_row=False)
+    asked = queries(1, top_n=ITEMS)
+    answer = recommender.recommend(asked, memories, [True])[0]
+    prediction = recommender.predict(asked[0].state[None], memories, [asked[0].seen])
+    by_model = (1 - answer.copying) * np.exp(prediction.log_p[0, answer.items].numpy())
+    whole = np.exp(answer.scores)
+    assert 0 < answer.copying < 1
+    assert np.allclose(by_model + answer.copy_share * whole, whole, atol=1e-5)
+    assert np.allclose(sum(influence.copied for influence in answer.influences), answer.copy_share)
+    assert (answer.copy_share * whole).sum() == pytest.approx(answer.copying, abs=1e-5)
+    copied = set(memories.collective.item[memories.collective.valid].tolist())
+    assert {int(item) for item in answer.items[answer.copy_share > 0]} == copied
+
+
+def test_an_item_that_the_model_never_saw_is_recommended_when_others_took_it(recommender):
+    memories = random_memories(1, 3, ITEMS, empty_row=False)
+    memories.collective.item[0, 0] = ITEMS + 5
+    answer = recommender.recommend(queries(1, top_n=ITEMS + 9), memories, [True])[0]
+    place = answer.items.tolist().index(ITEMS + 5)
+    assert answer.copy_share[place] == pytest.approx(1.0)
+    assert len(answer.items) == ITEMS + 1
+    assert np.exp(answer.scores).sum() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_the_repeat_bias_weighs_on_copies_too(recommender):
+    memories = random_memories(1, 3, ITEMS, empty_row=False)
+    item = int(memories.collective.item[0, 0])
+    state = queries(1)[0].state[None]
+    fresh = recommender.predict(state, memories, [np.array([], int)]).copying.weights[0, 0]
+    had = recommender.predict(state, memories, [np.array([item])]).copying.weights[0, 0]
+    assert had < fresh or memories.collective.valid.sum() == 1
 
 
 def test_seen_items_carry_the_repeat_bias(recommender):
     state = np.random.default_rng(5).normal(size=16).astype(np.float32)
     memories = random_memories(2, 3, ITEMS, empty_row=False)
-    same = Retrieved(*(np.repeat(getattr(memories, n)[:1], 2) for n in ("entropy", "k", "bank_size")),
-                     memories.own.take(np.array([0, 0])), memories.collective)  # fmt: skip
-    logits, _ = recommender.logits(np.stack([state, state]), same, [np.array([7]), np.array([], int)])
-    difference = (logits[0] - logits[1])[1:].numpy()
+    same = memories.take(np.array([0, 0]))
+    log_p = recommender.predict(np.stack([state, state]), same, [np.array([7]), np.array([], int)]).log_p
+    difference = (log_p[0] - log_p[1])[1:].numpy()
+    difference -= difference[0]  # what normalising takes from all alike
     assert difference[6] == pytest.approx(-1.5, abs=1e-5)
     assert np.allclose(np.delete(difference, 6), 0, atol=1e-5)
 
@@ -99,7 +142,7 @@ def test_an_item_unknown_to_the_model_is_a_memory_all_the_same(recommender):
     memories.own.item[0, 0] = 0
     answer = recommender.recommend(queries(1), memories, [True])[0]
     assert np.isfinite(answer.scores).all()
-    assert len(answer.influences) == memories.own.valid.sum()
+    assert len(answer.influences) == memories.own.valid.sum() + memories.collective.valid.sum()
 
 
 def test_popularity_ranks_by_share(recommender):

@@ -8,12 +8,12 @@ from model.config import Config, ConfigError, load_config
 from model.dataset import leave_one_out
 from model.encoder import SequenceEncoder
 from model.encoder_training import next_item_loss, training_batches
-from model.evaluation import EvaluationError, ask_test, evaluate
+from model.evaluation import EvaluationError, check_items, evaluate, memory_space_of
 from model.fusion_training import history
 from model.metrics import ranks, summary
 from model.optimisation import Progress, TrainingError, adamw, step
 from model.recommender import Recommender
-from model.replay import adaptive, replay
+from model.replay import adaptive, replay, trajectory
 from model.training import hold_out, train
 from tests.synthetic import cyclic_dataset, random_checkpoint, small_config
 
@@ -58,7 +58,12 @@ def test_a_run_of_another_config_is_not_resumed(tmp_path):
 def test_a_loss_that_is_no_number_is_refused():
     layer = torch.nn.Linear(2, 2)
     with pytest.raises(TrainingError, match="nan"):
-        step(adamw(layer, 0.1, 0.0), layer, layer(torch.full((1, 2), math.nan)).sum(), small_config().training)
+        step(
+            adamw(layer.parameters(), 0.1, 0.0),
+            layer,
+            layer(torch.full((1, 2), math.nan)).sum(),
+            small_config().training,
+        )
 
 
 def test_every_training_interaction_is_a_target_once_and_nothing_else():
@@ -77,8 +82,9 @@ def test_the_loss_of_a_batch_is_the_mean_over_real_positions():
     torch.manual_seed(0)
     encoder = SequenceEncoder(small_config().encoder, 12).eval()
     short, long = torch.tensor([[3, 4, 0, 0]]), torch.tensor([[5, 6, 7, 8]])
-    together = next_item_loss(encoder, torch.cat([short, long]))
-    apart = next_item_loss(encoder, short[:, :2]) * 2 + next_item_loss(encoder, long) * 4
+    settings = small_config().training
+    together = next_item_loss(encoder, torch.cat([short, long]), settings)
+    apart = next_item_loss(encoder, short[:, :2], settings) * 2 + next_item_loss(encoder, long, settings) * 4
     assert together.item() == pytest.approx(apart.item() / 6, abs=1e-5)
 
 
@@ -93,10 +99,10 @@ def test_replay_asks_only_what_came_before():
     """The answer before event t is the same whether or not anything happens from t on."""
     dataset, checkpoint = cyclic_dataset(users=6, length=15, items=12), random_checkpoint(items=12)
     recommender = Recommender.of(checkpoint)
-    rules, clusters = checkpoint.config.rules, checkpoint.item_clusters
-    every = replay(dataset, recommender.encoder, rules, clusters, np.ones(len(dataset), bool)).replay
+    space, state = memory_space_of(recommender), trajectory(dataset, recommender.encoder)
+    every = replay(dataset, state, space, np.ones(len(dataset), bool)).replay
     middle = np.arange(len(dataset)) % 15 == 7
-    alone = replay(dataset, recommender.encoder, rules, clusters, middle)
+    alone = replay(dataset, state, space, middle)
     picked = every.take(np.isin(every.event, alone.replay.event))
     order = np.argsort(picked.event)
     assert alone.banks.size.tolist() == [7] * 6
@@ -107,17 +113,16 @@ def test_replay_asks_only_what_came_before():
 def test_replay_equals_writing_one_user_at_a_time():
     dataset, checkpoint = cyclic_dataset(users=5, length=30, items=12), random_checkpoint(items=12)
     recommender = Recommender.of(checkpoint)
-    rules, clusters = checkpoint.config.rules, checkpoint.item_clusters
+    space, state = memory_space_of(recommender), trajectory(dataset, recommender.encoder)
     last = np.arange(len(dataset)) % 30 == 29
-    together = replay(dataset, recommender.encoder, rules, clusters, last)
+    together = replay(dataset, state, space, last)
     for user in range(5):
         only = last & (dataset.owners() == user)
-        alone = replay(dataset, recommender.encoder, rules, clusters, only)
+        alone = replay(dataset, state, space, only)
         assert alone.banks.size[user] == together.banks.size[user]
         for name, values in together.banks.fields.items():
             assert np.array_equal(values[user], alone.banks.fields[name][user], equal_nan=True)
-        assert np.array_equal(adaptive(alone.replay.retrieved, rules).own.item[0, :3],
-                              adaptive(together.replay.retrieved, rules).own.item[user, :3])  # fmt: skip
+        assert np.array_equal(adaptive(alone.replay).own.item[0, :3], adaptive(together.replay).own.item[user, :3])
 
 
 def test_history_is_strictly_earlier():
@@ -133,9 +138,12 @@ def test_the_report_has_every_variant_under_both_protocols(tmp_path):
     dataset = cyclic_dataset()
     runs = [Recommender.of(train(dataset, small_config(seed=seed), tmp_path / str(seed))) for seed in (0, 1)]
     report = evaluate(runs, dataset, "cycle")
-    rows = {(row["variant"], row["protocol"]): row for row in report["rows"]}
-    assert {variant for variant, _ in rows} >= {"encoder", "own", "fixed-k-5", "fixed-k-10", "fixed-k-20", "shuffled"}
-    assert len(rows) == 2 * len({variant for variant, _ in rows})
+    rows = {(row["variant"], row["protocol"], row["store"]): row for row in report["rows"]}
+    variants = {variant for variant, _, _ in rows}
+    assert variants >= {"encoder", "own", "collective", "memory", "own-k-5", "collective-k-20", "shuffled"}
+    assert {store for variant, _, store in rows if variant == "memory"} == {"train", "live"}
+    assert {store for variant, _, store in rows if variant == "own"} == {"none"}
+    assert all((variant, "masked", store) in rows for variant, _, store in rows)
     for row in rows.values():
         assert row["seeds"] == 2
         assert 0 <= row["ndcg@5"] <= row["ndcg@10"] <= row["hr@10"] <= 1
@@ -143,11 +151,14 @@ def test_the_report_has_every_variant_under_both_protocols(tmp_path):
     mean = np.mean([report["rows"][0]["mrr"] for report in one])
     assert report["rows"][0]["mrr"] == pytest.approx(mean)
     assert 0 <= report["entropy"]["mean"] <= 1
+    gains = {(gain["variant"], gain["protocol"], gain["store"]): gain for gain in report["gains"]}
+    memory, base = rows["memory", "masked", "train"], rows["encoder+repeat-bias", "masked", "none"]
+    assert gains["memory", "masked", "train"]["gain"] == pytest.approx(memory["ndcg@10"] / base["ndcg@10"] - 1)
 
 
 def test_a_run_is_not_evaluated_on_other_items():
     with pytest.raises(EvaluationError, match="30 items"):
-        ask_test(Recommender.of(random_checkpoint(items=30)), cyclic_dataset(items=12))
+        check_items(Recommender.of(random_checkpoint(items=30)), cyclic_dataset(items=12))
 
 
 def test_metrics_by_hand():
