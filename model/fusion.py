@@ -106,6 +106,7 @@ class CopyHead(nn.Module):
         self.sharpness = nn.Parameter(torch.tensor(math.log(config.copy_sharpness)))
         self.features = nn.Linear(4, 1, bias=False)
         nn.init.zeros_(self.features.weight)
+        nn.init.constant_(self.features.weight[0, 3:], LOG_P_SCALE / 3)
         last = nn.Linear(16, 1)
         nn.init.zeros_(last.weight)
         nn.init.constant_(last.bias, COPY_START)
