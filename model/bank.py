@@ -192,7 +192,9 @@ class Banks:
         late = known & (time < old["time"])
         keep_rating = known & (late | np.isnan(rating)) & ~np.isnan(old["rating"])
         fresh = key.astype(KEY)
-        blended = rule.blend_keys(self.key[rows, slot], key, frequency).astype(KEY)
+        blended = fresh
+        if self.rules.key_update == "ema":
+            blended = rule.blend_keys(self.key[rows, slot], key, frequency).astype(KEY)
         new = {
             "item": item,
             "cell": np.where(known & (old["cell"] >= 0), old["cell"], NOT_SHARED if cell is None else cell),
@@ -213,7 +215,7 @@ class Banks:
     def _prune(self, rows: Ints, written: Ints) -> None:
         valid = self.valid(rows)
         protected = np.arange(valid.shape[1]) == written[:, None]
-        weak = rule.weak_entries(self.quality(rows), valid, protected, self.rules)
+        weak = rule.weak_entries(self._worth(rows), valid, protected, self.rules)
         keep_first = np.argsort(weak | ~valid, axis=1, kind="stable")
         for values in self.fields.values():
             values[rows] = np.take_along_axis(values[rows], keep_first, 1)
@@ -221,6 +223,16 @@ class Banks:
         gone = weak.sum(axis=1)
         self.size[rows] -= gone
         self.pruned[rows] += gone
+
+    def _worth(self, rows: Ints) -> NDArray[np.float32]:
+        """(B, C) what eviction goes by: the lowest is forgotten first."""
+        match self.rules.eviction:
+            case "quality":
+                return self.quality(rows)
+            case "first-in":
+                return np.broadcast_to(np.arange(self.key.shape[1], dtype=np.float32), self.valid(rows).shape)
+            case "random":
+                return rule.scrambled(self.fields["item"][rows], self.fields["time"][rows])
 
     def row(self, row: int) -> Banks:
         """One user's bank, as a copy of its own."""

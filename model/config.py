@@ -80,6 +80,12 @@ class RulesConfig(_Section):
     weight_recency: float = Field(0.4, ge=0)
     weight_access: float = Field(0.1, ge=0)
     weight_rating: float = Field(0.2, ge=0)
+    eviction: Literal["quality", "first-in", "random"] = Field(
+        "quality", description="what an over-full bank forgets; the others exist for comparison"
+    )
+    key_update: Literal["ema", "latest"] = Field(
+        "ema", description="key of an item taken again: blended (paper), or that of the last time"
+    )
     prune_std: float = Field(2.0, ge=0, description="c of the adaptive threshold mean(q) - c*std(q)")
     similarity_threshold: float = Field(0.4, ge=-1, le=1)
     clusters: int = Field(32, ge=2, description="item clusters that entropy is measured over")
@@ -123,6 +129,8 @@ class TrainingConfig(_Section):
     )
     negatives: int = Field(1024, ge=1, description="uniform negatives of a batch, for sampled and gbce")
     calibration: float = Field(0.75, ge=0, le=1, description="t of gBCE")
+    contrast_weight: float = Field(0.0, ge=0, description="of DuoRec's contrastive terms beside the objective")
+    contrast_temperature: float = Field(1.0, gt=0)
     held_out_users: float = Field(0.15, gt=0, lt=0.9, description="share of users kept from the encoder")
     batch_tokens: int = Field(8192, ge=64, description="positions a batch, padding included")
     learning_rate: float = Field(1e-3, gt=0)

@@ -75,6 +75,16 @@ class Dataset:
         """User of each event, (N,)."""
         return np.repeat(np.arange(self.users), self.lengths())
 
+    def history(self, event: Ints) -> list[Ints]:
+        """Items that the user had before each event (indices into `items`)."""
+        first = self.offsets[np.searchsorted(self.offsets, event, side="right") - 1]
+        return [self.items[start:stop] for start, stop in zip(first, event, strict=True)]
+
+    def repeats(self) -> bool:
+        """Whether any user takes an item a second time."""
+        pairs = self.owners() * (self.item_count + 1) + self.items
+        return len(np.unique(pairs)) < len(pairs)
+
     def positions(self) -> NDArray[np.int64]:
         """Position of each event in its user's sequence, (N,)."""
         return np.arange(len(self)) - self.offsets[self.owners()]

@@ -63,7 +63,7 @@ class SequenceEncoder(nn.Module):
 
     def __init__(self, config: EncoderConfig, items: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.item_count = config, items
         self.item = nn.Embedding(items + 1, config.dim, padding_idx=0)
         self.bos = nn.Parameter(torch.empty(config.dim))
         self.position = nn.Embedding(config.window + 1, config.dim)

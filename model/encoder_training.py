@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.config import Config, TrainingConfig
+from model.contrast import ContrastiveViews
 from model.dataset import Dataset, leave_one_out, length_batches, pad_windows
 from model.encoder import SequenceEncoder, encode_states
 from model.losses import gbce_loss, sampled_softmax_loss, softmax_loss
+from model.marks import mark
 from model.metrics import ranks, summary
 from model.optimisation import (
     Epoch,
@@ -30,6 +32,8 @@ from model.optimisation import (
 )
 from model.replay import state_requests
 from model.rules import Ints
+
+VALIDATION_ROWS = 512
 
 
 def fit_encoder(
@@ -66,10 +70,14 @@ def _encoder_epoch(
     torch.manual_seed((config.training.seed + 1) * 100_003 + epoch)
     rng = np.random.default_rng([config.training.seed, 2, epoch])
     encoder.train()
-    total = count = 0.0
+    settings, total, count = config.training, 0.0, 0.0
+    views = ContrastiveViews(dataset, users, config.encoder.window) if settings.contrast_weight else None
     for targets in training_batches(dataset, users, config, rng):
-        loss = next_item_loss(encoder, torch.from_numpy(targets), config.training)
-        step(optimizer, encoder, loss, config.training)
+        loss = next_item_loss(encoder, torch.from_numpy(targets), settings)
+        if views is not None:
+            contrast = views.loss(encoder, torch.from_numpy(targets), rng, settings.contrast_temperature)
+            loss = loss + settings.contrast_weight * contrast
+        step(optimizer, encoder, loss, settings)
         total += loss.item() * np.count_nonzero(targets)
         count += np.count_nonzero(targets)
     return total / count
@@ -118,16 +126,21 @@ def _training_windows(
 
 
 def validate_encoder(encoder: SequenceEncoder, dataset: Dataset) -> dict[str, float]:
-    """Metrics of the encoder alone on the validation items of all users, unmasked."""
+    """Metrics of the encoder alone on the validation items of all users. Where nobody ever takes an item again, what a
+    user has had is left out of the ranking: the repeat bias, fitted later, will do the same.
+    """
     split = leave_one_out(dataset)
     event = split.validation[split.validation >= 0]
-    states = encode_states(encoder, state_requests(dataset, event))
-    target = dataset.items[event]
-    with torch.inference_mode():
-        found = [
-            ranks(encoder.logits(torch.from_numpy(states[at : at + 512])).numpy(), target[at : at + 512])
-            for at in range(0, len(event), 512)
-        ]
+    states = encode_states(encoder, state_requests(dataset, event, dataset.item_count))
+    target, masked = dataset.items[event], not dataset.repeats()
+    found = []
+    for at in range(0, len(event), VALIDATION_ROWS):
+        rows = slice(at, at + VALIDATION_ROWS)
+        with torch.inference_mode():
+            scores = encoder.logits(torch.from_numpy(states[rows]))
+        if masked:
+            scores[mark(dataset.history(event[rows]), scores.shape[1])] = -torch.inf
+        found.append(ranks(scores.numpy(), target[rows]))
     return summary(np.concatenate(found))
 
 

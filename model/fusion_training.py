@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from model.bank import Retrieved
 from model.config import Config, TrainingConfig
@@ -13,11 +14,11 @@ from model.dataset import Dataset, leave_one_out
 from model.encoder import SequenceEncoder
 from model.fusion import MemoryFusion, MemoryTokens
 from model.losses import smooth_ndcg_loss
+from model.marks import mark
 from model.metrics import ranks, summary
 from model.optimisation import Epoch, Progress, Report, adamw, advance, snapshot, step
-from model.recommender import mark, predict
+from model.recommender import predict
 from model.replay import MemorySpace, Replay, adaptive, ask_others, collective, replay, trajectory
-from model.rules import Ints
 
 UNKNOWN_SHARE = 0.02
 """Share of memories whose item is hidden from the fusion while fitting, so that "unknown" gets an embedding."""
@@ -95,19 +96,13 @@ def _fusion_epoch(
         batch = samples.take(order[at : at + size])
         memories = MemoryTokens.of(adaptive(batch), len(table) - 1)
         memories.item[torch.rand(memories.item.shape) < UNKNOWN_SHARE] = 0
-        had = mark(history(dataset, batch.event), len(table))
+        had = mark(dataset.history(batch.event), len(table))
         prediction = predict(fusion, table, torch.from_numpy(batch.state), memories, had)
         target = torch.from_numpy(dataset.items[batch.event].astype(np.int64))
         loss = smooth_ndcg_loss(prediction.scores(), target, config.training.rank_temperature)
         step(optimizer, fusion, loss, config.training)
         losses.append(loss.item())
     return float(np.mean(losses))
-
-
-def history(dataset: Dataset, event: Ints) -> list[Ints]:
-    """Items that the user had before each event (index into `dataset.items`)."""
-    first = dataset.offsets[np.searchsorted(dataset.offsets, event, side="right") - 1]
-    return [dataset.items[start:stop] for start, stop in zip(first, event, strict=True)]
 
 
 @torch.inference_mode()
@@ -118,7 +113,7 @@ def repeat_bias(dataset: Dataset, table: Tensor, asked: Replay) -> float:
     mass, repeats = [], 0.5
     for at in range(0, len(asked.event), RANK_ROWS):
         event = asked.event[at : at + RANK_ROWS]
-        had = mark(history(dataset, event), len(table))
+        had = mark(dataset.history(event), len(table))
         logits = torch.from_numpy(asked.state[at : at + RANK_ROWS]) @ table.T
         logits[:, 0] = -torch.inf
         mass.append((torch.softmax(logits, dim=1) * had).sum(dim=1))
@@ -143,7 +138,8 @@ def memory_ranks(
     masked: bool,
     repeat_bias: bool = True,
 ) -> NDArray[np.int64]:
-    """Rank of each asked event's item with the memories in `retrieved`.
+    """Rank of each asked event's item with the memories in `retrieved`, among all items of the dataset; those that the
+    model does not know can only be copied.
 
     Args:
         table: the encoder's, (items + 1, d).
@@ -157,9 +153,10 @@ def memory_ranks(
         event = asked.event[rows]
         target = dataset.items[event].astype(np.int64)
         memories = MemoryTokens.of(retrieved.take(rows), len(table) - 1)
-        had = mark(history(dataset, event), len(table))
-        known = had if repeat_bias else torch.zeros_like(had)
+        had = mark(dataset.history(event), dataset.item_count + 1)
+        known = had[:, : len(table)] & repeat_bias
         scores = predict(fusion, table, torch.from_numpy(asked.state[rows]), memories, known).scores()
+        scores = functional.pad(scores, (0, had.shape[1] - scores.shape[1]), value=-torch.inf)
         if masked:
             had[np.arange(len(target)), target] = False
             scores[had] = -torch.inf

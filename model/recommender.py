@@ -19,6 +19,7 @@ from model.config import Config
 from model.encoder import SequenceEncoder, StateRequests, encode_states
 from model.events import EncodeJob
 from model.fusion import Copying, Fused, MemoryFusion, MemoryTokens
+from model.marks import mark
 from model.rules import Ints, unit
 
 TINY = 1e-30
@@ -240,15 +241,6 @@ def top_items(scores: NDArray[np.float32], query: Query) -> NDArray[np.int64]:
         edge = np.partition(scores[pool], len(pool) - query.top_n)[len(pool) - query.top_n]
         pool = pool[scores[pool] >= edge]
     return pool[np.argsort(-scores[pool], kind="stable")][: query.top_n]
-
-
-def mark(items: Sequence[Ints], width: int) -> Tensor:
-    """(B, width) bool: True at each row's items; index 0 is never marked."""
-    marks = np.zeros((len(items), width), bool)
-    rows = np.repeat(np.arange(len(items)), [len(one) for one in items])
-    marks[rows, np.concatenate([NO_ITEMS, *items])] = True
-    marks[:, 0] = False
-    return torch.from_numpy(marks)
 
 
 def _part(weights: dict[str, NDArray[Any]], prefix: str) -> dict[str, Tensor]:

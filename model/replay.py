@@ -83,7 +83,7 @@ def fixed(retrieved: Retrieved, k: Ints | int, collective_k: Ints | int) -> Retr
 
 def trajectory(dataset: Dataset, encoder: SequenceEncoder) -> NDArray[np.float32]:
     """(N, d) every user's state just before each of their events, by the one window rule."""
-    return encode_states(encoder, state_requests(dataset, np.arange(len(dataset))))
+    return encode_states(encoder, state_requests(dataset, np.arange(len(dataset)), encoder.item_count))
 
 
 def replay(dataset: Dataset, state: Floats, space: MemorySpace, asked: Bools) -> Replayed:
@@ -147,11 +147,13 @@ def last_question(dataset: Dataset, asked: Bools) -> NDArray[np.int64]:
     return np.where(dataset.lengths() > 0, filled, 0).astype(np.int64)
 
 
-def state_requests(dataset: Dataset, events: Ints) -> StateRequests:
-    """The user's state just before each of `events` (R,), indices into `dataset.items`."""
+def state_requests(dataset: Dataset, events: Ints, known_items: int) -> StateRequests:
+    """The user's state just before each of `events` (R,), indices into `dataset.items`. Items beyond `known_items` are
+    unknown to the encoder and skipped.
+    """
     owner = dataset.owners()[events]
     starts = np.zeros(dataset.users, np.int64)
-    items = dataset.items.astype(np.int64)
+    items = np.where(dataset.items > known_items, 0, dataset.items).astype(np.int64)
     return StateRequests(items, dataset.offsets, starts, owner, events - dataset.offsets[owner])
 
 

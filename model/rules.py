@@ -103,19 +103,26 @@ def blend_keys(old: Floats, new: Floats, frequency: Ints) -> NDArray[np.float32]
 def weak_entries(worth: Floats, valid: Bools, protected: Bools, rules: RulesConfig) -> Bools:
     """Which entries of over-full banks are deleted: (B, C) True.
 
-    All below the adaptive threshold mean(q) − c·std(q), and always the lowest (of equals, the earliest slot). The
-    entry just written is `protected`, so that a write is never undone by its own pruning. Banks must hold at
-    least two entries.
+    All below the adaptive threshold mean(q) − c·std(q), and always the lowest (of equals, the earliest slot); with
+    another `eviction` than quality only the lowest. The entry just written is `protected`, so that a write is never
+    undone by its own pruning. Banks must hold at least two entries.
     """
     count = valid.sum(axis=1, keepdims=True)
     known = np.where(valid, worth.astype(np.float64), 0.0)
     mean = known.sum(axis=1, keepdims=True) / count
     variance = np.where(valid, (worth - mean) ** 2, 0.0).sum(axis=1, keepdims=True) / count
     candidate = valid & ~protected
-    weak = candidate & (worth < mean - rules.prune_std * np.sqrt(variance))
+    weak = candidate & (worth < mean - rules.prune_std * np.sqrt(variance)) & (rules.eviction == "quality")
     lowest = np.argmin(np.where(candidate, worth, np.inf), axis=1)
     weak[np.arange(len(weak)), lowest] = True
     return np.asarray(weak, bool)
+
+
+def scrambled(item: Ints, time: Floats) -> NDArray[np.float32]:
+    """A number in [0, 1) that looks random and follows from item and time alone: eviction at random, repeatably."""
+    mixed = item.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) ^ time.astype(np.float64).view(np.uint64)
+    mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+    return ((mixed >> np.uint64(40)) / np.float64(1 << 24)).astype(np.float32)
 
 
 def cluster_shares(weights: Floats, cluster: Ints, clusters: int) -> NDArray[np.float64]:

@@ -99,7 +99,7 @@ def collective_centroids(dataset: Dataset, encoder: SequenceEncoder, config: Con
     rng = np.random.default_rng([config.training.seed, 3])
     total = len(dataset)
     sample = rng.choice(total, min(total, CENTROID_SAMPLE), replace=False)
-    states = encode_states(encoder, state_requests(dataset, sample))
+    states = encode_states(encoder, state_requests(dataset, sample, dataset.item_count))
     vectors = functional.normalize(torch.from_numpy(states), dim=1).numpy()
     lists = int(np.clip(round(math.sqrt(total)), 1, max(1, len(vectors) // 40)))
     return _spherical_kmeans(vectors, lists, config.training.seed)

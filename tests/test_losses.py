@@ -2,11 +2,15 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
+from model.contrast import ContrastiveViews
+from model.encoder import SequenceEncoder
 from model.losses import contrastive_loss, gbce_loss, sampled_softmax_loss, softmax_loss
+from tests.synthetic import cyclic_dataset, small_config
 
 
 def case(scale: float, rows: int = 150) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -53,3 +57,17 @@ def test_contrastive_loss_by_hand():
     first = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     loss = contrastive_loss(first, first, 1.0)  # partner at cosine 1, two others at 0
     assert loss.item() == pytest.approx(-math.log(math.e / (math.e + 2)), rel=1e-6)
+
+
+def test_contrastive_views_lead_to_the_same_next_item():
+    dataset = cyclic_dataset(users=20, items=6, length=9)
+    views = ContrastiveViews(dataset, np.ones(20, bool), window=4)
+    windows, length = views._leading_to(np.array([3, 5, 3]), np.random.default_rng(0))
+    for window, reach, item in zip(windows, length, [3, 5, 3], strict=True):
+        assert 1 <= reach <= 4
+        assert window[reach - 1] % 6 + 1 == item  # users walk round six items
+    encoder = SequenceEncoder(small_config().encoder, 6)
+    loss = views.loss(encoder, torch.tensor([[1, 2, 3], [4, 5, 0], [6, 0, 0]]), np.random.default_rng(0), 1.0)
+    assert loss.item() > 0
+    loss.backward()
+    assert encoder.item.weight.grad.abs().sum() > 0

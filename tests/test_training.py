@@ -9,7 +9,6 @@ from model.dataset import leave_one_out
 from model.encoder import SequenceEncoder
 from model.encoder_training import next_item_loss, training_batches
 from model.evaluation import EvaluationError, check_items, evaluate, memory_space_of
-from model.fusion_training import history
 from model.metrics import ranks, summary
 from model.optimisation import Progress, TrainingError, adamw, step
 from model.recommender import Recommender
@@ -127,7 +126,7 @@ def test_replay_equals_writing_one_user_at_a_time():
 
 def test_history_is_strictly_earlier():
     dataset = cyclic_dataset(users=2, length=4, items=12)
-    assert [one.tolist() for one in history(dataset, np.array([0, 2, 7]))] == [
+    assert [one.tolist() for one in dataset.history(np.array([0, 2, 7]))] == [
         [],
         dataset.items[:2].tolist(),
         dataset.items[4:7].tolist(),
