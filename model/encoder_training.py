@@ -138,8 +138,8 @@ def validate_encoder(encoder: SequenceEncoder, dataset: Dataset) -> dict[str, fl
         rows = slice(at, at + VALIDATION_ROWS)
         with torch.inference_mode():
             scores = encoder.logits(torch.from_numpy(states[rows]))
-        if masked:
-            scores[mark(dataset.history(event[rows]), scores.shape[1])] = -torch.inf
+            if masked:
+                scores[mark(dataset.history(event[rows]), scores.shape[1])] = -torch.inf
         found.append(ranks(scores.numpy(), target[rows]))
     return summary(np.concatenate(found))
 

@@ -7,7 +7,7 @@ import torch
 from model.config import Config, ConfigError, load_config
 from model.dataset import leave_one_out
 from model.encoder import SequenceEncoder
-from model.encoder_training import next_item_loss, training_batches
+from model.encoder_training import next_item_loss, training_batches, validate_encoder
 from model.evaluation import EvaluationError, check_items, evaluate, memory_space_of
 from model.metrics import ranks, summary
 from model.optimisation import Progress, TrainingError, adamw, step
@@ -158,6 +158,17 @@ def test_the_report_has_every_variant_under_both_protocols(tmp_path):
 def test_a_run_is_not_evaluated_on_other_items():
     with pytest.raises(EvaluationError, match="30 items"):
         check_items(Recommender.of(random_checkpoint(items=30)), cyclic_dataset(items=12))
+
+
+@pytest.mark.parametrize("length", [6, 15])
+def test_validation_leaves_out_what_was_had_only_where_nobody_repeats(length):
+    dataset = cyclic_dataset(items=12, length=length)
+    encoder = SequenceEncoder(small_config().encoder, 12)
+    with torch.no_grad():  # every item looks like every other: ties, counted against us
+        encoder.item.weight[1:] = 1.0
+    ranked = 12 if length == 15 else 12 - (length - 2)
+    assert dataset.repeats() == (length == 15)
+    assert validate_encoder(encoder, dataset)["mrr"] == pytest.approx(1 / ranked)
 
 
 def test_metrics_by_hand():
