@@ -234,13 +234,16 @@ class Banks:
             case "random":
                 return rule.scrambled(self.fields["item"][rows], self.fields["time"][rows])
 
+    def rows(self, rows: Ints) -> Banks:
+        """Some users' banks, as copies of their own."""
+        some = Banks(0, self.key.shape[2], self.rules)
+        some.fields = {name: values[rows] for name, values in self.fields.items()}
+        some.key, some.size, some.pruned = self.key[rows], self.size[rows], self.pruned[rows]
+        return some
+
     def row(self, row: int) -> Banks:
         """One user's bank, as a copy of its own."""
-        one = Banks(0, self.key.shape[2], self.rules)
-        one.fields = {name: values[row : row + 1].copy() for name, values in self.fields.items()}
-        one.key = self.key[row : row + 1].copy()
-        one.size, one.pruned = self.size[row : row + 1].copy(), self.pruned[row : row + 1].copy()
-        return one
+        return self.rows(np.array([row]))
 
     def fitted(self, rules: RulesConfig) -> Banks:
         """These banks laid out for other rules; of a bank beyond the new capacity the best entries stay."""

@@ -174,7 +174,7 @@ def evaluate(recommenders: Sequence[Recommender], dataset: Dataset, name: str) -
 def ask_test(recommender: Recommender, dataset: Dataset, store: Store, state: NDArray[np.float32]) -> Asked:
     """Every user's memory just before their test item. state: the dataset's `trajectory`."""
     split, owner = leave_one_out(dataset), dataset.owners()
-    space = memory_space_of(recommender)
+    space = memory_space_of(recommender, dataset.item_count)
     asked = replay(dataset, state, space, np.arange(len(dataset)) == split.test[owner])
     order = np.argsort(asked.replay.event)
     users = owner[asked.replay.event[order]]
@@ -183,10 +183,12 @@ def ask_test(recommender: Recommender, dataset: Dataset, store: Store, state: ND
     return Asked(Replayed(questions, asked.banks), space, store, _nobody_their_own(users, strangers))
 
 
-def memory_space_of(recommender: Recommender) -> MemorySpace:
-    """Rules, clusters and centroids that a checkpoint carries."""
+def memory_space_of(recommender: Recommender, items: int = 0) -> MemorySpace:
+    """Rules, clusters and centroids that a checkpoint carries; unknown items up to number `items` have no cluster."""
     checkpoint = recommender.checkpoint
-    return MemorySpace(checkpoint.config.rules, checkpoint.item_clusters, checkpoint.index_centroids)
+    unknown = max(0, items - recommender.item_count)
+    clusters = np.pad(checkpoint.item_clusters, (0, unknown), constant_values=-1)
+    return MemorySpace(checkpoint.config.rules, clusters, checkpoint.index_centroids)
 
 
 def check_items(recommender: Recommender, dataset: Dataset) -> None:

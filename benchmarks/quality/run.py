@@ -1,0 +1,139 @@
+"""Everything about recommendation quality, rerun with one command: `make bench-quality` (`--help` for parts of it).
+
+Stages are cached in the run folder: a seed that is trained, a dataset that is evaluated and a study that is done are
+not repeated; delete their folder or file to do so. What has no data is left out and said. The result is
+benchmarks/quality/results.json, results.md and the plots beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from api.cli import measured_with
+from benchmarks.quality import adaptive, pruning, report, streams
+from model.config import load_config
+from model.dataset import Dataset, read_dataset
+from model.evaluation import evaluate
+from model.recommender import Recommender
+
+HERE = Path(__file__).parent
+FILES = {
+    "ml-100k": "ml-100k",
+    "beauty": "Beauty.txt.gz",
+    "sports": "Sports_and_Outdoors.txt.gz",
+    "ml-1m": "ml-1m.txt.gz",
+}
+SEEDS = {"ml-100k": 5, "beauty": 3, "sports": 3, "ml-1m": 3}
+
+
+class Bench:
+    """Where data and runs are, and what is cached."""
+
+    def __init__(self, data: Path, runs: Path, seeds: dict[str, int]) -> None:
+        self.data, self.runs, self.seeds = data, runs, seeds
+
+    def dataset(self, name: str) -> Dataset:
+        return read_dataset(self.data / FILES[name], load_config(name).dataset)
+
+    def available(self, name: str) -> bool:
+        there = (self.data / FILES[name]).exists()
+        if not there:
+            print(f"{name}: no {self.data / FILES[name]}, left out", flush=True)
+        return there
+
+    def trained(self, name: str) -> list[Recommender]:
+        """The seeds of a dataset; those missing are trained, one thread each, an interrupted one goes on."""
+        folders = [self.runs / f"{name}-seed{seed}" for seed in range(self.seeds[name])]
+        for seed, folder in enumerate(folders):
+            if not (folder / "checkpoint.json").exists():
+                command = [sys.executable, "-m", "api.cli", "train", "--dataset", str(self.data / FILES[name])]
+                command += ["--config", name, "--seed", str(seed), "--out", str(folder)]
+                subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return [Recommender.load(folder) for folder in folders]
+
+    def cached(self, name: str, work: Callable[[], Any]) -> Any:
+        """The result of a stage, from its file if it was done before."""
+        file = self.runs / "quality" / f"{name}.json"
+        if not file.exists():
+            print(f"{name} …", flush=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(work()))
+            partial.replace(file)
+        return json.loads(file.read_text())
+
+
+def evaluations(bench: Bench) -> dict[str, Any]:
+    """Rows and gains of every dataset whose data is there."""
+    reports = {}
+    for name in FILES:
+        if bench.available(name) and bench.seeds[name]:
+            reports[name] = bench.cached(
+                f"evaluate-{name}", lambda name=name: evaluate(bench.trained(name), bench.dataset(name), name)
+            )
+    return reports
+
+
+def experiments(bench: Bench) -> dict[str, Any]:
+    """The studies beside the main table."""
+    done: dict[str, Any] = {}
+    folder = bench.runs / "quality"
+
+    def one(name: str, dataset: str, work: Callable[[Dataset], Any]) -> None:
+        if bench.available(dataset) and bench.seeds[dataset]:
+            done[name] = bench.cached(name, lambda: work(bench.dataset(dataset)))
+
+    for name in FILES:
+        one(f"adaptive-k-{name}", name, lambda data, name=name: adaptive.study(bench.trained(name), data))
+    one("evictions-ml-100k", "ml-100k", lambda data: pruning.evictions(bench.trained("ml-100k"), data))
+    done["repeat-log"] = bench.cached("repeat-log", lambda: pruning.repeat_study(folder))
+    short = _short(load_config("ml-100k"))
+    one("over-time-ml-100k", "ml-100k", lambda data: streams.over_time(data, short, folder / "over-time"))
+    one(
+        "new-users-beauty",
+        "beauty",
+        lambda data: streams.new_users(data, load_config("beauty"), folder / "beauty", bench.trained("beauty")[0]),
+    )
+    one("new-items-beauty", "beauty", lambda data: streams.new_items(data, load_config("beauty"), folder / "beauty"))
+    return done
+
+
+def _short(config: Any) -> Any:
+    """Fewer epochs: the stream needs seven trainings."""
+    settings = config.training.model_copy(update={"max_epochs": 15, "fusion_max_epochs": 6})
+    return config.model_copy(update={"training": settings})
+
+
+def main() -> None:
+    """Run what is not cached, then write results.json, results.md and the plots."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("data"), help=f"folder with {', '.join(FILES.values())}")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="checkpoints and cached stages")
+    parser.add_argument("--seeds", nargs="*", default=[], metavar="NAME=N", help="seeds of a dataset; 0 leaves it out")
+    parser.add_argument("--no-experiments", action="store_true", help="only the main table")
+    asked = parser.parse_args()
+    seeds = SEEDS | {name: int(count) for name, _, count in (one.partition("=") for one in asked.seeds)}
+    bench = Bench(asked.data, asked.runs, seeds)
+    reports = evaluations(bench)
+    results = {
+        "rows": [row for one in reports.values() for row in one["rows"]],
+        "gains": [gain for one in reports.values() for gain in one["gains"]],
+        "spread": {
+            name: {part: one[part] for part in ("entropy", "k", "collective_k")} for name, one in reports.items()
+        },
+        "experiments": {} if asked.no_experiments else experiments(bench),
+        "about": measured_with() | {"command": "make bench-quality"},
+    }
+    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    report.write(results, HERE, {name: bench.runs / f"{name}-seed0" for name in reports})
+
+
+if __name__ == "__main__":
+    main()
