@@ -1,9 +1,10 @@
 """Evaluation: leave-one-out on test items, all items ranked, with and without memory.
 
 Protocols: `unmasked` removes nothing from the ranking; `masked` removes the user's history less the target. The own
-scope holds the user's own earlier events (the validation item included). Stores of the collective scope: `train` holds
-others' training interactions, `live` their validation items too; nobody's test item is in either. Both are transductive
-where a log is split by user and not by time: others' later interactions are visible.
+scope holds the user's own earlier events (the validation item included). Stores of the collective scope: `train`
+holds others' training interactions, `live` their validation items too; nobody's test item is in either. Both are
+transductive: others' interactions later than the test item are visible. `strict`, where there are timestamps, is `live`
+without those.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from model.replay import (
     Replayed,
     Store,
     adaptive,
-    ask_others,
     collective,
     fixed,
     replay,
@@ -36,7 +36,7 @@ from model.replay import (
 from model.rules import collective_k, own_k, unit
 
 PROTOCOLS = {"unmasked": False, "masked": True}
-STORES: tuple[Store, ...] = ("train", "live")
+STORES: tuple[Store, ...] = ("train", "live", "strict")
 FIXED_K = (5, 10, 20)
 FIXED_COLLECTIVE_K = (10, 20, 30, 50, 100)
 BASELINE, MEMORY, SHUFFLED = "encoder+repeat-bias", "memory", "shuffled"
@@ -178,7 +178,7 @@ def ask_test(recommender: Recommender, dataset: Dataset, store: Store, state: ND
     asked = replay(dataset, state, space, np.arange(len(dataset)) == split.test[owner])
     order = np.argsort(asked.replay.event)
     users = owner[asked.replay.event[order]]
-    questions = ask_others(asked.replay.take(order), users, collective(dataset, state, space, store))
+    questions = collective(dataset, state, space, asked.replay.take(order), store)
     strangers = users[np.roll(np.random.default_rng([recommender.config.training.seed, 5]).permutation(len(users)), 1)]
     return Asked(Replayed(questions, asked.banks), space, store, _nobody_their_own(users, strangers))
 
@@ -212,7 +212,7 @@ def _evaluate_one(
     check_items(recommender, dataset)
     state = trajectory(dataset, recommender.encoder)
     ranks: dict[tuple[str, str, str], NDArray[np.int64]] = {}
-    for store in STORES:
+    for store in STORES if dataset.has_times else STORES[:2]:
         asked = ask_test(recommender, dataset, store, state)
         for variant in VARIANTS:
             if variant.stores or store == STORES[0]:

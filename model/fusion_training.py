@@ -18,7 +18,7 @@ from model.marks import mark
 from model.metrics import ranks, summary
 from model.optimisation import Epoch, Progress, Report, adamw, advance, snapshot, step
 from model.recommender import predict
-from model.replay import MemorySpace, Replay, adaptive, ask_others, collective, replay, trajectory
+from model.replay import MemorySpace, Replay, adaptive, collective, replay, trajectory
 
 UNKNOWN_SHARE = 0.02
 """Share of memories whose item is hidden from the fusion while fitting, so that "unknown" gets an embedding."""
@@ -74,7 +74,7 @@ def _fusion_samples(
     validation = event == split.validation[owner]
     state = trajectory(dataset, encoder)
     asked = replay(dataset, state, space, wanted | validation).replay
-    asked = ask_others(asked, owner[asked.event], collective(dataset, state, space, "train"))
+    asked = collective(dataset, state, space, asked, "train")
     is_validation = validation[asked.event]
     return asked.take(~is_validation), asked.take(is_validation)
 

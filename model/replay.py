@@ -2,8 +2,9 @@
 
 The same `Banks` that serves requests is written event by event, all users at once, one step a position; the steps in
 between are where the questions are asked. Own scope: only strictly earlier events of the user are ever in the bank.
-Collective scope: the banks of all others as a store holds them, `train` (training interactions) or `live` (validation
-items too); the user's own entries are always left out.
+Collective scope: the banks of all others as a store holds them, `train` (training interactions), `live` (validation
+items too) or `strict` (live, but only what is older than the event asked about); the user's own entries are always
+left out.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from model.dataset import Dataset, leave_one_out
 from model.encoder import SequenceEncoder, StateRequests, encode_states
 from model.rules import Bools, Floats, Ints
 
-Store = Literal["train", "live"]
+Store = Literal["train", "live", "strict"]
 SEARCH_ROWS = 1024
+EXACT_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -115,12 +117,14 @@ def filled(dataset: Dataset, state: Floats, space: MemorySpace, lengths: Ints) -
     return banks
 
 
-def collective(dataset: Dataset, state: Floats, space: MemorySpace, store: Store) -> CollectiveIndex:
-    """The collective index of a store; a user's slot is their number."""
-    lengths = leave_one_out(dataset).train_end - dataset.offsets[:-1]
-    if store == "live":
-        lengths = lengths + (leave_one_out(dataset).validation >= 0)
-    return index_of(filled(dataset, state, space, lengths), space)
+def collective(dataset: Dataset, state: Floats, space: MemorySpace, asked: Replay, store: Store) -> Replay:
+    """The questions with the collective_k_max best memories of others that a store holds."""
+    split = leave_one_out(dataset)
+    lengths = split.train_end - dataset.offsets[:-1] + (split.validation >= 0) * (store != "train")
+    banks, owners = filled(dataset, state, space, lengths), dataset.owners()[asked.event]
+    if store == "strict":
+        return _ask_older(asked, owners, dataset.times[asked.event], banks)
+    return ask_others(asked, owners, index_of(banks, space))
 
 
 def index_of(banks: Banks, space: MemorySpace) -> CollectiveIndex:
@@ -138,6 +142,28 @@ def ask_others(asked: Replay, owners: Ints, index: CollectiveIndex) -> Replay:
     parts = [_widen(index.search(queries[rows], owners[rows], wanted[rows]), width) for rows in chunks]
     found = Entries(*(np.concatenate([getattr(part, name) for part in parts]) for name in Entries.COLUMNS))
     return replace(asked, retrieved=replace(asked.retrieved, collective=found, collective_k=wanted))
+
+
+def _ask_older(asked: Replay, owners: Ints, times: Floats, banks: Banks) -> Replay:
+    """As `ask_others`, by exact search over the entries older than each question's time (N,)."""
+    usable = banks.valid() & (banks.fields["cell"] >= 0)
+    who, slot = np.nonzero(usable)
+    keys, age = banks.key[who, slot].astype(np.float32), banks.fields["time"][who, slot]
+    everything, width = banks.everything(), asked.rules.collective_k_max
+    found = []
+    for at in range(0, len(owners), EXACT_ROWS):
+        rows = slice(at, at + EXACT_ROWS)
+        similarity = rule.unit(asked.state[rows]) @ keys.T
+        similarity[(who == owners[rows, None]) | (age >= times[rows, None])] = -np.inf
+        best = np.argsort(-similarity, axis=1, kind="stable")[:, :width]
+        score = np.take_along_axis(similarity, best, 1)
+        valid = np.isfinite(score)
+        columns = {name: getattr(everything, name)[who[best], slot[best]] for name in Entries.COLUMNS}
+        columns = {name: np.where(valid, values, 0) for name, values in columns.items()}
+        found.append(Entries(**columns | {"similarity": np.where(valid, score, 0).astype(np.float32), "valid": valid}))
+    joined = Entries(*(np.concatenate([getattr(one, name) for one in found]) for name in Entries.COLUMNS))
+    wanted = np.full(len(owners), width)
+    return replace(asked, retrieved=replace(asked.retrieved, collective=joined, collective_k=wanted))
 
 
 def last_question(dataset: Dataset, asked: Bools) -> NDArray[np.int64]:

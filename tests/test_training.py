@@ -140,7 +140,7 @@ def test_the_report_has_every_variant_under_both_protocols(tmp_path):
     rows = {(row["variant"], row["protocol"], row["store"]): row for row in report["rows"]}
     variants = {variant for variant, _, _ in rows}
     assert variants >= {"encoder", "own", "collective", "memory", "own-k-5", "collective-k-20", "shuffled"}
-    assert {store for variant, _, store in rows if variant == "memory"} == {"train", "live"}
+    assert {store for variant, _, store in rows if variant == "memory"} == {"train", "live", "strict"}
     assert {store for variant, _, store in rows if variant == "own"} == {"none"}
     assert all((variant, "masked", store) in rows for variant, _, store in rows)
     for row in rows.values():

@@ -18,7 +18,7 @@ from model.evaluation import memory_space_of
 from model.fusion_training import memory_ranks
 from model.metrics import ndcg, relative_gain, summary
 from model.recommender import Recommender
-from model.replay import MemorySpace, adaptive, ask_others, collective, replay, trajectory
+from model.replay import MemorySpace, adaptive, collective, replay, trajectory
 
 CAPACITIES = (10, 25, 75)
 EVICTIONS = ("quality", "first-in", "random")
@@ -36,7 +36,7 @@ def ranks_with(
     space = MemorySpace(rules, known.clusters, known.centroids)
     asked = replay(dataset, state, space, np.arange(len(dataset)) == getattr(split, part)[owner]).replay
     asked = asked.take(np.argsort(asked.event))
-    asked = ask_others(asked, owner[asked.event], collective(dataset, state, space, "train"))
+    asked = collective(dataset, state, space, asked, "train")
     return memory_ranks(
         recommender.fusion, recommender.table, dataset, asked, adaptive(asked), masked=not dataset.repeats()
     )
