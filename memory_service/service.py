@@ -44,6 +44,7 @@ from memory_service.store import Store, StoreUnavailable, Tombstone
 from model import rules as rule
 from model.bank import KEY, Banks, Entries, select, stack_banks
 from model.checkpoint import Checkpoint
+from model.collective import cells
 from model.events import Change, Event, Plan, UserRecord, apply, event_identity, plan, rekey, rekey_job
 from model.rules import Bools, Floats, Ints
 
@@ -266,14 +267,10 @@ class MemoryService:
             plan=one.plan,
             keys=keys,
             state=_column(write.state, "<f4", self.dim, "state"),
-            cells=self._cells(keys),
+            cells=cells(keys, one.plan.job.positions, self.centroids),
             accesses=accesses,
             first_version=one.stone.version if one.stone else 0,
         )
-
-    def _cells(self, keys: Floats) -> Ints:
-        """(n,) the collective list that each key belongs to."""
-        return np.asarray(np.argmax(keys @ self.centroids.T, axis=1), np.int32)
 
     async def _commit(self, prepared: list[Prepared], written: dict[int, UserRecord]) -> set[int]:
         """Store the new records; returns the rows that lost against another writer or against a forget."""
@@ -303,7 +300,8 @@ class MemoryService:
             if record.version == user.version and self._is_stale(record):
                 keys = _column(user.keys, "<f4", record.size * self.dim, "keys").reshape(record.size, self.dim)
                 state = _column(user.state, "<f4", self.dim, "state")
-                fresh = rekey(record, self.model_version, keys, state, self._cells(keys))
+                listed = cells(keys, rekey_job(record).positions, self.centroids)
+                fresh = rekey(record, self.model_version, keys, state, listed)
                 writes.append((user.user_id, user.version, fresh))
         outcomes = await self.store.commit(writes)
         done = [write for write, stored in zip(writes, outcomes, strict=True) if stored]

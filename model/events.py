@@ -13,7 +13,7 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-from model.bank import Banks, stack_banks
+from model.bank import NOT_SHARED, Banks, stack_banks
 from model.config import RulesConfig
 from model.rules import Floats, Ints
 
@@ -244,7 +244,7 @@ def rekey(record: UserRecord, model_version: str, keys: Floats, state: Floats, c
     fitted = Banks(1, keys.shape[1], old.rules)
     fitted.fields, fitted.size, fitted.pruned = old.fields, old.size, old.pruned
     fitted.key[0, : record.size] = keys
-    fitted.fields["cell"][0, : record.size] = 0 if cells is None else cells
+    fitted.fields["cell"][0, : record.size] = NOT_SHARED if cells is None else cells
     return replace(
         record,
         banks=fitted,

@@ -15,6 +15,7 @@ ALLOWED = {
         "memory_service",
         "model.rules",
         "model.bank",
+        "model.collective",
         "model.events",
         "model.checkpoint",
         "model.config",
