@@ -35,7 +35,7 @@ from model.replay import (
 )
 from model.rules import collective_k, own_k, unit
 
-PROTOCOLS = {"unmasked": False, "masked": True}
+PROTOCOLS = ("unmasked", "masked")
 STORES: tuple[Store, ...] = ("train", "live", "strict")
 FIXED_K = (5, 10, 20)
 FIXED_COLLECTIVE_K = (10, 20, 30, 50, 100)
@@ -68,13 +68,13 @@ class Asked:
 class Variant:
     """What the ranking may use: which memories, and whether the learned repeat bias is added.
 
-    `stores`: whether the collective store matters, so that the variant is ranked for each.
+    `stores`: those of the collective scope that it is ranked with; "none" where it uses no collective memory.
     """
 
     name: str
     memories: Callable[[Asked], Retrieved]
     repeat_bias: bool = True
-    stores: bool = True
+    stores: tuple[str, ...] = ("train",)
 
 
 def no_memory(asked: Asked) -> Retrieved:
@@ -132,16 +132,29 @@ def shuffled(asked: Asked) -> Retrieved:
 
 
 VARIANTS = (
-    Variant("encoder", no_memory, repeat_bias=False, stores=False),
-    Variant(BASELINE, no_memory, stores=False),
-    Variant("own", own_only, stores=False),
-    Variant("collective", collective_only),
-    Variant(MEMORY, both_scopes),
+    Variant("encoder", no_memory, repeat_bias=False, stores=("none",)),
+    Variant(BASELINE, no_memory, stores=("none",)),
+    Variant("own", own_only, stores=("none",)),
+    Variant("collective", collective_only, stores=STORES),
+    Variant(MEMORY, both_scopes, stores=STORES),
     Variant("memory-no-repeat-bias", both_scopes, repeat_bias=False),
     *(Variant(f"own-k-{k}", fixed_own(k)) for k in FIXED_K),
     *(Variant(f"collective-k-{k}", fixed_collective(k)) for k in FIXED_COLLECTIVE_K),
-    Variant(SHUFFLED, shuffled),
+    Variant(SHUFFLED, shuffled, stores=("train", "live")),
 )
+
+
+@dataclass(frozen=True)
+class Tested:
+    """One run on the test items: ranks (N,) by (variant, protocol, store), and what the memory decided for each user:
+    entropy, k, collective_k, bank_size (N,).
+    """
+
+    ranks: dict[tuple[str, str, str], NDArray[np.int64]]
+    entropy: NDArray[np.float32]
+    k: NDArray[np.int64]
+    collective_k: NDArray[np.int64]
+    bank_size: NDArray[np.int64]
 
 
 def evaluate(recommenders: Sequence[Recommender], dataset: Dataset, name: str) -> dict[str, Any]:
@@ -155,20 +168,45 @@ def evaluate(recommenders: Sequence[Recommender], dataset: Dataset, name: str) -
     Raises:
         EvaluationError: a run was trained on other items.
     """
-    reports = [_evaluate_one(recommender, dataset) for recommender in recommenders]
-    labels = list(reports[0][0])
+    return report([test(recommender, dataset) for recommender in recommenders], name)
+
+
+def report(tested: Sequence[Tested], name: str) -> dict[str, Any]:
+    """See `evaluate`."""
     rows, gains = [], []
-    for variant, protocol, store in labels:
-        found = [ranks[variant, protocol, store] for ranks, _ in reports]
+    for variant, protocol, store in tested[0].ranks:
+        found = [one.ranks[variant, protocol, store] for one in tested]
         label = {"dataset": name, "variant": variant, "protocol": protocol, "store": store}
-        rows.append({**label, "seeds": len(reports), **_mean([summary(one) for one in found])})
+        rows.append({**label, "seeds": len(tested), **_mean([summary(one) for one in found])})
         if variant not in ("encoder", BASELINE):
-            base = np.mean([ndcg(ranks[BASELINE, protocol, "none"]) for ranks, _ in reports], axis=0)
-            gains.append(
-                {**label, "over": BASELINE, **relative_gain(np.mean([ndcg(one) for one in found], axis=0), base)}
-            )
-    spread = {part: _mean([figures[part] for _, figures in reports]) for part in reports[0][1]}
-    return {"rows": rows, "gains": gains, **spread}
+            base = np.mean([ndcg(one.ranks[BASELINE, protocol, "none"]) for one in tested], axis=0)
+            gain = relative_gain(np.mean([ndcg(one) for one in found], axis=0), base)
+            gains.append({**label, "over": BASELINE, **gain})
+    spreads = [spread_of(one) for one in tested]
+    return {"rows": rows, "gains": gains, **{part: _mean([one[part] for one in spreads]) for part in spreads[0]}}
+
+
+def test(recommender: Recommender, dataset: Dataset) -> Tested:
+    """All variants of one run. Raises EvaluationError, see `evaluate`."""
+    check_items(recommender, dataset)
+    state = trajectory(dataset, recommender.encoder)
+    ranks: dict[tuple[str, str, str], NDArray[np.int64]] = {}
+    for store in STORES if dataset.has_times else STORES[:2]:
+        asked = ask_test(recommender, dataset, store, state)
+        for variant in VARIANTS:
+            label = store if store in variant.stores else "none"
+            if label in variant.stores and (label != "none" or store == STORES[0]):
+                found = memory_ranks(
+                    recommender.fusion,
+                    recommender.table,
+                    dataset,
+                    asked.questions,
+                    variant.memories(asked),
+                    repeat_bias=variant.repeat_bias,
+                )
+                ranks |= {(variant.name, protocol, label): getattr(found, protocol) for protocol in PROTOCOLS}
+    chosen = adaptive(asked.questions)
+    return Tested(ranks, chosen.entropy, chosen.k, chosen.collective_k, chosen.bank_size)
 
 
 def ask_test(recommender: Recommender, dataset: Dataset, store: Store, state: NDArray[np.float32]) -> Asked:
@@ -205,36 +243,10 @@ def _nobody_their_own(users: NDArray[np.int64], strangers: NDArray[np.int64]) ->
     return np.where(same, np.roll(users, 1), strangers)
 
 
-def _evaluate_one(
-    recommender: Recommender, dataset: Dataset
-) -> tuple[dict[tuple[str, str, str], NDArray[np.int64]], dict[str, dict[str, float]]]:
-    """Ranks by (variant, protocol, store), and how entropy and K spread."""
-    check_items(recommender, dataset)
-    state = trajectory(dataset, recommender.encoder)
-    ranks: dict[tuple[str, str, str], NDArray[np.int64]] = {}
-    for store in STORES if dataset.has_times else STORES[:2]:
-        asked = ask_test(recommender, dataset, store, state)
-        for variant in VARIANTS:
-            if variant.stores or store == STORES[0]:
-                memories = variant.memories(asked)
-                for protocol, masked in PROTOCOLS.items():
-                    ranks[variant.name, protocol, store if variant.stores else "none"] = memory_ranks(
-                        recommender.fusion,
-                        recommender.table,
-                        dataset,
-                        asked.questions,
-                        memories,
-                        masked=masked,
-                        repeat_bias=variant.repeat_bias,
-                    )
-    return ranks, spread_of(asked)
-
-
-def spread_of(asked: Asked) -> dict[str, dict[str, float]]:
+def spread_of(tested: Tested) -> dict[str, dict[str, float]]:
     """How entropy and adaptive K differ between users: over all, and among the quarter with the fullest banks."""
-    chosen = adaptive(asked.questions)
-    entropy, k = chosen.entropy, chosen.k
-    full = chosen.bank_size >= np.quantile(chosen.bank_size, 0.75)
+    entropy, k = tested.entropy, tested.k
+    full = tested.bank_size >= np.quantile(tested.bank_size, 0.75)
     varied = np.std(k[full]) > 0 and np.std(entropy[full]) > 0
     return {
         "entropy": {
@@ -251,8 +263,8 @@ def spread_of(asked: Asked) -> dict[str, dict[str, float]]:
             else 0.0,
         },
         "collective_k": {
-            "mean": float(chosen.collective_k.mean()),
-            "distinct": float(len(np.unique(chosen.collective_k))),
+            "mean": float(tested.collective_k.mean()),
+            "distinct": float(len(np.unique(tested.collective_k))),
         },
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -48,7 +50,7 @@ def fit_fusion(
     while not progress.over(settings.fusion_max_epochs, settings.fusion_patience):
         rng = np.random.default_rng([settings.seed, 4, progress.epoch])
         loss = _fusion_epoch(fusion, table, optimizer, dataset, samples, config, rng)
-        figures = summary(memory_ranks(fusion, table, dataset, validation, adaptive(validation), masked=False))
+        figures = summary(memory_ranks(fusion, table, dataset, validation, adaptive(validation)).unmasked)
         advance(progress, figures, fusion, best)
         is_best = progress.best_epoch == progress.epoch
         report(Epoch("fusion", progress.epoch, settings.fusion_max_epochs, loss, figures, is_best))
@@ -127,6 +129,16 @@ def repeat_bias(dataset: Dataset, table: Tensor, asked: Replay) -> float:
     return (low + high) / 2
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """Rank of each asked event's item, (N,) int64 each: among all items, and with the user's history less the target
+    removed.
+    """
+
+    unmasked: NDArray[np.int64]
+    masked: NDArray[np.int64]
+
+
 @torch.inference_mode()
 def memory_ranks(
     fusion: MemoryFusion,
@@ -135,15 +147,13 @@ def memory_ranks(
     asked: Replay,
     retrieved: Retrieved,
     *,
-    masked: bool,
     repeat_bias: bool = True,
-) -> NDArray[np.int64]:
-    """Rank of each asked event's item with the memories in `retrieved`, among all items of the dataset; those that the
-    model does not know can only be copied.
+) -> Ranks:
+    """Ranks with the memories in `retrieved`, among all items of the dataset; those that the model does not know can
+    only be copied.
 
     Args:
         table: the encoder's, (items + 1, d).
-        masked: remove the user's history, less the target, from the ranking.
         repeat_bias: whether the learned repeat bias is added.
     """
     fusion.eval()
@@ -157,8 +167,7 @@ def memory_ranks(
         known = had[:, : len(table)] & repeat_bias
         scores = predict(fusion, table, torch.from_numpy(asked.state[rows]), memories, known).scores()
         scores = functional.pad(scores, (0, had.shape[1] - scores.shape[1]), value=-torch.inf)
-        if masked:
-            had[np.arange(len(target)), target] = False
-            scores[had] = -torch.inf
-        found.append(ranks(scores.numpy(), target))
-    return np.concatenate(found)
+        unmasked = ranks(scores.numpy(), target)
+        had[np.arange(len(target)), target] = False
+        found.append((unmasked, ranks(scores.masked_fill_(had, -torch.inf).numpy(), target)))
+    return Ranks(*(np.concatenate(part) for part in zip(*found, strict=True)))

@@ -37,9 +37,8 @@ def ranks_with(
     asked = replay(dataset, state, space, np.arange(len(dataset)) == getattr(split, part)[owner]).replay
     asked = asked.take(np.argsort(asked.event))
     asked = collective(dataset, state, space, asked, "train")
-    return memory_ranks(
-        recommender.fusion, recommender.table, dataset, asked, adaptive(asked), masked=not dataset.repeats()
-    )
+    ranks = memory_ranks(recommender.fusion, recommender.table, dataset, asked, adaptive(asked))
+    return ranks.unmasked if dataset.repeats() else ranks.masked
 
 
 def evictions(recommenders: list[Recommender], dataset: Dataset, part: Part = "test") -> list[dict[str, Any]]:

@@ -77,9 +77,9 @@ def training_curves(runs: dict[str, Path], file: Path) -> None:
 def k_against_entropy(study: dict[str, Any], name: str, file: Path) -> None:
     """K of 400 users against their entropy, and NDCG@10 by entropy quintile for fixed and adaptive K."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
-    curve = study["curve"]
-    shown = left.scatter(curve["entropy"], curve["own_k"], c=curve["bank_size"], s=14, cmap="viridis")
-    left.scatter(curve["entropy"], curve["collective_k"], s=8, marker="x", color="tab:orange", label="collective")
+    users = study["users"]
+    shown = left.scatter(users["entropy"], users["k"], c=users["bank_size"], s=14, cmap="viridis")
+    left.scatter(users["entropy"], users["collective_k"], s=8, marker="x", color="tab:orange", label="collective")
     figure.colorbar(shown, ax=left, label="entries in the bank (own scope, dots)")
     left.set(xlabel="entropy H", ylabel="K", title=f"{name}: K follows entropy")
     left.legend()

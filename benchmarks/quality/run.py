@@ -16,11 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from api.cli import measured_with
 from benchmarks.quality import adaptive, pruning, report, streams
 from model.config import load_config
 from model.dataset import Dataset, read_dataset
-from model.evaluation import evaluate
+from model.evaluation import Tested, test
+from model.evaluation import report as report_of
 from model.recommender import Recommender
 
 HERE = Path(__file__).parent
@@ -30,6 +33,7 @@ FILES = {
     "sports": "Sports_and_Outdoors.txt.gz",
     "ml-1m": "ml-1m.txt.gz",
 }
+DECIDED = ("entropy", "k", "collective_k", "bank_size")
 SEEDS = {"ml-100k": 5, "beauty": 3, "sports": 3, "ml-1m": 3}
 
 
@@ -58,6 +62,21 @@ class Bench:
                 subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         return [Recommender.load(folder) for folder in folders]
 
+    def tested(self, name: str) -> list[Tested]:
+        """Each seed's ranks on the test items, kept beside its checkpoint."""
+        return [self._tested(name, seed, one) for seed, one in enumerate(self.trained(name))]
+
+    def _tested(self, name: str, seed: int, recommender: Recommender) -> Tested:
+        file = self.runs / f"{name}-seed{seed}" / f"tested-{recommender.version}.npz"
+        if not file.exists():
+            print(f"testing {name} seed {seed} …", flush=True)
+            done = test(recommender, self.dataset(name))
+            columns = {column: getattr(done, column) for column in DECIDED}
+            np.savez_compressed(file, **columns, **{"/".join(key): ranks for key, ranks in done.ranks.items()})
+        stored = np.load(file)
+        ranks = {tuple(key.split("/")): stored[key] for key in stored.files if "/" in key}
+        return Tested(ranks, **{column: stored[column] for column in DECIDED})
+
     def cached(self, name: str, work: Callable[[], Any]) -> Any:
         """The result of a stage, from its file if it was done before."""
         file = self.runs / "quality" / f"{name}.json"
@@ -75,9 +94,7 @@ def evaluations(bench: Bench) -> dict[str, Any]:
     reports = {}
     for name in FILES:
         if bench.available(name) and bench.seeds[name]:
-            reports[name] = bench.cached(
-                f"evaluate-{name}", lambda name=name: evaluate(bench.trained(name), bench.dataset(name), name)
-            )
+            reports[name] = report_of(bench.tested(name), name)
     return reports
 
 
@@ -91,7 +108,8 @@ def experiments(bench: Bench) -> dict[str, Any]:
             done[name] = bench.cached(name, lambda: work(bench.dataset(dataset)))
 
     for name in FILES:
-        one(f"adaptive-k-{name}", name, lambda data, name=name: adaptive.study(bench.trained(name), data))
+        if bench.available(name) and bench.seeds[name]:
+            done[f"adaptive-k-{name}"] = adaptive.study(bench.tested(name))
     one("evictions-ml-100k", "ml-100k", lambda data: pruning.evictions(bench.trained("ml-100k"), data))
     done["repeat-log"] = bench.cached("repeat-log", lambda: pruning.repeat_study(folder))
     short = _short(load_config("ml-100k"))

@@ -100,7 +100,7 @@ def nothing(asked: Replay) -> Retrieved:
 
 
 def _ranks(dataset: Dataset, recommender: Recommender, asked: Replay, memories: Retrieved) -> np.ndarray:
-    return memory_ranks(recommender.fusion, recommender.table, dataset, asked, memories, masked=True)
+    return memory_ranks(recommender.fusion, recommender.table, dataset, asked, memories).masked
 
 
 def _own_answers(dataset: Dataset, state: np.ndarray, recommender: Recommender, asked: np.ndarray) -> Replay:
