@@ -39,7 +39,7 @@ PROTOCOLS = ("unmasked", "masked")
 STORES: tuple[Store, ...] = ("train", "live", "strict")
 FIXED_K = (5, 10, 20)
 FIXED_COLLECTIVE_K = (10, 20, 30, 50, 100)
-BASELINE, MEMORY, SHUFFLED = "encoder+repeat-bias", "memory", "shuffled"
+BASELINE, MEMORY, SHUFFLED = "encoder+calibration", "memory", "shuffled"
 
 
 class EvaluationError(RamrecError):
@@ -66,14 +66,14 @@ class Asked:
 
 @dataclass(frozen=True)
 class Variant:
-    """What the ranking may use: which memories, and whether the learned repeat bias is added.
+    """What the ranking may use: which memories, and whether the encoder is calibrated (repeat bias and shift).
 
     `stores`: those of the collective scope that it is ranked with; "none" where it uses no collective memory.
     """
 
     name: str
     memories: Callable[[Asked], Retrieved]
-    repeat_bias: bool = True
+    calibrated: bool = True
     stores: tuple[str, ...] = ("train",)
 
 
@@ -132,12 +132,12 @@ def shuffled(asked: Asked) -> Retrieved:
 
 
 VARIANTS = (
-    Variant("encoder", no_memory, repeat_bias=False, stores=("none",)),
+    Variant("encoder", no_memory, calibrated=False, stores=("none",)),
     Variant(BASELINE, no_memory, stores=("none",)),
     Variant("own", own_only, stores=("none",)),
     Variant("collective", collective_only, stores=STORES),
     Variant(MEMORY, both_scopes, stores=STORES),
-    Variant("memory-no-repeat-bias", both_scopes, repeat_bias=False),
+    Variant("memory-uncalibrated", both_scopes, calibrated=False),
     *(Variant(f"own-k-{k}", fixed_own(k)) for k in FIXED_K),
     *(Variant(f"collective-k-{k}", fixed_collective(k)) for k in FIXED_COLLECTIVE_K),
     Variant(SHUFFLED, shuffled, stores=("train", "live")),
@@ -202,7 +202,7 @@ def test(recommender: Recommender, dataset: Dataset) -> Tested:
                     dataset,
                     asked.questions,
                     variant.memories(asked),
-                    repeat_bias=variant.repeat_bias,
+                    calibrated=variant.calibrated,
                 )
                 ranks |= {(variant.name, protocol, label): getattr(found, protocol) for protocol in PROTOCOLS}
     chosen = adaptive(asked.questions)

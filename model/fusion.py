@@ -5,10 +5,11 @@ alike situations may be copied.
     a_j = softmax_j(q(h)·k(m_j)/√d + similarity_j/τ)      a head at a time
     h_mem = Σ_j a_j·o(v(m_j))                             linear in the memories: no norm or MLP after it
     h̃ = (1 − g)·h + g·h_mem,  g = gate(h, h_mem, H, n)
-    P = (1 − λ)·softmax(h̃·Eᵀ + repeat bias) + λ·Σ_j c_j·1[item_j]        j over the collective memories
+    P = (1 − λ)·softmax((h̃ + shift)·Eᵀ + repeat bias) + λ·Σ_j c_j·1[item_j]        j over the collective memories
 
 Because h_mem is linear, each memory's part in every logit is exact, and so is each copy's share of a probability.
-Without memories h̃ = h, without collective memories λ = 0.
+Without memories h̃ = h, without collective memories λ = 0. Shift and repeat bias calibrate the encoder to users that it
+was not trained on; they need no memories and belong to the model that memory is compared with.
 """
 
 from __future__ import annotations
@@ -160,11 +161,16 @@ class MemoryFusion(nn.Module):
         nn.init.constant_(gate_out.bias, GATE_START)
         self.gate = nn.Sequential(nn.Linear(2 * dim + 2, dim), nn.GELU(), gate_out)
         self.repeat_bias = nn.Parameter(torch.zeros(()))
+        self.shift = nn.Parameter(torch.zeros(dim))
         self.copy = CopyHead(config)
+
+    def calibration(self) -> list[nn.Parameter]:
+        """Parameters that work without any memory."""
+        return [self.repeat_bias, self.shift]
 
     def attention(self) -> Iterator[nn.Parameter]:
         """Parameters of cross-attention and gate."""
-        apart = {id(self.repeat_bias), *(id(one) for one in self.copy.parameters())}
+        apart = {id(one) for one in (*self.calibration(), *self.copy.parameters())}
         return (one for one in self.parameters() if id(one) not in apart)
 
     def forward(self, state: Tensor, memories: MemoryTokens, item_table: Tensor) -> Fused:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,32 +38,94 @@ def fit_fusion(
 ) -> MemoryFusion:
     """The fusion of the best validation epoch, trained on the held-out users' training positions.
 
-    Epoch 0 (no memory at all) competes too: a memory that does not help is shut out by its gate.
+    First the calibration alone, without any memory, as far as validation improves; then, with that fixed, everything
+    that memory adds. So what memory gains is over an encoder that was given all it can get from those users itself.
     """
     settings = config.training
     torch.manual_seed(settings.seed + 1)
     fusion = MemoryFusion(config.fusion, config.encoder.dim)
     samples, validation = _fusion_samples(dataset, encoder, space, held_out)
-    table = encoder.table().detach()
-    fusion.repeat_bias.data.fill_(repeat_bias(dataset, table, samples))
-    optimizer = _optimizer(fusion, settings)
-    progress, best = Progress(), snapshot(fusion)
-    while not progress.over(settings.fusion_max_epochs, settings.fusion_patience):
-        rng = np.random.default_rng([settings.seed, 4, progress.epoch])
-        loss = _fusion_epoch(fusion, table, optimizer, dataset, samples, config, rng)
-        figures = summary(memory_ranks(fusion, table, dataset, validation, adaptive(validation)).unmasked)
-        advance(progress, figures, fusion, best)
-        is_best = progress.best_epoch == progress.epoch
-        report(Epoch("fusion", progress.epoch, settings.fusion_max_epochs, loss, figures, is_best))
-    fusion.load_state_dict(best)
+    fit = _Fit(dataset, config, encoder.table().detach(), samples, validation, report)
+    fusion.repeat_bias.data.fill_(repeat_bias(dataset, fit.table, samples))
+    fit("calibration", fusion, _calibration_optimizer(fusion, settings), _no_memory)
+    fit("fusion", fusion, _memory_optimizer(fusion, settings), adaptive)
     return fusion.eval()
 
 
-def _optimizer(fusion: MemoryFusion, settings: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW; the few parameters of copying and the repeat bias learn faster than the attention."""
+@dataclass(frozen=True)
+class _Fit:
+    """What both fits of the fusion share. `table` is the encoder's, (items + 1, d)."""
+
+    dataset: Dataset
+    config: Config
+    table: Tensor
+    samples: Replay
+    validation: Replay
+    report: Report
+
+    def __call__(
+        self,
+        stage: str,
+        fusion: MemoryFusion,
+        optimizer: torch.optim.Optimizer,
+        choose: Callable[[Replay], Retrieved],
+    ) -> None:
+        """Train what the optimiser holds until validation no longer improves; the best epoch's weights stay, those of
+        before the first among them.
+        """
+        settings, best = self.config.training, snapshot(fusion)
+        progress = Progress(best=self._validated(fusion, choose)["ndcg@10"])
+        while not progress.over(settings.fusion_max_epochs, settings.fusion_patience):
+            rng = np.random.default_rng([settings.seed, 4, progress.epoch])
+            loss = self._epoch(fusion, optimizer, choose, rng)
+            figures = self._validated(fusion, choose)
+            advance(progress, figures, fusion, best)
+            is_best = progress.best_epoch == progress.epoch
+            self.report(Epoch(stage, progress.epoch, settings.fusion_max_epochs, loss, figures, is_best))
+        fusion.load_state_dict(best)
+
+    def _validated(self, fusion: MemoryFusion, choose: Callable[[Replay], Retrieved]) -> dict[str, float]:
+        return summary(
+            memory_ranks(fusion, self.table, self.dataset, self.validation, choose(self.validation)).unmasked
+        )
+
+    def _epoch(
+        self,
+        fusion: MemoryFusion,
+        optimizer: torch.optim.Optimizer,
+        choose: Callable[[Replay], Retrieved],
+        rng: np.random.Generator,
+    ) -> float:
+        torch.manual_seed(int(rng.integers(2**31)))
+        fusion.train()
+        settings, losses = self.config.training, []
+        order = rng.permutation(len(self.samples.event))
+        for at in range(0, len(order), settings.fusion_batch):
+            batch = self.samples.take(order[at : at + settings.fusion_batch])
+            memories = MemoryTokens.of(choose(batch), len(self.table) - 1)
+            memories.item[torch.rand(memories.item.shape) < UNKNOWN_SHARE] = 0
+            had = mark(self.dataset.history(batch.event), len(self.table))
+            prediction = predict(fusion, self.table, torch.from_numpy(batch.state), memories, had)
+            target = torch.from_numpy(self.dataset.items[batch.event].astype(np.int64))
+            loss = smooth_ndcg_loss(prediction.scores(), target, settings.rank_temperature)
+            step(optimizer, fusion, loss, settings)
+            losses.append(loss.item())
+        return float(np.mean(losses))
+
+
+def _no_memory(asked: Replay) -> Retrieved:
+    return Retrieved.nothing(asked.retrieved.entropy, asked.retrieved.bank_size)
+
+
+def _calibration_optimizer(fusion: MemoryFusion, settings: TrainingConfig) -> torch.optim.Optimizer:
+    return adamw(fusion.calibration(), settings.fusion_calibration_rate, 0.0)
+
+
+def _memory_optimizer(fusion: MemoryFusion, settings: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW; the few parameters of copying learn faster than the attention, the calibration stays as it is."""
     optimizer = adamw(fusion.attention(), settings.fusion_learning_rate, settings.fusion_weight_decay)
-    quick = [*fusion.copy.parameters(), fusion.repeat_bias]
-    optimizer.add_param_group({"params": quick, "lr": settings.copy_learning_rate, "weight_decay": 0.0})
+    quick = {"params": [*fusion.copy.parameters()], "lr": settings.copy_learning_rate, "weight_decay": 0.0}
+    optimizer.add_param_group(quick)
     return optimizer
 
 
@@ -79,32 +142,6 @@ def _fusion_samples(
     asked = collective(dataset, state, space, asked, "train")
     is_validation = validation[asked.event]
     return asked.take(~is_validation), asked.take(is_validation)
-
-
-def _fusion_epoch(
-    fusion: MemoryFusion,
-    table: Tensor,
-    optimizer: torch.optim.Optimizer,
-    dataset: Dataset,
-    samples: Replay,
-    config: Config,
-    rng: np.random.Generator,
-) -> float:
-    torch.manual_seed(int(rng.integers(2**31)))
-    fusion.train()
-    order, size = rng.permutation(len(samples.event)), config.training.fusion_batch
-    losses = []
-    for at in range(0, len(order), size):
-        batch = samples.take(order[at : at + size])
-        memories = MemoryTokens.of(adaptive(batch), len(table) - 1)
-        memories.item[torch.rand(memories.item.shape) < UNKNOWN_SHARE] = 0
-        had = mark(dataset.history(batch.event), len(table))
-        prediction = predict(fusion, table, torch.from_numpy(batch.state), memories, had)
-        target = torch.from_numpy(dataset.items[batch.event].astype(np.int64))
-        loss = smooth_ndcg_loss(prediction.scores(), target, config.training.rank_temperature)
-        step(optimizer, fusion, loss, config.training)
-        losses.append(loss.item())
-    return float(np.mean(losses))
 
 
 @torch.inference_mode()
@@ -147,14 +184,14 @@ def memory_ranks(
     asked: Replay,
     retrieved: Retrieved,
     *,
-    repeat_bias: bool = True,
+    calibrated: bool = True,
 ) -> Ranks:
     """Ranks with the memories in `retrieved`, among all items of the dataset; those that the model does not know can
     only be copied.
 
     Args:
         table: the encoder's, (items + 1, d).
-        repeat_bias: whether the learned repeat bias is added.
+        calibrated: whether repeat bias and shift are added.
     """
     fusion.eval()
     found = []
@@ -164,8 +201,8 @@ def memory_ranks(
         target = dataset.items[event].astype(np.int64)
         memories = MemoryTokens.of(retrieved.take(rows), len(table) - 1)
         had = mark(dataset.history(event), dataset.item_count + 1)
-        known = had[:, : len(table)] & repeat_bias
-        scores = predict(fusion, table, torch.from_numpy(asked.state[rows]), memories, known).scores()
+        known = had[:, : len(table)]
+        scores = predict(fusion, table, torch.from_numpy(asked.state[rows]), memories, known, calibrated).scores()
         scores = functional.pad(scores, (0, had.shape[1] - scores.shape[1]), value=-torch.inf)
         unmasked = ranks(scores.numpy(), target)
         had[np.arange(len(target)), target] = False

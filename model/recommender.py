@@ -76,10 +76,16 @@ class Prediction:
         return torch.logaddexp(model, (copied + TINY).log())
 
 
-def predict(fusion: MemoryFusion, table: Tensor, states: Tensor, memories: MemoryTokens, had: Tensor) -> Prediction:
-    """Fuse, score, copy. states (B, d); table: `encoder.table()`; had (B, items + 1) bool: items each user has had."""
+def predict(
+    fusion: MemoryFusion, table: Tensor, states: Tensor, memories: MemoryTokens, had: Tensor, calibrated: bool = True
+) -> Prediction:
+    """Fuse, score, copy. states (B, d); table: `encoder.table()`; had (B, items + 1) bool: items each user has had.
+    `calibrated` False leaves repeat bias and shift out, for comparison.
+    """
     fused = fusion(states, memories, table)
-    logits = fused.state @ table.T + fusion.repeat_bias * had
+    logits = fused.state @ table.T
+    if calibrated:
+        logits = logits + fusion.shift @ table.T + fusion.repeat_bias * had
     logits[:, 0] = -torch.inf
     log_p = torch.log_softmax(logits, dim=1)
     return Prediction(log_p, memories, fused, fusion.copying(memories, log_p, had))

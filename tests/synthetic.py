@@ -52,6 +52,7 @@ def random_checkpoint(config: Config | None = None, items: int = 30, seed: int =
         encoder.item.weight[1:].normal_()
         fusion.repeat_bias.fill_(-1.5)
         fusion.unknown.normal_()
+        fusion.shift.normal_()
         fusion.copy.share[-1].bias.fill_(-0.5)
     rng = np.random.default_rng(seed)
     centroids = rng.normal(size=(4, config.encoder.dim)).astype(np.float32)

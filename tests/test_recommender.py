@@ -51,7 +51,8 @@ def test_without_memories_the_encoder_alone_answers(recommender):
     nothing = Retrieved.nothing(np.full(1, 0.5, np.float32))
     answer = recommender.recommend([Query(state[0], top_n=ITEMS)], nothing, [True])[0]
     with torch.inference_mode():
-        plain = torch.log_softmax(recommender.encoder.logits(torch.from_numpy(state)), dim=1)[0].numpy()
+        shifted = torch.from_numpy(state) + recommender.fusion.shift
+        plain = torch.log_softmax(recommender.encoder.logits(shifted), dim=1)[0].numpy()
     assert answer.gate == 0.0
     assert answer.influences == []
     assert np.allclose(answer.scores, plain[answer.items], atol=1e-5)
@@ -72,7 +73,7 @@ def test_memory_parts_add_up_to_the_fused_logit(recommender):
     bias = np.where(np.isin(answer.items, asked[0].seen), recommender.fusion.repeat_bias.item(), 0.0)
     model_share = prediction.log_p[0, answer.items].numpy()
     log_z = np.log(np.exp(recommender_logits(recommender, prediction, asked[0])).sum())
-    own_share = (1 - answer.gate) * (table @ asked[0].state)
+    own_share = (1 - answer.gate) * (table @ asked[0].state) + table @ recommender.fusion.shift.detach().numpy()
     from_memories = sum(influence.part for influence in answer.influences)
     assert len(answer.influences) == memories.own.valid.sum() + memories.collective.valid.sum()
     assert sum(influence.weight for influence in answer.influences) == pytest.approx(1.0, abs=1e-5)
@@ -83,7 +84,7 @@ def recommender_logits(recommender, prediction, query):
     """Logits of all items by hand from the fused state."""
     table = recommender.encoder.item.weight.detach().numpy()[1:]
     bias = np.isin(np.arange(1, ITEMS + 1), query.seen) * recommender.fusion.repeat_bias.item()
-    return table @ prediction.fused.state[0].numpy() + bias
+    return table @ (prediction.fused.state[0].numpy() + recommender.fusion.shift.detach().numpy()) + bias
 
 
 def test_copies_and_the_model_share_every_probability_exactly(recommender):

@@ -151,7 +151,7 @@ def test_the_report_has_every_variant_under_both_protocols(tmp_path):
     assert report["rows"][0]["mrr"] == pytest.approx(mean)
     assert 0 <= report["entropy"]["mean"] <= 1
     gains = {(gain["variant"], gain["protocol"], gain["store"]): gain for gain in report["gains"]}
-    memory, base = rows["memory", "masked", "train"], rows["encoder+repeat-bias", "masked", "none"]
+    memory, base = rows["memory", "masked", "train"], rows["encoder+calibration", "masked", "none"]
     assert gains["memory", "masked", "train"]["gain"] == pytest.approx(memory["ndcg@10"] / base["ndcg@10"] - 1)
 
 
