@@ -26,6 +26,8 @@ from model.replay import MemorySpace, Replay, adaptive, collective, replay, traj
 UNKNOWN_SHARE = 0.02
 """Share of memories whose item is hidden from the fusion while fitting, so that "unknown" gets an embedding."""
 RANK_ROWS = 256
+VALIDATION_USERS = 6000
+"""Most users whose validation items judge an epoch of the fusion."""
 
 
 def fit_fusion(
@@ -132,11 +134,12 @@ def _memory_optimizer(fusion: MemoryFusion, settings: TrainingConfig) -> torch.o
 def _fusion_samples(
     dataset: Dataset, encoder: SequenceEncoder, space: MemorySpace, held_out: NDArray[np.bool_]
 ) -> tuple[Replay, Replay]:
-    """Replays of the held-out users' training positions, and of everybody's validation position."""
+    """Replays of the held-out users' training positions, and of validation positions (of a sample where many)."""
     split = leave_one_out(dataset)
     event, owner = np.arange(len(dataset)), dataset.owners()
     wanted = held_out[owner] & (event < split.train_end[owner])
-    validation = event == split.validation[owner]
+    judges = np.random.default_rng(0).permutation(dataset.users) < VALIDATION_USERS
+    validation = (event == split.validation[owner]) & judges[owner]
     state = trajectory(dataset, encoder)
     asked = replay(dataset, state, space, wanted | validation).replay
     asked = collective(dataset, state, space, asked, "train")
