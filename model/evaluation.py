@@ -168,7 +168,7 @@ def evaluate(recommenders: Sequence[Recommender], dataset: Dataset, name: str) -
     Raises:
         EvaluationError: a run was trained on other items.
     """
-    return report([test(recommender, dataset) for recommender in recommenders], name)
+    return report([rank_test_items(recommender, dataset) for recommender in recommenders], name)
 
 
 def report(tested: Sequence[Tested], name: str) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def report(tested: Sequence[Tested], name: str) -> dict[str, Any]:
     return {"rows": rows, "gains": gains, **{part: _mean([one[part] for one in spreads]) for part in spreads[0]}}
 
 
-def test(recommender: Recommender, dataset: Dataset) -> Tested:
+def rank_test_items(recommender: Recommender, dataset: Dataset) -> Tested:
     """All variants of one run. Raises EvaluationError, see `evaluate`."""
     check_items(recommender, dataset)
     state = trajectory(dataset, recommender.encoder)

@@ -22,7 +22,7 @@ from api.cli import measured_with
 from benchmarks.quality import adaptive, pruning, report, streams
 from model.config import load_config
 from model.dataset import Dataset, read_dataset
-from model.evaluation import Tested, test
+from model.evaluation import Tested, rank_test_items
 from model.evaluation import report as report_of
 from model.recommender import Recommender
 
@@ -70,7 +70,7 @@ class Bench:
         file = self.runs / f"{name}-seed{seed}" / f"tested-{recommender.version}.npz"
         if not file.exists():
             print(f"testing {name} seed {seed} …", flush=True)
-            done = test(recommender, self.dataset(name))
+            done = rank_test_items(recommender, self.dataset(name))
             columns = {column: getattr(done, column) for column in DECIDED}
             np.savez_compressed(file, **columns, **{"/".join(key): ranks for key, ranks in done.ranks.items()})
         stored = np.load(file)

@@ -84,15 +84,19 @@ def over_time(dataset: Dataset, config: Config, folder: Path) -> dict[str, Any]:
     return {"curves": curves, "totals": totals, "closed": _closed(totals), "events": len(stream)}
 
 
-def _closed(totals: dict[str, dict[str, float]]) -> dict[str, float]:
+def _closed(totals: dict[str, dict[str, float]]) -> dict[str, float | None]:
     """Share of the gap between frozen and retrained that live memory closes, for both meanings of frozen."""
-    names = list(totals)
+    nothing_since, live_sequences, memory, retrained = totals
     return {
-        f"{frozen} ({metric})": (totals[names[2]][metric] - totals[frozen][metric])
-        / (totals[names[3]][metric] - totals[frozen][metric])
-        for frozen in names[:2]
+        f"{frozen} ({metric})": gap_closed(totals[frozen][metric], totals[memory][metric], totals[retrained][metric])
+        for frozen in (nothing_since, live_sequences)
         for metric in ("hr@10", "ndcg@10")
     }
+
+
+def gap_closed(frozen: float, live: float, retrained: float) -> float | None:
+    """Share of the way from frozen to retrained; None where retraining does not help."""
+    return (live - frozen) / (retrained - frozen) if retrained > frozen else None
 
 
 def nothing(asked: Replay) -> Retrieved:
@@ -190,7 +194,7 @@ def new_users(dataset: Dataset, config: Config, folder: Path, whole: Recommender
         found[f"{name}, live memory"] = summary(_ranks(dataset, model, questions, both_scopes(asked).take(rows)))
     frozen, live = found["frozen, no memory"], found["frozen, live memory"]
     anew = found["retrained, no memory"]
-    closed = {m: (live[m] - frozen[m]) / (anew[m] - frozen[m]) for m in ("hr@10", "ndcg@10")}
+    closed = {metric: gap_closed(frozen[metric], live[metric], anew[metric]) for metric in ("hr@10", "ndcg@10")}
     return {"rows": found, "closed": closed, "users": int(new.sum())}
 
 
