@@ -34,13 +34,13 @@ $(BIN)/.ready-dev: $(BIN)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[api,cpu,embedded,dev]'
 	@touch $@
 
-# Three seeds of ML-100K and their report; trained seeds are reused.
-SEEDS := 0 1 2
+# All of benchmarks/quality, as far as $(DATA) holds the datasets (ML-100K is fetched); trained seeds and finished studies
+# are reused. BENCH passes arguments on, for example BENCH="--seeds ml-1m=0".
+DATA ?= data
 bench-quality: $(BIN)/.ready
-	$(BIN)/ramrec data ml-100k --out data/ml-100k
-	for seed in $(SEEDS); do test -f runs/ml-100k-seed$$seed/checkpoint.json || OMP_NUM_THREADS=1 \
-	  $(BIN)/ramrec train --dataset data/ml-100k --config ml-100k --seed $$seed --out runs/ml-100k-seed$$seed; done
-	$(BIN)/ramrec evaluate $(SEEDS:%=--run runs/ml-100k-seed%) --dataset data/ml-100k --json benchmarks/quality/ml-100k.json
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[api,cpu,embedded,bench]'
+	test -d $(DATA)/ml-100k || $(BIN)/ramrec data ml-100k --out $(DATA)/ml-100k
+	$(BIN)/python -m benchmarks.quality.run --data $(DATA) $(BENCH)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
