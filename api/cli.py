@@ -78,7 +78,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder to write the checkpoint to.")],
     config: Annotated[
         str | None,
-        typer.Option(help="TOML file, or the name of a shipped one (ml-100k). Default: all defaults."),
+        typer.Option(help="TOML file, the name of a shipped one (ml-100k), or a RecBole YAML file."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Overrides training.seed of the config.")] = None,
 ) -> None:
@@ -90,11 +90,27 @@ def train(
     settings = load_config(config) if config else Config()
     if seed is not None:
         settings = settings.model_copy(update={"training": settings.training.model_copy(update={"seed": seed})})
-    data = read_dataset(dataset, settings.dataset)
+    data = read_dataset(recbole_notes(config, dataset), settings.dataset)
     describe_dataset(data)
     with TrainingDisplay() as display:
         checkpoint = fit(data, settings, out, display)
     typer.echo(f"checkpoint {checkpoint.version} is in {out}")
+
+
+def recbole_notes(config: str | None, dataset: Path) -> Path:
+    """Say what a RecBole config asks for in vain. Returns the dataset, found under its `data_path` where it only has a
+    name.
+    """
+    from model.config import RECBOLE_SUFFIXES
+    from model.recbole import read_recbole
+
+    if config is None or Path(config).suffix not in RECBOLE_SUFFIXES:
+        return dataset
+    translated = read_recbole(Path(config).read_text(encoding="utf-8"))
+    for key, reason in translated.ignored.items():
+        typer.echo(f"{config}: {key} has no effect: {reason}")
+    under = Path(translated.data_path or ".") / dataset
+    return under if not dataset.exists() and under.exists() else dataset
 
 
 def describe_dataset(data: Dataset) -> None:

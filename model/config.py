@@ -12,7 +12,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model.errors import RamrecError
+from model.recbole import RecBoleError, read_recbole
 
+RECBOLE_SUFFIXES = (".yaml", ".yml")
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
 
@@ -166,7 +168,8 @@ class Config(_Section):
 
 
 def load_config(path: str | Path) -> Config:
-    """Read a config from TOML. A bare name (`ml-100k`) means the shipped file of that name.
+    """Read a config from TOML, or from a RecBole YAML file (`model.recbole`). A bare name (`ml-100k`) means the shipped
+    file of that name.
 
     Raises:
         ConfigError: no such file, not TOML, unknown key, or a value out of range; the key is named.
@@ -175,13 +178,16 @@ def load_config(path: str | Path) -> Config:
     if not file.is_file() and (CONFIG_FOLDER / f"{path}.toml").exists():
         file = CONFIG_FOLDER / f"{path}.toml"
     try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        values = read_recbole(text).config if file.suffix in RECBOLE_SUFFIXES else tomllib.loads(text)
         return Config.model_validate(values)
     except OSError as error:
         shipped = ", ".join(sorted(p.stem for p in CONFIG_FOLDER.glob("*.toml")))
         raise ConfigError(f"cannot read config {path}: {error.strerror} (shipped: {shipped})") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"config {file} is not TOML: {error}") from error
+    except RecBoleError as error:
+        raise ConfigError(f"config {file}: {error}") from error
     except ValidationError as error:
         raise ConfigError(f"config {file}: {describe(error)}") from error
 
