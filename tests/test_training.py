@@ -9,7 +9,7 @@ from model.dataset import leave_one_out
 from model.encoder import SequenceEncoder
 from model.encoder_training import next_item_loss, training_batches, validate_encoder
 from model.evaluation import EvaluationError, check_items, evaluate, memory_space_of
-from model.metrics import ranks, summary
+from model.metrics import ranks, relative_gain, summary
 from model.optimisation import Progress, TrainingError, adamw, step
 from model.recommender import Recommender
 from model.replay import adaptive, replay, trajectory
@@ -196,3 +196,13 @@ def test_a_config_names_what_is_wrong(tmp_path):
     with pytest.raises(ConfigError, match="ml-100k"):
         load_config(tmp_path / "none.toml")
     assert isinstance(load_config("ml-100k"), Config)
+
+
+def test_relative_gain_is_a_paired_bootstrap():
+    rng = np.random.default_rng(1)
+    without = rng.random(400)
+    gain = relative_gain(without * 1.1, without)
+    assert [gain[name] for name in ("gain", "low", "high")] == pytest.approx([0.1, 0.1, 0.1], abs=1e-5)
+    noise = relative_gain(rng.permutation(without), without)
+    assert noise["low"] < 0 < noise["high"]
+    assert noise["gain"] == pytest.approx(0, abs=1e-9)

@@ -1,7 +1,7 @@
 """Others' code in the same harness: RecBole's SASRec and BERT4Rec on ML-100K, and RecBole's evaluator on our scores.
 
-RecBole is installed into an environment of its own under the run folder; nothing of it is a dependency. Timings only mean
-something on an otherwise idle machine; ours is trained right after, in the same process order, with the same threads.
+RecBole is installed into an environment of its own under the run folder; nothing of it is a dependency. Timings only
+mean something on an otherwise idle machine; ours and theirs run one after the other in one call, with the same threads.
 """
 
 from __future__ import annotations
