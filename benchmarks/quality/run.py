@@ -40,8 +40,15 @@ SEEDS = {"ml-100k": 5, "beauty": 3, "sports": 3, "ml-1m": 3}
 class Bench:
     """Where data and runs are, and what is cached."""
 
-    def __init__(self, data: Path, runs: Path, seeds: dict[str, int]) -> None:
-        self.data, self.runs, self.seeds = data, runs, seeds
+    def __init__(self, data: Path, runs: Path, seeds: dict[str, int], only_cached: bool = False) -> None:
+        self.data, self.runs, self.seeds, self.only_cached = data, runs, seeds, only_cached
+
+    def wanted(self, study: str) -> bool:
+        """Whether a study is to be run, or was."""
+        return not self.only_cached or self._file(study).exists()
+
+    def _file(self, study: str) -> Path:
+        return self.runs / "quality" / f"{study}.json"
 
     def dataset(self, name: str) -> Dataset:
         return read_dataset(self.data / FILES[name], load_config(name).dataset)
@@ -79,7 +86,7 @@ class Bench:
 
     def cached(self, name: str, work: Callable[[], Any]) -> Any:
         """The result of a stage, from its file if it was done before."""
-        file = self.runs / "quality" / f"{name}.json"
+        file = self._file(name)
         if not file.exists():
             print(f"{name} …", flush=True)
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -104,22 +111,31 @@ def experiments(bench: Bench) -> dict[str, Any]:
     folder = bench.runs / "quality"
 
     def one(name: str, dataset: str, work: Callable[[Dataset], Any]) -> None:
-        if bench.available(dataset) and bench.seeds[dataset]:
+        if bench.wanted(name) and bench.available(dataset) and bench.seeds[dataset]:
             done[name] = bench.cached(name, lambda: work(bench.dataset(dataset)))
 
     for name in FILES:
         if bench.available(name) and bench.seeds[name]:
             done[f"adaptive-k-{name}"] = adaptive.study(bench.tested(name))
     one("evictions-ml-100k", "ml-100k", lambda data: pruning.evictions(bench.trained("ml-100k"), data))
-    done["repeat-log"] = bench.cached("repeat-log", lambda: pruning.repeat_study(folder))
+    if bench.wanted("repeat-log"):
+        done["repeat-log"] = bench.cached("repeat-log", lambda: pruning.repeat_study(folder))
     short = _short(load_config("ml-100k"))
     one("over-time-ml-100k", "ml-100k", lambda data: streams.over_time(data, short, folder / "over-time"))
-    one(
-        "new-users-beauty",
-        "beauty",
-        lambda data: streams.new_users(data, load_config("beauty"), folder / "beauty", bench.trained("beauty")[0]),
-    )
-    one("new-items-beauty", "beauty", lambda data: streams.new_items(data, load_config("beauty"), folder / "beauty"))
+    for name in ("ml-100k", "beauty"):
+        config, place = load_config(name), folder / name
+        one(
+            f"new-users-{name}",
+            name,
+            lambda data, name=name, config=config, place=place: streams.new_users(
+                data, config, place, bench.trained(name)[0]
+            ),
+        )
+        one(
+            f"new-items-{name}",
+            name,
+            lambda data, config=config, place=place: streams.new_items(data, config, place),
+        )
     return done
 
 
@@ -136,9 +152,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="checkpoints and cached stages")
     parser.add_argument("--seeds", nargs="*", default=[], metavar="NAME=N", help="seeds of a dataset; 0 leaves it out")
     parser.add_argument("--no-experiments", action="store_true", help="only the main table")
+    parser.add_argument("--only-cached", action="store_true", help="of the studies, only those already done")
     asked = parser.parse_args()
     seeds = SEEDS | {name: int(count) for name, _, count in (one.partition("=") for one in asked.seeds)}
-    bench = Bench(asked.data, asked.runs, seeds)
+    bench = Bench(asked.data, asked.runs, seeds, asked.only_cached)
     reports = evaluations(bench)
     results = {
         "rows": [row for one in reports.values() for row in one["rows"]],
