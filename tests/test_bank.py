@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.bank import Banks, select
+from model.bank import NOT_SHARED, Banks, select
 from model.config import RulesConfig
 from model.events import (
     EVENT_ID_LIMIT,
@@ -268,3 +268,38 @@ def test_banks_of_many_users_do_not_touch_each_other():
     banks = Banks(3, DIM, RULES)
     banks.write(np.array([1]), np.array([4]), key(1)[None], np.array([1.0]), np.array([NAN]))
     assert banks.size.tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("eviction", ["quality", "first-in", "random"])
+def test_evictions_forget_what_they_say(eviction):
+    rules = RULES.model_copy(update={"eviction": eviction})
+    banks, again = Banks(1, DIM, rules), Banks(1, DIM, rules)
+    for both in (banks, again):
+        for step, (item, rating) in enumerate([(1, 5.0), (2, 1.0), (3, 5.0), (4, 5.0), (5, 5.0), (6, 5.0)]):
+            both.write(np.array([0]), np.array([item]), key(step)[None], np.array([step * 60.0]), np.array([rating]))
+    left = banks.fields["item"][0, : banks.size[0]].tolist()
+    assert len(left) == 5
+    assert 6 in left  # what was just written stays
+    assert left == again.fields["item"][0, : again.size[0]].tolist()
+    if eviction == "quality":
+        assert 2 not in left  # one star
+    if eviction == "first-in":
+        assert left == [2, 3, 4, 5, 6]
+
+
+def test_the_latest_key_replaces_the_old_one_where_asked():
+    for update in ("ema", "latest"):
+        banks = Banks(1, DIM, RULES.model_copy(update={"key_update": update}))
+        for step in (0, 1):
+            banks.write(np.array([0]), np.array([7]), key(step)[None], np.array([float(step)]), np.array([NAN]))
+        same = np.allclose(banks.key[0, 0].astype(float), key(1), atol=1e-3)
+        assert same == (update == "latest")
+
+
+def test_a_blended_entry_keeps_its_list_and_an_unlisted_one_gets_one():
+    banks = Banks(1, DIM, RULES)
+    for step, cell in enumerate([NOT_SHARED, 3, 5]):
+        banks.write(
+            np.array([0]), np.array([7]), key(step)[None], np.array([float(step)]), np.array([NAN]), np.array([cell])
+        )
+        assert banks.fields["cell"][0, 0] == [NOT_SHARED, 3, 3][step]
