@@ -131,17 +131,20 @@ def shuffled(asked: Asked) -> Retrieved:
     return replace(own, collective=mine.collective.take(other), collective_k=mine.collective_k)
 
 
-VARIANTS = (
+MAIN_VARIANTS = (
     Variant("encoder", no_memory, calibrated=False, stores=("none",)),
     Variant(BASELINE, no_memory, stores=("none",)),
     Variant("own", own_only, stores=("none",)),
     Variant("collective", collective_only, stores=STORES),
     Variant(MEMORY, both_scopes, stores=STORES),
     Variant("memory-uncalibrated", both_scopes, calibrated=False),
-    *(Variant(f"own-k-{k}", fixed_own(k)) for k in FIXED_K),
-    *(Variant(f"collective-k-{k}", fixed_collective(k)) for k in FIXED_COLLECTIVE_K),
     Variant(SHUFFLED, shuffled, stores=("train", "live")),
 )
+FIXED_VARIANTS = (
+    *(Variant(f"own-k-{k}", fixed_own(k)) for k in FIXED_K),
+    *(Variant(f"collective-k-{k}", fixed_collective(k)) for k in FIXED_COLLECTIVE_K),
+)
+VARIANTS = MAIN_VARIANTS + FIXED_VARIANTS
 
 
 @dataclass(frozen=True)
@@ -186,14 +189,14 @@ def report(tested: Sequence[Tested], name: str) -> dict[str, Any]:
     return {"rows": rows, "gains": gains, **{part: _mean([one[part] for one in spreads]) for part in spreads[0]}}
 
 
-def rank_test_items(recommender: Recommender, dataset: Dataset) -> Tested:
-    """All variants of one run. Raises EvaluationError, see `evaluate`."""
+def rank_test_items(recommender: Recommender, dataset: Dataset, variants: Sequence[Variant] = VARIANTS) -> Tested:
+    """The variants of one run. Raises EvaluationError, see `evaluate`."""
     check_items(recommender, dataset)
     state = trajectory(dataset, recommender.encoder)
     ranks: dict[tuple[str, str, str], NDArray[np.int64]] = {}
     for store in STORES if dataset.has_times else STORES[:2]:
         asked = ask_test(recommender, dataset, store, state)
-        for variant in VARIANTS:
+        for variant in variants:
             label = store if store in variant.stores else "none"
             if label in variant.stores and (label != "none" or store == STORES[0]):
                 found = memory_ranks(
