@@ -203,21 +203,25 @@ def measured_with() -> dict[str, Any]:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """The report as one table, and the spread of entropy and K below it."""
+    """The report as one table, memory's gain beside it, and the spread of entropy and K below."""
     from rich.console import Console
     from rich.table import Table
 
     first = report["rows"][0]
     seeds = f"{first['seeds']} seed{'s' if first['seeds'] > 1 else ''}"
-    table = Table(title=f"{first['dataset']}, test items, all items ranked, store {first['store']}, {seeds}")
+    table = Table(title=f"{first['dataset']}, test items, all items ranked, {seeds}")
     figures = [name for name in first if "@" in name or name == "mrr"]
-    for name in ("variant", "protocol", *figures):
-        table.add_column(name, justify="right" if name in figures else "left")
+    labels = ("variant", "protocol", "store")
+    for name in (*labels, *figures, "gain in NDCG@10 [95 %]"):
+        table.add_column(name, justify="left" if name in labels else "right")
+    gains = {tuple(one[label] for label in labels): one for one in report["gains"]}
     for row in report["rows"]:
-        table.add_row(row["variant"], row["protocol"], *(f"{row[name]:.4f}" for name in figures))
+        gain = gains.get(tuple(row[label] for label in labels))
+        over = f"{gain['gain']:+.1%} [{gain['low']:+.1%}, {gain['high']:+.1%}]" if gain else ""
+        table.add_row(*(row[label] for label in labels), *(f"{row[name]:.4f}" for name in figures), over)
     console = Console()
     console.print(table)
-    for part in ("entropy", "k"):
+    for part in ("entropy", "k", "collective_k"):
         console.print(f"{part}: " + "  ".join(f"{k} {v:.3g}" for k, v in report[part].items()), highlight=False)
 
 
