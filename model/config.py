@@ -129,6 +129,9 @@ class TrainingConfig(_Section):
     objective: Literal["softmax", "sampled", "gbce"] = Field(
         "softmax", description="over all items; over `negatives` of them, corrected by log Q; gBCE (gSASRec)"
     )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the full softmax; auto: bfloat16 where the processor has instructions for it"
+    )
     negatives: int = Field(1024, ge=1, description="uniform negatives of a batch, for sampled and gbce")
     calibration: float = Field(0.75, ge=0, le=1, description="t of gBCE")
     contrast_weight: float = Field(0.0, ge=0, description="of DuoRec's contrastive terms beside the objective")

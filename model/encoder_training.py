@@ -89,11 +89,19 @@ def next_item_loss(encoder: SequenceEncoder, targets: Tensor, settings: Training
     states, table, target = encoder(targets[:, :-1])[real], encoder.table()[1:], targets[real] - 1
     match settings.objective:
         case "softmax":
-            return softmax_loss(states, table, target)
+            return softmax_loss(states, table, target, softmax_dtype(settings))
         case "sampled":
             return sampled_softmax_loss(states, table, target, settings.negatives)
         case "gbce":
             return gbce_loss(states, table, target, settings.negatives, settings.calibration)
+
+
+def softmax_dtype(settings: TrainingConfig) -> torch.dtype:
+    """What the full softmax multiplies in; `auto` is bfloat16 where the processor has instructions for it."""
+    if settings.precision == "auto":
+        able = torch.cpu.get_capabilities()
+        return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
+    return torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
 
 
 def training_batches(

@@ -22,7 +22,7 @@ def case(scale: float, rows: int = 150) -> tuple[torch.Tensor, torch.Tensor, tor
 
 @pytest.mark.parametrize("scale", [0.5, 40.0])
 def test_softmax_loss_is_cross_entropy_with_its_gradients(scale):
-    states, table, target = case(scale)  # 150 rows: more than two tiles; scale 40: logits that need shifting
+    states, table, target = case(scale)  # 150 rows: more than one tile; scale 40: logits that need shifting
     loss = softmax_loss(states, table, target)
     found = torch.autograd.grad(loss, (states, table))
     plain = functional.cross_entropy(states @ table.T, target)
