@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ class CatalogueMirror:
         self.model_index: NDArray[np.int64] = np.zeros(1, np.int64)
         """Catalogue number → model item index; 0 where the model does not know the item."""
         self.hidden: NDArray[np.int64] = np.zeros(0, np.int64)
-        """Model indices of hidden items."""
+        """Catalogue numbers of hidden items."""
         self.revision = -1
 
     @property
@@ -40,7 +40,7 @@ class CatalogueMirror:
             self.items, self.number_of = [], {}
             self.model_index, self.hidden = np.zeros(1, np.int64), np.zeros(0, np.int64)
         indices = [self._index_of.get(item.item_id, 0) for item in reply.items]
-        hidden = [index for index, item in zip(indices, reply.items, strict=True) if item.hidden]
+        hidden = [number for number, item in enumerate(reply.items, start=reply.since) if item.hidden]
         self.number_of |= {item.item_id: number for number, item in enumerate(reply.items, start=reply.since)}
         self.items += reply.items
         self.model_index = np.concatenate([self.model_index, np.array(indices, np.int64)])
@@ -64,6 +64,37 @@ class CatalogueMirror:
         wanted = query.casefold()
         found = (item for item in self.items if wanted in item.item_id.casefold() or _mentions(item, wanted))
         return [item for item, _ in zip(found, range(limit), strict=False)]
+
+
+class Indices:
+    """Model indices of catalogue items for one batch. Items that the model does not know, but that others' memories
+    name, get places beyond the model's items, so that copying can recommend them; all others are 0.
+    """
+
+    def __init__(self, catalogue: CatalogueMirror, index_of: dict[str, int], numbers: Ints) -> None:
+        self._catalogue, self._index_of, self._first = catalogue, index_of, len(index_of) + 1
+        self._beyond = np.unique(numbers[(numbers > 0) & (catalogue.indices(numbers) == 0)])
+
+    def of(self, numbers: Ints) -> NDArray[np.int64]:
+        """Catalogue numbers to indices. Any shape."""
+        index = self._catalogue.indices(numbers)
+        if not len(self._beyond):
+            return index
+        place = np.minimum(np.searchsorted(self._beyond, numbers), len(self._beyond) - 1)
+        return np.where(self._beyond[place] == numbers, self._first + place, index)
+
+    def named(self, item_ids: Iterable[str]) -> NDArray[np.int64]:
+        """Ids to indices; the model's own items need no catalogue."""
+        ids = list(item_ids)
+        numbers = np.array([self._catalogue.number_of.get(item, 0) for item in ids], np.int64)
+        own = np.array([self._index_of.get(item, 0) for item in ids], np.int64)
+        return np.where(own > 0, own, self.of(numbers))
+
+    def item_id(self, index: int, own: Sequence[str]) -> str:
+        """Id of an index; `own` are the model's items."""
+        if index < self._first:
+            return own[index - 1]
+        return self._catalogue.item_id(int(self._beyond[index - self._first]))
 
 
 def _mentions(item: Item, wanted: str) -> bool:

@@ -65,7 +65,7 @@ def unpack(reply: RetrieveReply) -> Remembered:
             bank_size=np.frombuffer(reply.bank_size, "<i4").astype(np.int64),
             own=reply.own.unpack(),
             collective=reply.collective.unpack(),
-            collective_k=np.zeros(len(known), np.int64),
+            collective_k=np.frombuffer(reply.collective_k, "<i4").astype(np.int64),
         ),
         known=known,
         versions=np.frombuffer(reply.versions, "<i8"),

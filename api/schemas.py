@@ -75,13 +75,16 @@ class RecommendRequest(_Face):
 
 
 class Because(BaseModel):
-    """A memory that speaks for an item: its attention weight, and its exact part in the item's logit."""
+    """A memory that speaks for an item: its attention weight, its exact part in the item's logit, and the exact share
+    of the item's probability that is copied from it. Whose a collective memory is, is not said.
+    """
 
     item_id: str
     scope: Scope
     similarity: float
     weight: float
     logit: float
+    copied: float
 
 
 class Recommended(BaseModel):
@@ -100,7 +103,9 @@ class ScopeUse(BaseModel):
 
 
 class MemoryUse(BaseModel):
-    """What memory contributed; `degraded` says that it could not be asked, or only partly."""
+    """What memory contributed; `degraded` says that it could not be asked, or only partly. When explained: `gate` is
+    the share of memory in the fused state, `copying` that of copies in all probability.
+    """
 
     entropy: float
     k: int
@@ -109,6 +114,7 @@ class MemoryUse(BaseModel):
     own: ScopeUse
     collective: ScopeUse
     gate: float | None = None
+    copying: float | None = None
     degraded: bool
 
 

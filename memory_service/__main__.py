@@ -58,6 +58,12 @@ def _options() -> dict[str, Any]:
     parser.add_argument("--port", type=int)
     parser.add_argument("--redis-url", help="redis://, rediss:// or unix://; none: an embedded Valkey")
     parser.add_argument("--data-dir", type=Path, help="folder of the embedded Valkey")
+    parser.add_argument(
+        "--collective",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="whether users' entries are searched for others",
+    )
     parser.add_argument("--fsync", choices=("everysec", "always"), help="AOF policy of the embedded Valkey")
     return {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
 

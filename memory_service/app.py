@@ -12,6 +12,7 @@ fit, 503 Redis out of reach.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -42,6 +43,8 @@ from memory_service.store import Store, StoreUnavailable
 from model.checkpoint import load_checkpoint
 
 RETRY_AFTER_S = 1
+START_WAIT_S = 2.0
+"""A small store is loaded before the first call; a large one while calls are answered, marked as degraded."""
 STATUS: dict[type[Exception], tuple[int, str]] = {
     msgspec.MsgspecError: (400, "invalid_body"),
     UnicodeDecodeError: (400, "invalid_body"),  # what msgspec raises for text that is no UTF-8
@@ -65,10 +68,10 @@ def create_app(settings: MemorySettings) -> FastAPI:
         raise ValueError("redis_url is not set")
     checkpoint = load_checkpoint(settings.run, with_weights=False)
     store = Store(settings.redis_url, checkpoint.config.rules, settings.redis_timeout_s)
-    service = MemoryService(store, checkpoint, settings.resident_users)
+    service = MemoryService(store, checkpoint, settings.resident_users, settings.collective)
     app = FastAPI(title="RAMRec memory service", lifespan=_lifespan, openapi_url=None)
     app.state.service, app.state.metrics, app.state.settings = service, Metrics(), settings
-    app.state.started = False
+    app.state.started = False  # whether catalogue and collective scope are loaded
     for error, (status, code) in STATUS.items():
         app.add_exception_handler(error, _handler(status, code))
     _add_calls(app, service, app.state.metrics)
@@ -79,20 +82,22 @@ def create_app(settings: MemorySettings) -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    await _started(app)
+    loading = asyncio.create_task(_load(app))
+    await asyncio.wait([loading], timeout=START_WAIT_S)  # calls may come from then on
     yield
+    loading.cancel()
+    await asyncio.gather(loading, return_exceptions=True)
     await app.state.service.store.close()
 
 
-async def _started(app: FastAPI) -> bool:
-    """Whether the catalogue is loaded; tries to load it where Redis was not there before."""
-    if not app.state.started:
+async def _load(app: FastAPI) -> None:
+    """Load what is in Redis; tries again where Redis is not there yet."""
+    while not app.state.started:
         try:
-            await app.state.service.catalogue.start()
+            await app.state.service.start()
+            app.state.started = True
         except StoreUnavailable:
-            return False
-        app.state.started = True
-    return True
+            await asyncio.sleep(RETRY_AFTER_S)
 
 
 def _add_calls(app: FastAPI, service: MemoryService, metrics: Metrics) -> None:
@@ -152,16 +157,21 @@ def _add_probes(app: FastAPI) -> None:
         about = {"model_version": app.state.service.model_version}
         try:
             await app.state.service.store.ping()
-            up = await _started(app)
         except StoreUnavailable as error:
             app.state.metrics.redis_up.set(0)
             return JSONResponse({"status": "redis is out of reach", "detail": str(error), **about}, 503)
         app.state.metrics.redis_up.set(1)
-        return JSONResponse({"status": "ready" if up else "loading the catalogue", **about}, 200 if up else 503)
+        if app.state.started:
+            return JSONResponse({"status": "ready", **about})
+        collective = app.state.service.collective
+        loaded = f", {collective.users} users so far" if collective is not None else ""
+        return JSONResponse({"status": f"loading from redis{loaded}", **about}, 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        app.state.metrics.resident.set(app.state.service.resident_users)
+        service = app.state.service
+        app.state.metrics.resident.set(service.resident_users)
+        app.state.metrics.collective.set(len(service.collective or ()))
         return Response(generate_latest(app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 

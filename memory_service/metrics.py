@@ -21,6 +21,9 @@ class Metrics:
         self.users = Counter("ramrec_memory_users_retrieved", "Users asked about", registry=self.registry)
         self.events = Counter("ramrec_memory_events_written", "Interactions written", registry=self.registry)
         self.resident = Gauge("ramrec_memory_resident_users", "Banks in memory", registry=self.registry)
+        self.collective = Gauge(
+            "ramrec_memory_collective_entries", "Entries in the collective index", registry=self.registry
+        )
         self.redis_up = Gauge("ramrec_memory_redis_up", "1 while Redis answers", registry=self.registry)
         self.entropy = Histogram(
             "ramrec_memory_entropy",

@@ -79,7 +79,8 @@ class RetrieveRequest(msgspec.Struct):
 
     `query_rows` (u4) name the users whose query comes along in `queries` (f4, one row each, unit length); the others
     are asked with the state in their record. `k` (i4, B): 0 = adaptive. `ignore`: row → item numbers left out.
-    `uncounted`: rows whose retrievals do not count as accesses.
+    `uncounted`: rows whose retrievals do not count as accesses. `alone`: rows that want no memories of others.
+    A user "" is nobody: only the query counts. `entropy` (f4, B) is that of users of whom nothing is known.
     """
 
     model_version: str
@@ -89,6 +90,8 @@ class RetrieveRequest(msgspec.Struct):
     k: bytes = b""
     ignore: dict[int, list[int]] = {}
     uncounted: list[int] = []
+    alone: list[int] = []
+    entropy: bytes = b""
 
 
 class StaleUser(msgspec.Struct):
@@ -100,9 +103,9 @@ class StaleUser(msgspec.Struct):
 
 
 class RetrieveReply(msgspec.Struct):
-    """Columns of length B: known u1, versions i8, entropy f4, k i4, bank_size i4, states f4 (B, d); then the entries,
-    the items seen (seen_count i4, seen u4 ragged) and the users to be keyed anew. `degraded`: Redis was out of reach,
-    the answer comes from resident banks.
+    """Columns of length B: known u1, versions i8, entropy f4, k and collective_k i4, bank_size i4, states f4 (B, d);
+    then the entries, the items seen (seen_count i4, seen u4 ragged) and the users to be keyed anew. `degraded`: Redis
+    was out of reach and the answer comes from resident banks, or the collective index is still being filled.
     """
 
     catalogue_size: int
@@ -111,6 +114,7 @@ class RetrieveReply(msgspec.Struct):
     versions: bytes
     entropy: bytes
     k: bytes
+    collective_k: bytes
     bank_size: bytes
     states: bytes
     own: Columns

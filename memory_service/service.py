@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memory_service.catalogue import Catalogue
+from memory_service.collective import CollectiveScope
 from memory_service.index import OwnIndex
 from memory_service.schemas import (
     Columns,
@@ -47,6 +48,9 @@ from model.checkpoint import Checkpoint
 from model.collective import cells
 from model.events import Change, Event, Plan, UserRecord, apply, event_identity, plan, rekey, rekey_job
 from model.rules import Bools, Floats, Ints
+
+LOAD_USERS = 500
+"""Users read and indexed at a time at start; other calls are answered in between."""
 
 
 class ModelMismatch(ValueError):  # noqa: N818 - a state, answered with 409
@@ -79,7 +83,7 @@ class Resident:
 class MemoryService:
     """All banks behind one Redis, for one model."""
 
-    def __init__(self, store: Store, checkpoint: Checkpoint, resident_users: int) -> None:
+    def __init__(self, store: Store, checkpoint: Checkpoint, resident_users: int, collective: bool = True) -> None:
         self.store = store
         self.model_version = checkpoint.version
         self.rules = checkpoint.config.rules
@@ -87,6 +91,7 @@ class MemoryService:
         self.centroids = checkpoint.index_centroids
         self.catalogue = Catalogue(store, checkpoint)
         self.index = OwnIndex(self.dim)
+        self.collective = CollectiveScope(checkpoint) if collective else None
         self.resident_limit = resident_users
         self._resident: OrderedDict[str, Resident] = OrderedDict()
         self._new = UserRecord.new(self.dim, self.rules)
@@ -96,6 +101,12 @@ class MemoryService:
         """Banks in memory."""
         return len(self._resident)
 
+    async def start(self) -> None:
+        """Load the catalogue and the collective scope. Raises StoreUnavailable; may be called again."""
+        await self.catalogue.start()
+        if self.collective is not None and not self.collective.ready:
+            await self.collective.load(self.store.all_users(LOAD_USERS), self._read)
+
     # ----------------------------------------------------------------------------------------- retrieve
 
     async def retrieve(self, request: RetrieveRequest) -> RetrieveReply:
@@ -103,7 +114,7 @@ class MemoryService:
         self._check_model(request.model_version)
         if not request.users:
             raise BadRequest("no users")
-        degraded = False
+        degraded = self.collective is not None and not self.collective.ready
         try:
             await self._refresh(request.users)
         except StoreUnavailable:
@@ -123,14 +134,16 @@ class MemoryService:
     ) -> RetrieveReply:
         banks = stack_banks([record.banks for record in records])
         states = np.stack([record.state for record in records])
-        entropy = banks.entropy(self.catalogue.clusters)
+        entropy = self._entropy(request, banks)
         usable = self._usable(request, banks)
         k = self._wanted_k(request, entropy, banks.size, usable)
-        similarity = self._similarity(request, states, banks.key.shape[1])
+        queries = self._queries(request, states)
+        similarity = self._similarity(request, queries, banks.key.shape[1])
         slots, chosen = select(similarity, usable, banks.fields["time"], k, self.rules.similarity_threshold)
         found = np.take_along_axis(similarity, slots, 1)
         own = banks.describe(np.arange(len(records)), slots, chosen, found)
         self._count(request, own)
+        collective_k, others = self._others(request, queries, entropy)
         return RetrieveReply(
             catalogue_size=self.catalogue.size,
             degraded=degraded,
@@ -138,14 +151,35 @@ class MemoryService:
             versions=np.array([record.version for record in records], "<i8").tobytes(),
             entropy=entropy.astype("<f4").tobytes(),
             k=k.astype("<i4").tobytes(),
+            collective_k=collective_k.astype("<i4").tobytes(),
             bank_size=banks.size.astype("<i4").tobytes(),
             states=states.astype("<f4").tobytes(),
             own=Columns.pack(own),
-            collective=Columns.pack(Entries.empty(len(records))),
+            collective=Columns.pack(others),
             seen_count=np.array([len(record.seen) for record in records], "<i4").tobytes(),
             seen=b"".join(record.seen.astype("<u4").tobytes() for record in records),
             stale=stale,
         )
+
+    def _entropy(self, request: RetrieveRequest, banks: Banks) -> NDArray[np.float32]:
+        """(B,) diversity of each bank; where there is none, what the caller says."""
+        diversity = banks.entropy(self.catalogue.clusters)
+        if not request.entropy:
+            return diversity
+        given = _column(request.entropy, "<f4", len(diversity), "entropy")
+        return np.where(banks.size > 0, diversity, np.clip(given, 0, 1)).astype(np.float32)
+
+    def _others(self, request: RetrieveRequest, queries: Floats, entropy: Floats) -> tuple[Ints, Entries]:
+        """Collective K and memories. Nobody can be asked about without a state or a query."""
+        k = rule.collective_k(entropy, self.rules)
+        k[~queries.any(axis=1)] = 0
+        for row in request.alone:
+            if not 0 <= row < len(k):
+                raise BadRequest(f"alone names row {row} of {len(k)}")
+            k[row] = 0
+        if self.collective is None:
+            return np.zeros_like(k), Entries.empty(len(k))
+        return k, self.collective.search(queries, request.users, k)
 
     def _usable(self, request: RetrieveRequest, banks: Banks) -> Bools:
         """(B, C) entries that may be retrieved: all but those the caller ignores."""
@@ -163,18 +197,22 @@ class MemoryService:
         asked = _column(request.k, "<i4", len(size), "k")
         return np.asarray(np.minimum(np.where(asked > 0, asked, adaptive), usable.sum(axis=1)))
 
-    def _similarity(self, request: RetrieveRequest, states: Floats, width: int) -> NDArray[np.float32]:
-        """(B, width) of each user's entries to their query; −inf where there is no entry."""
-        queries = rule.unit(states)
+    def _queries(self, request: RetrieveRequest, states: Floats) -> NDArray[np.float32]:
+        """(B, d) of unit length: what the caller sent, or the state in the record; zero where there is neither."""
+        queries = rule.unit(states).astype(np.float32)
         rows = _column(request.query_rows, "<u4", len(request.query_rows) // 4, "query_rows")
         given = _column(request.queries, "<f4", len(rows) * self.dim, "queries")
         if len(rows) and rows.max() >= len(states):
             raise BadRequest(f"query_rows names row {rows.max()} of {len(states)}")
         queries[rows] = given.reshape(len(rows), self.dim)
+        return queries
+
+    def _similarity(self, request: RetrieveRequest, queries: Floats, width: int) -> NDArray[np.float32]:
+        """(B, width) of each user's entries to their query; −inf where there is no entry."""
         residents = [self._resident.get(user) for user in request.users]
         at = np.array([row for row, one in enumerate(residents) if one is not None], np.int64)
         slots = np.array([one.slot for one in residents if one is not None], np.int64)
-        found = np.full((len(states), width), -np.inf, np.float32)
+        found = np.full((len(queries), width), -np.inf, np.float32)
         found[at] = self.index.search(slots, queries[at], width)
         return found
 
@@ -312,7 +350,7 @@ class MemoryService:
     async def forget(self, user_id: str) -> Forgotten:
         """Remove everything about a user; a tombstone keeps late retries from bringing them back."""
         existed = await self.store.forget(user_id, time.time())
-        self._drop(user_id)
+        self._remove(user_id)
         return Forgotten(existed)
 
     # ------------------------------------------------------------------------------------------ inspect
@@ -366,14 +404,14 @@ class MemoryService:
         """
         while len(self._resident) > self.resident_limit:
             self._drop(next(iter(self._resident)))
-        names = list(dict.fromkeys(users))
-        while True:
+        names = [name for name in dict.fromkeys(users) if name]
+        while names:
             seen = dict(zip(names, await self.store.versions(names), strict=True))
             changed = {name for name in names if seen[name] not in (0, self._current(name).version)}
             await self._load(sorted(changed))
             for name in names:
                 if seen[name] == 0:
-                    self._drop(name)
+                    self._remove(name)
                 elif name in self._resident:
                     self._resident.move_to_end(name)
             if all(self._current(name).version == seen[name] for name in names if name not in changed):
@@ -386,9 +424,16 @@ class MemoryService:
             await self.catalogue.sync()
         for name, record in zip(names, records, strict=True):
             if record is None:
-                self._drop(name)
+                self._remove(name)
             else:
                 self._install(name, record)
+
+    async def _read(self, names: list[str]) -> dict[str, UserRecord]:
+        """The readable records of these users, no item of which is missing in the catalogue."""
+        records = await self.store.load_readable(names)
+        if any(self._names_new_items(record) for record in records.values()):
+            await self.catalogue.sync()
+        return records
 
     def _names_new_items(self, record: UserRecord) -> bool:
         """Whether another process registered items that this record names."""
@@ -402,8 +447,17 @@ class MemoryService:
         self.index.put(slot, record.banks.key[0, : record.size] if usable else np.zeros((0, self.dim), KEY))
         accesses = old.accesses if old and keep_accesses else {}
         self._resident[user_id] = Resident(record, slot, accesses)
+        if self.collective is not None:
+            self.collective.put([(user_id, record)])
+
+    def _remove(self, user_id: str) -> None:
+        """Nothing is known about the user any more."""
+        self._drop(user_id)
+        if self.collective is not None:
+            self.collective.drop(user_id)
 
     def _drop(self, user_id: str) -> None:
+        """Make room; the user's record stays in Redis and their entries in the collective scope."""
         resident = self._resident.pop(user_id, None)
         if resident is not None:
             self.index.drop(resident.slot)

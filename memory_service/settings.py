@@ -31,4 +31,5 @@ class MemorySettings(BaseSettings):
     resident_users: int = Field(
         200_000, ge=1, description="banks kept in memory between calls; the least recently used go first"
     )
+    collective: bool = Field(True, description="whether users' entries are searched for others at all")
     body_limit_bytes: int = Field(32 * 2**20, ge=1024)

@@ -15,6 +15,7 @@ Errors of the Redis client are translated here: callers see `StoreUnavailable`.
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -34,13 +35,14 @@ from redis.exceptions import (
     TimeoutError,
 )
 
-from memory_service.record import VERSION_BYTES, pack_record, unpack_record
+from memory_service.record import VERSION_BYTES, RecordError, pack_record, unpack_record
 from model.config import RulesConfig
 from model.events import UserRecord
 
 TOMBSTONE_S = 30 * 86400
 TOMBSTONE = struct.Struct("<dQ")
 SCAN_COUNT = 1000
+log = logging.getLogger(__name__)
 
 NUMBERS, IDS, ABOUT, HIDDEN, REVISION = (
     f"ramrec:catalogue:{{items}}:{name}" for name in ("number", "id", "about", "hidden", "revision")
@@ -154,6 +156,21 @@ class Store:
             found: list[Any] = await self._redis.mget([user_key(user) for user in users])
         return [None if data is None else unpack_record(data, self.rules) for data in found]
 
+    async def load_readable(self, users: Sequence[str]) -> dict[str, UserRecord]:
+        """The records that are there and undamaged; a damaged one is logged. One round trip."""
+        if not users:
+            return {}
+        async with self._translated():
+            found: list[Any] = await self._redis.mget([user_key(user) for user in users])
+        records = {}
+        for user, data in zip(users, found, strict=True):
+            try:
+                if data is not None:
+                    records[user] = unpack_record(data, self.rules)
+            except RecordError as error:
+                log.warning("left out of the collective scope: %s: %s", user_key(user), error)
+        return records
+
     async def commit(self, writes: Sequence[tuple[str, int, UserRecord]]) -> list[bool]:
         """Store records (user, the version each was computed from, record); False where another came first."""
         async with self._pipeline() as pipe:
@@ -184,6 +201,18 @@ class Store:
         async with self._translated():
             found: list[Any] = await self._redis.mget([await self._tombstone_key(user) for user in users])
         return [None if data is None else Tombstone(*TOMBSTONE.unpack(data)) for data in found]
+
+    async def all_users(self, batch: int) -> AsyncIterator[list[str]]:
+        """Ids of all users who have a record, in batches; one may be named twice. Does not block Redis."""
+        names: list[str] = []
+        async with self._translated():
+            async for key in self._redis.scan_iter(match=b"ramrec:{*}", count=SCAN_COUNT):
+                names.append(key[len(b"ramrec:{") : -1].decode())
+                if len(names) >= batch:
+                    yield names
+                    names = []
+            if names:
+                yield names
 
     async def users(self, prefix: str, limit: int) -> list[str]:
         """User ids with a prefix, sorted, at most `limit`. Walks the key space without blocking Redis."""

@@ -103,6 +103,10 @@ class Influence:
     part: NDArray[np.float32]
     copied: NDArray[np.float32]
 
+    def raises(self, n: int) -> float:
+        """How much the n-th item's log P owes to this memory: its part in the logit and what its copy adds."""
+        return float(self.part[n] - np.log1p(-min(float(self.copied[n]), 1 - 1e-6)))
+
 
 @dataclass(frozen=True)
 class Ranked:
@@ -238,9 +242,9 @@ def top_items(scores: NDArray[np.float32], query: Query) -> NDArray[np.int64]:
     allowed = np.isfinite(scores)
     if query.candidates is not None:
         wanted = np.zeros_like(allowed)
-        wanted[query.candidates] = True
+        wanted[query.candidates[query.candidates < len(scores)]] = True
         allowed &= wanted
-    allowed[query.excluded] = False
+    allowed[query.excluded[query.excluded < len(scores)]] = False
     allowed[0] = False
     pool = np.flatnonzero(allowed)
     if len(pool) > query.top_n:

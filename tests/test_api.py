@@ -224,7 +224,11 @@ def test_the_catalogue_over_rest(client):
 
 def test_model_health_metrics_and_docs(client, run):
     model = client.get("/model").json()
-    assert (model["model_version"], model["items"], model["scopes"]) == (load_checkpoint(run).version, 30, ["own"])
+    assert (model["model_version"], model["items"], model["scopes"]) == (
+        load_checkpoint(run).version,
+        30,
+        ["own", "collective"],
+    )
     assert client.get("/health/live").status_code == client.get("/health/ready").status_code == 200
     recommend(client)
     assert 'ramrec_api_answers_total{source="popularity"} 1.0' in client.get("/metrics").text
@@ -245,7 +249,9 @@ def test_without_the_memory_service_answers_are_degraded_and_nothing_is_acknowle
     assert (answer["source"], answer["memory"]["degraded"]) == ("popularity", True)
     answer = recommend(client, user_id="u", sequence=["i1"])
     assert (answer["source"], answer["memory"]["degraded"]) == ("encoder", True)
-    assert not recommend(client, sequence=["i1"])["memory"]["degraded"]  # nothing was asked of memory
+    assert recommend(client, sequence=["i1"])["memory"]["degraded"]  # no memories of others
+    own = recommend(client, sequence=["i1"], scopes=["own"])
+    assert not own["memory"]["degraded"]  # nothing was asked of memory
     refused = client.post("/memories", json={"interactions": [{"user_id": "u", "item_id": "i2"}]})
     assert (refused.status_code, refused.json()["code"]) == (503, "memory_unavailable")
     assert refused.headers["retry-after"]
@@ -332,7 +338,6 @@ INTERACTION = {"user_id": "u", "item_id": "i"}
         ("/recommend", {"sequence": [None]}, 422, "invalid_request"),
         ("/recommend", {"colour": "red"}, 422, "invalid_request"),
         ("/recommend", {"scopes": ["everything"]}, 422, "invalid_request"),
-        ("/recommend", {"scopes": ["collective"]}, 422, "scope_unavailable"),
         ("/recommend/batch", {"requests": []}, 422, "invalid_request"),
         ("/recommend/batch", {"requests": [{}] * 257}, 422, "invalid_request"),
         ("/memories", {"interactions": []}, 422, "invalid_request"),

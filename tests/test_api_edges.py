@@ -52,7 +52,6 @@ EVENT = '{"interactions": [{"user_id": "u", "item_id": "i1", %s}]}'
         ("POST", "/recommend", b'{"explain": 1}', 422, "invalid_request"),
         ("POST", "/recommend", b'{"top_n": true}', 422, "invalid_request"),
         ("POST", "/recommend/batch", b'{"requests": [{}, {"top_n": 0}]}', 422, "invalid_request"),
-        ("POST", "/recommend/batch", b'{"requests": [{}, {"scopes": ["collective"]}]}', 422, "scope_unavailable"),
         ("POST", "/memories", EVENT % '"timestamp": "12.5"', 422, "invalid_request"),
         ("POST", "/memories", EVENT % '"timestamp": true', 422, "invalid_request"),
         ("POST", "/memories", EVENT % f'"timestamp": 1{"0" * 400}', 422, "invalid_request"),
@@ -265,7 +264,7 @@ def test_a_stranger_in_place_of_the_memory_service_is_recognised(run, stranger_u
 
 def test_columns_that_do_not_fit_are_recognised(stack, go):
     none = Columns(b"", b"", b"", b"", b"", b"")
-    odd = RetrieveReply(0, False, b"\1", b"123", b"", b"", b"", b"", none, none, b"", b"", [])
+    odd = RetrieveReply(0, False, b"\1", b"123", b"", b"", b"", b"", b"", none, none, b"", b"", [])
     app = FastAPI()
 
     @app.post("/v1/retrieve")
@@ -293,11 +292,11 @@ def test_the_catalogue_mirror_grows_step_by_step_and_starts_anew_on_a_full_listi
     assert before.tolist() == [0, 1]  # the model's thread may still be reading it
     assert mirror.model_index.tolist() == [0, 1, 0, 2]
     assert mirror.number_of == {"a": 1, "new": 2, "b": 3}
-    assert mirror.hidden.tolist() == [2]
+    assert mirror.hidden.tolist() == [3]
     mirror.take(CatalogueReply(1, 1, [Item("b"), Item("a", None, True)]))
     assert mirror.indices(np.array([[1, 2]])).tolist() == [[2, 1]]
     assert mirror.numbers(["a", "new"]) == [2]
-    assert (mirror.hidden.tolist(), mirror.revision) == ([1], 1)
+    assert (mirror.hidden.tolist(), mirror.revision) == ([2], 1)
 
 
 # ------------------------------------------------------------------------------------- ramrec serve

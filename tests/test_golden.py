@@ -9,7 +9,7 @@ import pytest
 from model.dataset import Dataset
 from model.evaluation import memory_space_of
 from model.recommender import Query, Recommender
-from model.replay import adaptive, replay, trajectory
+from model.replay import adaptive, ask_others, filled, index_of, replay, trajectory
 from tests.synthetic import random_memories
 
 USERS, ITEMS = 50, 30
@@ -55,10 +55,11 @@ def offline(dataset, run) -> list[dict[str, float]]:
     last = np.zeros(len(dataset), bool)
     last[dataset.offsets[1:] - 1] = True
     space = memory_space_of(recommender)
-    asked = replay(dataset, trajectory(dataset, recommender.encoder), space, last).replay
+    state = trajectory(dataset, recommender.encoder)
+    asked = replay(dataset, state, space, last).replay
     assert len(asked.event) == USERS
-    order = np.argsort(asked.event)
-    asked = asked.take(order)
+    others = index_of(filled(dataset, state, space, dataset.lengths() - 1), space)
+    asked = ask_others(asked.take(np.argsort(asked.event)), np.arange(USERS), others)
     queries = [
         Query(
             asked.state[u], dataset.items[dataset.offsets[u] : dataset.offsets[u + 1] - 1].astype(np.int64), top_n=ITEMS
@@ -96,6 +97,7 @@ def test_online_scores_equal_offline_scores(dataset, offline, api_url, chunk):
     for answers in (together, alone):
         for answer, expected in zip(answers, offline, strict=True):
             assert answer["source"] == "memory"
+            assert answer["memory"]["collective"]["retrieved"] == answer["memory"]["collective"]["k"] > 0
             found = {item["item_id"]: item["score"] for item in answer["items"]}
             assert found.keys() == expected.keys()
             assert max(abs(found[item] - expected[item]) for item in found) < TOLERANCE

@@ -73,7 +73,7 @@ def pair(run, valkey_url, go):
     """Two services over one Redis; the second's store is a GatedStore."""
     both = service(run, valkey_url), service(run, valkey_url, GatedStore)
     for one in both:
-        go(one.catalogue.start())
+        go(one.start())
     yield both
     for one in both:
         go(one.store.close())
@@ -145,8 +145,8 @@ def test_items_of_another_process_while_the_catalogue_is_out_of_reach(run, valke
     other, here = service(run, valkey_url), service(run, valkey_url, WithoutCatalogue)
 
     async def lost_and_found():
-        await other.catalogue.start()
-        await here.catalogue.start()
+        await other.start()
+        await here.start()
         await remember(other, "u", took(0, "unheard-of"))
         here.store.lost = True
         degraded = await ask(here, "u")

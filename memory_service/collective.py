@@ -1,0 +1,93 @@
+"""The collective scope as the service keeps it: whose entries are in the index, and at which version.
+
+Filled from Redis at start, a batch of users at a time between other calls, and kept in step by every record that this
+process writes or reads anew. Slots are this process's own; they never leave it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+
+import numpy as np
+
+from model.bank import Entries, stack_banks
+from model.checkpoint import Checkpoint
+from model.collective import CollectiveIndex
+from model.events import UserRecord
+from model.rules import Floats, Ints
+
+Read = Callable[[list[str]], Awaitable[dict[str, UserRecord]]]
+
+
+class CollectiveScope:
+    """All sharing users' entries of one model. One thread."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        rules = checkpoint.config.rules
+        self.model_version = checkpoint.version
+        self._index = CollectiveIndex(checkpoint.index_centroids, rules.capacity, rules.collective_probes)
+        self._slot: dict[str, int] = {}
+        self._version: dict[str, int] = {}
+        self._free: list[int] = []
+        self._dropped: set[str] = set()
+        self.ready = False
+        """Whether everything in Redis has been read."""
+
+    @property
+    def users(self) -> int:
+        """Users whose entries can be found."""
+        return len(self._slot)
+
+    def __len__(self) -> int:
+        """Entries that can be found."""
+        return len(self._index)
+
+    async def load(self, names: AsyncIterator[list[str]], read: Read) -> None:
+        """Fill the index with the records of these users, batch by batch. What was read stays where a batch fails."""
+        self._dropped.clear()
+        async for batch in names:
+            found = await read([name for name in batch if name not in self._version])
+            self.put(  # what was written or forgotten while Redis answered is newer than the answer
+                (name, record)
+                for name, record in found.items()
+                if name not in self._version and name not in self._dropped
+            )
+        self.ready = True
+
+    def put(self, records: Iterable[tuple[str, UserRecord]]) -> None:
+        """Make these the users' entries; a record that does not share, or is of another model, has none."""
+        new = [(name, record) for name, record in records if self._version.get(name) != record.version]
+        shared = [(name, record) for name, record in new if self._shares(record)]
+        for name, record in new:
+            if not self._shares(record):
+                self.drop(name)
+            self._dropped.discard(name)
+        if shared:
+            slots = np.array([self._claim(name) for name, _ in shared])
+            self._index.put(slots, stack_banks([record.banks for _, record in shared]))
+            self._version.update((name, record.version) for name, record in shared)
+
+    def drop(self, user_id: str) -> None:
+        """Take a user's entries out; fine where there are none."""
+        if not self.ready:
+            self._dropped.add(user_id)
+        self._version.pop(user_id, None)
+        slot = self._slot.pop(user_id, None)
+        if slot is not None:
+            self._index.drop(np.array([slot]))
+            self._free.append(slot)
+
+    def search(self, queries: Floats, askers: list[str], k: Ints) -> Entries:
+        """The k most similar entries of others for each query (B, d); askers (B): whose own are left out; k (B,)."""
+        slots = np.array([self._slot.get(user, -1) for user in askers], np.int64)
+        return self._index.search(queries, slots, k)
+
+    def _shares(self, record: UserRecord) -> bool:
+        return record.share and record.model_version == self.model_version
+
+    def _claim(self, user_id: str) -> int:
+        slot = self._slot.get(user_id)
+        if slot is None:
+            slot = self._free.pop() if self._free else len(self._slot)
+            self._slot[user_id] = slot
+        return slot
