@@ -6,6 +6,7 @@ train MODEL DATA EPOCHS OUT.json    a sequential model on ML-100K, with seconds 
 metrics RANKS.npz OUT.json          RecBole's evaluator on scores and targets of ours
 """
 
+import builtins
 import json
 import sys
 import time
@@ -18,6 +19,10 @@ from recbole.data import create_dataset, data_preparation
 from recbole.evaluator import Evaluator
 from recbole.evaluator.collector import DataStruct
 from recbole.utils import get_model, get_trainer, init_seed
+
+for name in ("bool", "float", "int", "object"):  # RecBole 1.2.1 was written for a NumPy that had them
+    if not hasattr(np, name):
+        setattr(np, name, getattr(builtins, name))
 
 SETTINGS = {
     "USER_ID_FIELD": "user_id",
