@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -220,6 +221,7 @@ def print_report(report: dict[str, Any]) -> None:
         over = f"{gain['gain']:+.1%} [{gain['low']:+.1%}, {gain['high']:+.1%}]" if gain else ""
         table.add_row(*(row[label] for label in labels), *(f"{row[name]:.4f}" for name in figures), over)
     console = Console()
+    console.width = max(console.width, console.measure(table, options=console.options.update(max_width=200)).maximum)
     console.print(table)
     for part in ("entropy", "k", "collective_k"):
         console.print(f"{part}: " + "  ".join(f"{k} {v:.3g}" for k, v in report[part].items()), highlight=False)
@@ -250,11 +252,39 @@ def memory_serve(
     data_dir: DataDirOption = None,
 ) -> None:
     """Serve only the memory banks, for an api elsewhere."""
+    options = {"--run": run, "--host": host, "--port": port, "--redis-url": redis_url, "--data-dir": data_dir}
+    _become("memory_service", options)
+
+
+@memory_app.command("export")
+def memory_export(
+    out: Annotated[Path, typer.Option(help="File to write JSON lines to.")],
+    redis_url: RedisOption = None,
+    data_dir: DataDirOption = None,
+) -> None:
+    """All items and users' memories as JSON lines. A running service goes on; each line is consistent in itself."""
+    options = {"--file": out, "--redis-url": redis_url, "--data-dir": data_dir}
+    _become("memory_service.transfer", options, "export")
+
+
+@memory_app.command("import")
+def memory_import(
+    file: Annotated[Path, typer.Option(help="File that `ramrec memory export` wrote.", exists=True, dir_okay=False)],
+    overwrite: Annotated[bool, typer.Option(help="Replace users who are there already.")] = False,
+    redis_url: RedisOption = None,
+    data_dir: DataDirOption = None,
+) -> None:
+    """Take in exported memories. Users who are there already stay as they are; users forgotten here stay forgotten."""
+    options = {"--file": file, "--redis-url": redis_url, "--data-dir": data_dir}
+    _become("memory_service.transfer", options, "import", *(["--overwrite"] if overwrite else []))
+
+
+def _become(module: str, options: Mapping[str, object], *words: str) -> NoReturn:
+    """Go on as `python -m module`: the memory service is a program of its own, without torch."""
     import os
 
-    options = {"--run": run, "--host": host, "--port": port, "--redis-url": redis_url, "--data-dir": data_dir}
-    words = [word for name, value in options.items() if value is not None for word in (name, str(value))]
-    os.execv(sys.executable, [sys.executable, "-m", "memory_service", *words])
+    words += tuple(word for name, value in options.items() if value is not None for word in (name, str(value)))
+    os.execv(sys.executable, [sys.executable, "-m", module, *words])
 
 
 @app.command()

@@ -52,6 +52,17 @@ def embedded_valkey(data_dir: Path, fsync: str) -> Iterator[str]:
         yield f"unix://{socket}"
 
 
+def running_valkey(data_dir: Path) -> str | None:
+    """URL of the embedded server that runs on the files in `data_dir` now; None where none answers."""
+    note = data_dir / "valkey.socket"
+    try:
+        socket = note.read_text(encoding="utf-8")
+        redis.Redis(unix_socket_path=socket).ping()
+    except (OSError, ConnectionError):
+        return None
+    return f"unix://{socket}"
+
+
 def _stop(server: object) -> None:
     if server.is_running():  # type: ignore[attr-defined]
         server.stop(START_TIMEOUT_S)  # type: ignore[attr-defined]

@@ -230,9 +230,19 @@ class Store:
         args: list[Any] = ["1" if overwrite else "0"]
         for item in items:
             args += [item.item_id, item.about, "1" if item.hidden else "0"]
+        if len(args) == 1:
+            return []
         async with self._translated():
             numbers: list[int] = await self._register(keys=[NUMBERS, IDS, ABOUT, HIDDEN, REVISION], args=args)
             return numbers
+
+    async def hide(self, item_ids: Sequence[str]) -> None:
+        """Keep items out of recommendations."""
+        if item_ids:
+            async with self._pipeline() as pipe:
+                pipe.sadd(HIDDEN, *item_ids)
+                pipe.incr(REVISION)
+                await pipe.execute()
 
     async def catalogue(self, since: int) -> tuple[int, list[CatalogueItem]]:
         """Revision, and the items numbered from `since` on."""
