@@ -87,7 +87,7 @@ class MemoryService:
         self.store = store
         self.model_version = checkpoint.version
         self.rules = checkpoint.config.rules
-        self.dim = checkpoint.config.encoder.dim
+        self.dim = checkpoint.config.encoder.width
         self.centroids = checkpoint.index_centroids
         self.catalogue = Catalogue(store, checkpoint)
         self.index = OwnIndex(self.dim)

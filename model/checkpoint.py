@@ -146,7 +146,7 @@ def _check(folder: Path, checkpoint: Checkpoint, with_weights: bool) -> None:
     for name in ("item_clusters", "popularity"):
         if getattr(checkpoint, name).shape != (rows,):
             raise CheckpointError(f"{folder}: {name} has shape {getattr(checkpoint, name).shape}, wanted {(rows,)}")
-    if checkpoint.index_centroids.ndim != 2 or checkpoint.index_centroids.shape[1] != checkpoint.config.encoder.dim:
+    if checkpoint.index_centroids.ndim != 2 or checkpoint.index_centroids.shape[1] != checkpoint.config.encoder.width:
         raise CheckpointError(f"{folder}: index_centroids has shape {checkpoint.index_centroids.shape}")
     if with_weights and content_version(checkpoint) != checkpoint.version:
         raise CheckpointError(f"{folder}: content does not match version {checkpoint.version}; the files are damaged")

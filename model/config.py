@@ -50,6 +50,15 @@ class EncoderConfig(_Section):
 
     skip: bool = Field(False, description="add the decayed mean of the window's items to the state; cosine only")
     skip_decay: float = Field(0.8, gt=0, le=1, description="weight of an item against the one after it in that mean")
+    sketch: int = Field(
+        0, ge=0, le=512, description="dimensions that name the last items in keys, 0: none; cosine only"
+    )
+    sketch_decay: float = Field(0.5, gt=0, le=1, description="weight of an item against the one after it in the sketch")
+
+    @property
+    def width(self) -> int:
+        """Length of states, keys and queries: the part that scores, then the sketch."""
+        return self.dim + self.sketch
 
     @property
     def window_stride(self) -> int:
@@ -62,8 +71,8 @@ class EncoderConfig(_Section):
             raise ValueError(f"dim {self.dim} is not divisible by heads {self.heads}")
         if self.window_stride > self.window:
             raise ValueError(f"stride {self.stride} is larger than window {self.window}")
-        if self.skip and self.score != "cosine":
-            raise ValueError("skip needs score = cosine: it adds directions")
+        if (self.skip or self.sketch) and self.score != "cosine":
+            raise ValueError("skip and sketch need score = cosine: they add directions")
         return self
 
 
@@ -136,7 +145,12 @@ class TrainingConfig(_Section):
     calibration: float = Field(0.75, ge=0, le=1, description="t of gBCE")
     contrast_weight: float = Field(0.0, ge=0, description="of DuoRec's contrastive terms beside the objective")
     contrast_temperature: float = Field(1.0, gt=0)
-    held_out_users: float = Field(0.15, gt=0, lt=0.9, description="share of users kept from the encoder")
+    fusion_targets: Literal["held-out-users", "validation"] = Field(
+        "held-out-users",
+        description="what the fusion is fitted on: all training positions of users that the encoder never saw, or the "
+        "validation items of four fifths of all users, judged on the others",
+    )
+    held_out_users: float = Field(0.15, gt=0, lt=0.9, description="share of users kept from the encoder, if any are")
     batch_tokens: int = Field(8192, ge=64, description="positions a batch, padding included")
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.01, ge=0)

@@ -70,6 +70,7 @@ class SequenceEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim)
         self.skip = nn.Parameter(torch.ones(()), requires_grad=config.skip)
+        self.sketches: Tensor = nn.Buffer(functional.normalize(torch.randn(items + 1, config.sketch), dim=-1))
         self.apply(self._initialise)
         nn.init.normal_(self.bos, std=0.02)
 
@@ -94,23 +95,29 @@ class SequenceEncoder(nn.Module):
             x = block(x)
         states = self.norm(x)
         if self.config.skip:
-            states = functional.normalize(states, dim=-1) + self.skip * self._recent(items)
+            taken = functional.normalize(self.item(items), dim=-1)  # padding is a zero row
+            states = functional.normalize(states, dim=-1) + self.skip * _decayed(taken, self.config.skip_decay)
         return self._scaled(states)
 
-    def _recent(self, items: Tensor) -> Tensor:
-        """(B, T + 1, d) direction of the decayed mean of the items before each state; zero before any item."""
-        before = torch.arange(items.shape[1] + 1)[:, None] - 1 - torch.arange(items.shape[1])
-        weight = torch.where(before >= 0, self.config.skip_decay ** before.clamp(min=0).float(), 0.0)
-        taken = functional.normalize(self.item(items), dim=-1)  # padding is a zero row
-        return functional.normalize(torch.matmul(weight, taken), dim=-1)
+    def sketched(self, items: Tensor) -> Tensor:
+        """States as memories are kept and asked by, (B, T + 1, width): `forward`, then the sketch of the last items.
+
+        Every item has a random direction, fixed with the weights; the sketch is that of their decayed sum. States of
+        users with like tastes are close anyway; the sketch finds those who took exactly the same items last.
+        """
+        states: Tensor = self(items)
+        if not self.config.sketch:
+            return states
+        sketch = _decayed(self.sketches[items], self.config.sketch_decay)
+        return torch.cat([states, self._scaled(sketch)], dim=-1)
 
     def table(self) -> Tensor:
         """What states are scored against, (items + 1, d): a logit is state · row. Row 0 is padding."""
         return self._scaled(self.item.weight)
 
     def logits(self, states: Tensor) -> Tensor:
-        """States (…, d) to a logit for every item index (…, items + 1); padding gets −inf."""
-        scores = states @ self.table().T
+        """States (…, d or width) to a logit for every item index (…, items + 1); padding gets −inf."""
+        scores = states[..., : self.config.dim] @ self.table().T
         scores[..., 0] = -torch.inf
         return scores
 
@@ -119,6 +126,16 @@ class SequenceEncoder(nn.Module):
         if self.config.score == "dot":
             return vectors
         return functional.normalize(vectors, dim=-1) / math.sqrt(self.config.temperature)
+
+
+def _decayed(vectors: Tensor, decay: float) -> Tensor:
+    """(B, T, e) to (B, T + 1, e): direction of the sum of the vectors before each place, each weighing `decay` times
+    the one after it; zero before any.
+    """
+    length = vectors.shape[1]
+    before = torch.arange(length + 1)[:, None] - 1 - torch.arange(length)
+    weight = torch.where(before >= 0, decay ** before.clamp(min=0).float(), 0.0)
+    return functional.normalize(torch.matmul(weight, vectors), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -151,7 +168,7 @@ class StateRequests:
 
 @torch.inference_mode()
 def encode_states(encoder: SequenceEncoder, requests: StateRequests) -> NDArray[np.float32]:
-    """The wanted states, (R, d) float32, each window encoded once. Leaves the encoder in eval mode."""
+    """The wanted states, (R, width) float32, each window encoded once. Leaves the encoder in eval mode."""
     encoder.eval()
     config = encoder.config
     begin, inverse, after = _windows(requests, config.window, config.window_stride)
@@ -160,10 +177,10 @@ def encode_states(encoder: SequenceEncoder, requests: StateRequests) -> NDArray[
     length = np.zeros(len(begin), np.int64)
     np.maximum.at(length, inverse, place)
     compact = requests.items[requests.items > 0]
-    out = np.empty((len(inverse), config.dim), np.float32)
+    out = np.empty((len(inverse), config.width), np.float32)
     for windows in length_batches(length + 1, BATCH_TOKENS):
         items = pad_windows(compact, known[begin[windows]], length[windows])
-        states = encoder(torch.from_numpy(items)).numpy()
+        states = encoder.sketched(torch.from_numpy(items)).numpy()
         index = np.full(len(begin), -1)
         index[windows] = np.arange(len(windows))
         mine = np.flatnonzero(index[inverse] >= 0)

@@ -1,4 +1,4 @@
-"""Stage two: the fusion learns, on users that the encoder has not seen, when memories help. See `model.training`."""
+"""Stage two: the fusion learns, on events that the encoder has not seen, when memories help. See `model.training`."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def fit_fusion(
     held_out: NDArray[np.bool_],
     report: Report,
 ) -> MemoryFusion:
-    """The fusion of the best validation epoch, trained on the held-out users' training positions.
+    """The fusion of the best validation epoch, trained on what `fusion_targets` says.
 
     First the calibration alone, without any memory, as far as validation improves; then, with that fixed, everything
-    that memory adds. So what memory gains is over an encoder that was given all it can get from those users itself.
+    that memory adds. So what memory gains is over an encoder that was given all it can get from those events itself.
     """
     settings = config.training
     torch.manual_seed(settings.seed + 1)
     fusion = MemoryFusion(config.fusion, config.encoder.dim)
-    samples, validation = _fusion_samples(dataset, encoder, space, held_out)
+    samples, validation = _fusion_samples(dataset, encoder, space, *fusion_events(dataset, settings, held_out))
     fit = _Fit(dataset, config, encoder.table().detach(), samples, validation, report)
     fusion.repeat_bias.data.fill_(repeat_bias(dataset, fit.table, samples))
     fit("calibration", fusion, _calibration_optimizer(fusion, settings), _no_memory)
@@ -131,20 +131,32 @@ def _memory_optimizer(fusion: MemoryFusion, settings: TrainingConfig) -> torch.o
     return optimizer
 
 
+def fusion_events(
+    dataset: Dataset, settings: TrainingConfig, held_out: NDArray[np.bool_]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """(N,) which events the fusion is fitted on, and which ones, of other users, judge its epochs."""
+    split, owner, event = leave_one_out(dataset), dataset.owners(), np.arange(len(dataset))
+    place = np.random.default_rng(0).permutation(dataset.users)[owner]
+    is_validation = event == split.validation[owner]
+    if settings.fusion_targets == "validation":
+        judge = place < max(1, dataset.users // 5)
+        return is_validation & ~judge, is_validation & judge
+    return held_out[owner] & (event < split.train_end[owner]), is_validation & (place < VALIDATION_USERS)
+
+
 def _fusion_samples(
-    dataset: Dataset, encoder: SequenceEncoder, space: MemorySpace, held_out: NDArray[np.bool_]
+    dataset: Dataset,
+    encoder: SequenceEncoder,
+    space: MemorySpace,
+    fitted: NDArray[np.bool_],
+    judging: NDArray[np.bool_],
 ) -> tuple[Replay, Replay]:
-    """Replays of the held-out users' training positions, and of validation positions (of a sample where many)."""
-    split = leave_one_out(dataset)
-    event, owner = np.arange(len(dataset)), dataset.owners()
-    wanted = held_out[owner] & (event < split.train_end[owner])
-    judges = np.random.default_rng(0).permutation(dataset.users) < VALIDATION_USERS
-    validation = (event == split.validation[owner]) & judges[owner]
+    """Replays of the events (N,) that the fusion is fitted on, and of those that judge it."""
     state = trajectory(dataset, encoder)
-    asked = replay(dataset, state, space, wanted | validation).replay
+    asked = replay(dataset, state, space, fitted | judging).replay
     asked = collective(dataset, state, space, asked, "train")
-    is_validation = validation[asked.event]
-    return asked.take(~is_validation), asked.take(is_validation)
+    is_judging = judging[asked.event]
+    return asked.take(~is_judging), asked.take(is_judging)
 
 
 @torch.inference_mode()
@@ -156,7 +168,7 @@ def repeat_bias(dataset: Dataset, table: Tensor, asked: Replay) -> float:
     for at in range(0, len(asked.event), RANK_ROWS):
         event = asked.event[at : at + RANK_ROWS]
         had = mark(dataset.history(event), len(table))
-        logits = torch.from_numpy(asked.state[at : at + RANK_ROWS]) @ table.T
+        logits = torch.from_numpy(asked.state[at : at + RANK_ROWS, : table.shape[1]]) @ table.T
         logits[:, 0] = -torch.inf
         mass.append((torch.softmax(logits, dim=1) * had).sum(dim=1))
         repeats += float(had[np.arange(len(event)), dataset.items[event]].sum())

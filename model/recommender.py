@@ -30,7 +30,7 @@ NO_ITEMS: NDArray[np.int64] = np.zeros(0, np.int64)
 class Query:
     """One request. Items are model item indices; index 0 (unknown to the model) is ignored.
 
-    state (d,) float32 to score with; seen: items the user had (the repeat bias applies); excluded: never
+    state (width,) float32 to score with; seen: items the user had (the repeat bias applies); excluded: never
     returned; candidates: the only ones to return, None = all.
     """
 
@@ -79,10 +79,10 @@ class Prediction:
 def predict(
     fusion: MemoryFusion, table: Tensor, states: Tensor, memories: MemoryTokens, had: Tensor, calibrated: bool = True
 ) -> Prediction:
-    """Fuse, score, copy. states (B, d); table: `encoder.table()`; had (B, items + 1) bool: items each user has had.
-    `calibrated` False leaves repeat bias and shift out, for comparison.
+    """Fuse, score, copy. states (B, d or width); table: `encoder.table()`; had (B, items + 1) bool: items each user has
+    had. `calibrated` False leaves repeat bias and shift out, for comparison.
     """
-    fused = fusion(states, memories, table)
+    fused = fusion(states[:, : table.shape[1]], memories, table)
     logits = fused.state @ table.T
     if calibrated:
         logits = logits + fusion.shift @ table.T + fusion.repeat_bias * had
@@ -163,7 +163,7 @@ class Recommender:
         return cls(checkpoint, encoder, fusion)
 
     def encode(self, jobs: Sequence[EncodeJob]) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-        """Keys (n, d) of unit length for each job's positions, and the state (d,) after its last item.
+        """Keys (n, width) of unit length for each job's positions, and the state (width,) after its last item.
 
         Job items are model item indices; 0 (unknown to the model) is skipped.
         """

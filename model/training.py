@@ -1,7 +1,8 @@
-"""Fitting: first the encoder on most users, then the fusion on the users held out from it.
+"""Fitting: first the encoder, then the fusion on events that the encoder was not trained on.
 
-The encoder is over-confident on sequences that it was trained on and would teach the gate to ignore memory; so the
-fusion sees only held-out users, whose memories and queries come from this one encoder. Both ship together.
+The encoder is over-confident on events that it was trained on and would teach the gate to ignore memory. So the fusion
+is fitted on users held out from the encoder, or on everybody's validation items, which come after all training
+events as requests do; memories and queries come from this one encoder. Both ship together.
 A run that was interrupted goes on where it was: weights, optimiser and best epoch are saved after every epoch, and
 all randomness of an epoch follows from (seed, epoch).
 """
@@ -67,8 +68,10 @@ def fitted_config(config: Config, dataset: Dataset) -> Config:
 
 
 def hold_out(users: int, config: TrainingConfig) -> NDArray[np.bool_]:
-    """(users,) True for those kept from the encoder; follows from the seed."""
+    """(users,) True for those kept from the encoder; follows from the seed. Nobody, where the fusion needs nobody."""
     chosen = np.zeros(users, bool)
+    if config.fusion_targets == "validation":
+        return chosen
     order = np.random.default_rng([config.seed, 1]).permutation(users)
     chosen[order[: max(1, round(users * config.held_out_users))]] = True
     return chosen

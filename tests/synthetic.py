@@ -13,9 +13,10 @@ from model.fusion import MemoryFusion
 from model.optimisation import named_weights
 
 
-def small_config(**training: object) -> Config:
+def small_config(encoder: dict[str, object] | None = None, **training: object) -> Config:
+    shape = {"dim": 16, "layers": 1, "heads": 2, "window": 8, "dropout": 0.1}
     return Config(
-        encoder=EncoderConfig(dim=16, layers=1, heads=2, window=8, dropout=0.1),
+        encoder=EncoderConfig(**shape | (encoder or {})),
         rules=RulesConfig(capacity=10, clusters=4, k_max=6, k_base=5, similarity_threshold=-1.0),
         fusion=FusionConfig(heads=2),
         training=TrainingConfig(
@@ -55,7 +56,7 @@ def random_checkpoint(config: Config | None = None, items: int = 30, seed: int =
         fusion.shift.normal_()
         fusion.copy.share[-1].bias.fill_(-0.5)
     rng = np.random.default_rng(seed)
-    centroids = rng.normal(size=(4, config.encoder.dim)).astype(np.float32)
+    centroids = rng.normal(size=(4, config.encoder.width)).astype(np.float32)
     return Checkpoint(
         config=config,
         item_ids=tuple(f"i{n}" for n in range(1, items + 1)),

@@ -73,6 +73,32 @@ def test_many_jobs_at_once_equal_each_alone(encoder):
     assert np.allclose(together, alone, atol=1e-5)
 
 
+def test_the_sketch_names_the_last_items_and_scores_nothing():
+    torch.manual_seed(0)
+    shape = CONFIG.model_dump() | {"score": "cosine", "skip": True}
+    encoder = SequenceEncoder(EncoderConfig(**shape | {"sketch": 64}), 30).eval()
+    jobs = [EncodeJob(0, np.array(items, np.uint32), np.array([0])) for items in ([1, 2, 3], [9, 8, 3], [3, 2, 1], [0])]
+    states = encode_states(encoder, StateRequests.of_jobs(jobs))
+    assert states.shape == (8, 16 + 64)
+    assert np.allclose(states[:, :16], encode_plain(encoder, jobs), atol=1e-5)
+    before_any, after = states[::2, 16:], states[1::2, 16:]
+    assert not before_any.any()
+    assert not after[3].any()  # only an unknown item
+    same_last, same_set = after[0] @ after[1], after[0] @ after[2]
+    length = after[0] @ after[0]
+    assert length == pytest.approx(1 / encoder.config.temperature, rel=1e-4)
+    # weights 1, ½, ¼ over their norm: the last item alone gives 1/1.3125 of full likeness
+    assert same_last / length == pytest.approx(1 / 1.3125, abs=0.3)
+    assert same_last > same_set
+    assert torch.allclose(encoder.logits(torch.from_numpy(states)), encoder.logits(torch.from_numpy(states[:, :16])))
+
+
+def encode_plain(encoder: SequenceEncoder, jobs: list[EncodeJob]) -> np.ndarray:
+    """States without the sketch, one by one."""
+    found = [(states_of(encoder, []), states_of(encoder, [int(i) for i in job.items if i])) for job in jobs]
+    return np.concatenate([[first[0], last[-1]] for first, last in found])
+
+
 def test_an_event_older_than_the_log_gets_the_first_state(encoder):
     job = EncodeJob(20, np.array([3, 4, 5], np.uint32), np.array([-1], np.int64))
     assert np.allclose(encode_states(encoder, StateRequests.of_jobs([job]))[0], states_of(encoder, [])[0], atol=1e-6)

@@ -6,14 +6,25 @@ import httpx2
 import numpy as np
 import pytest
 
+from model.checkpoint import save_checkpoint
 from model.dataset import Dataset
 from model.evaluation import memory_space_of
 from model.recommender import Query, Recommender
 from model.replay import adaptive, ask_others, filled, index_of, replay, trajectory
-from tests.synthetic import random_memories
+from tests.synthetic import random_checkpoint, random_memories, small_config
 
 USERS, ITEMS = 50, 30
 TOLERANCE = 1e-4
+
+
+SHAPES = {"plain": {}, "sketch": {"score": "cosine", "skip": True, "sketch": 8}}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def run(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("golden")
+    save_checkpoint(folder, random_checkpoint(small_config(SHAPES[request.param])))
+    return folder
 
 
 @pytest.fixture(scope="module")
