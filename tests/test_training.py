@@ -9,6 +9,7 @@ from model.dataset import leave_one_out
 from model.encoder import SequenceEncoder
 from model.encoder_training import next_item_loss, training_batches, validate_encoder
 from model.evaluation import EvaluationError, check_items, evaluate, memory_space_of
+from model.fusion_training import fusion_events
 from model.metrics import ranks, relative_gain, summary
 from model.optimisation import Progress, TrainingError, adamw, step
 from model.recommender import Recommender
@@ -30,8 +31,9 @@ def test_the_encoder_learns_a_cycle(tmp_path):
     assert max(report.validation["hr@5"] for report in encoder) > 0.9
 
 
-def test_equal_seeds_give_equal_checkpoints_and_an_interrupted_run_ends_the_same(tmp_path):
-    dataset, config = cyclic_dataset(), small_config(max_epochs=4)
+@pytest.mark.parametrize("more", [{}, {"fusion_targets": "validation"}])
+def test_equal_seeds_give_equal_checkpoints_and_an_interrupted_run_ends_the_same(tmp_path, more):
+    dataset, config = cyclic_dataset(), small_config(max_epochs=4, **more)
     whole = train(dataset, config, tmp_path / "whole")
 
     def interrupt(report):
@@ -45,6 +47,23 @@ def test_equal_seeds_give_equal_checkpoints_and_an_interrupted_run_ends_the_same
     assert resumed_at[0] == ("encoder", 3)
     assert parts.version == whole.version
     assert train(dataset, small_config(max_epochs=4, seed=1), tmp_path / "other").version != whole.version
+
+
+def test_the_fusion_is_fitted_on_events_that_the_encoder_never_saw_and_judged_on_other_users():
+    dataset = cyclic_dataset(users=40)
+    split, owner, event = leave_one_out(dataset), dataset.owners(), np.arange(len(dataset))
+    config = small_config().training
+    held_out = hold_out(dataset.users, config)
+    fitted, judging = fusion_events(dataset, config, held_out)
+    assert held_out.sum() == 6
+    assert np.array_equal(fitted, held_out[owner] & (event < split.train_end[owner]))
+    assert np.array_equal(np.flatnonzero(judging), split.validation)
+    config = small_config(fusion_targets="validation").training
+    held_out = hold_out(dataset.users, config)
+    fitted, judging = fusion_events(dataset, config, held_out)
+    assert not held_out.any()
+    assert np.array_equal(np.flatnonzero(fitted | judging), split.validation)
+    assert (fitted.sum(), judging.sum()) == (32, 8)
 
 
 def test_a_run_of_another_config_is_not_resumed(tmp_path):
