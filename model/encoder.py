@@ -23,6 +23,8 @@ from model.events import EncodeJob
 from model.rules import Ints, window_start
 
 BATCH_TOKENS = 16384
+SKETCH_SEED = 0
+"""The sketches do not depend on a run's seed, nor its training on them."""
 
 
 class Block(nn.Module):
@@ -70,7 +72,8 @@ class SequenceEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim)
         self.skip = nn.Parameter(torch.ones(()), requires_grad=config.skip)
-        self.sketches: Tensor = nn.Buffer(functional.normalize(torch.randn(items + 1, config.sketch), dim=-1))
+        drawn = torch.randn(items + 1, config.sketch, generator=torch.Generator().manual_seed(SKETCH_SEED))
+        self.sketches: Tensor = nn.Buffer(functional.normalize(drawn, dim=-1))
         self.apply(self._initialise)
         nn.init.normal_(self.bos, std=0.02)
 

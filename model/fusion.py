@@ -99,7 +99,9 @@ class CopyHead(nn.Module):
     """How much each collective memory is copied, and how much copying counts.
 
     c_j ∝ exp(β·similarity_j + w·(quality, recency, rating, log p(item_j))); λ from the best and mean similarity, how
-    concentrated c is, the user's entropy and bank size, and how sure the model is itself.
+    concentrated c is, the user's entropy and bank size, how sure the model is itself, and how much probability it gives
+    the memories' items: log Σ_j c_j·p(item_j), c without its last term. Were λ's odds proportional to that sum, P would
+    be ∝ p·(1 + κ·c): votes for what the model finds plausible.
     """
 
     def __init__(self, config: FusionConfig) -> None:
@@ -107,11 +109,11 @@ class CopyHead(nn.Module):
         self.sharpness = nn.Parameter(torch.tensor(math.log(config.copy_sharpness)))
         self.features = nn.Linear(4, 1, bias=False)
         nn.init.zeros_(self.features.weight)
-        nn.init.constant_(self.features.weight[0, 3:], LOG_P_SCALE / 3)
+        nn.init.constant_(self.features.weight[0, 3:], LOG_P_SCALE / 2)
         last = nn.Linear(16, 1)
         nn.init.zeros_(last.weight)
         nn.init.constant_(last.bias, COPY_START)
-        self.share = nn.Sequential(nn.Linear(7, 16), nn.GELU(), last)
+        self.share = nn.Sequential(nn.Linear(8, 16), nn.GELU(), last)
 
     def forward(self, memories: MemoryTokens, log_p: Tensor, repeat: Tensor) -> Copying:
         """log_p (B, K): the model's own log-probability of each collective item, 0 where it has none; repeat (B, K):
@@ -121,11 +123,20 @@ class CopyHead(nn.Module):
         similarity = features[..., 0]
         scaled = torch.cat([features[..., 1:4], log_p[..., None] / LOG_P_SCALE], dim=-1)
         affinity = similarity * self.sharpness.exp() + self.features(scaled)[..., 0] + repeat
-        weights = torch.softmax(affinity.masked_fill(~valid, -1e9), dim=1).masked_fill(~valid, 0.0)
-        return Copying(weights, self._share(memories, weights, similarity, log_p, valid))
+        affinity = affinity.masked_fill(~valid, -1e9)
+        weights = torch.softmax(affinity, dim=1).masked_fill(~valid, 0.0)
+        by_vote = affinity - self.features.weight[0, 3] * scaled[..., 3]
+        evidence = torch.logsumexp(torch.log_softmax(by_vote, dim=1) + log_p, dim=1).clamp(min=-3 * LOG_P_SCALE)
+        return Copying(weights, self._share(memories, weights, similarity, log_p, evidence, valid))
 
     def _share(
-        self, memories: MemoryTokens, weights: Tensor, similarity: Tensor, log_p: Tensor, valid: Tensor
+        self,
+        memories: MemoryTokens,
+        weights: Tensor,
+        similarity: Tensor,
+        log_p: Tensor,
+        evidence: Tensor,
+        valid: Tensor,
     ) -> Tensor:
         count = valid.sum(dim=1).clamp(min=1)
         concentration = torch.special.entr(weights).sum(dim=1) / math.log(100)
@@ -138,6 +149,7 @@ class CopyHead(nn.Module):
                 torch.log1p(memories.size) / LOG_P_SCALE,
                 (weights * log_p).sum(dim=1) / LOG_P_SCALE,
                 log_p.masked_fill(~valid, -LOG_P_SCALE).amax(dim=1) / LOG_P_SCALE,
+                evidence / LOG_P_SCALE,
             ],
             dim=1,
         )
