@@ -1,9 +1,9 @@
 """Runs in RecBole's own environment (see baselines.py) and imports nothing of ours.
 
-train MODEL DATA EPOCHS OUT.json    a sequential model on ML-100K, with seconds and validation NDCG@10 after each
-                                    epoch (unmasked by RecBole; masked: without all else that the user ever takes), and
-                                    test metrics, unmasked and masked, from its full score matrix
-metrics RANKS.npz OUT.json          RecBole's evaluator on scores and targets of ours
+train MODEL DATA NAME EPOCHS OUT.json   a sequential model on DATA/NAME, with seconds and validation NDCG@10 after each
+                                        epoch (unmasked by RecBole; masked: without all else that the user ever takes),
+                                        and test metrics, unmasked and masked, from its full score matrix
+metrics RANKS.npz OUT.json              RecBole's evaluator on scores and targets of ours
 """
 
 import builtins
@@ -45,8 +45,8 @@ SETTINGS = {
 }
 
 
-def train(model: str, data: str, epochs: str, out: str) -> None:
-    config = Config(model=model, dataset="ml-100k", config_dict=SETTINGS | {"data_path": data, "epochs": int(epochs)})
+def train(model: str, data: str, name: str, epochs: str, out: str) -> None:
+    config = Config(model=model, dataset=name, config_dict=SETTINGS | {"data_path": data, "epochs": int(epochs)})
     init_seed(config["seed"], True)
     dataset = create_dataset(config)
     parts = data_preparation(config, dataset)

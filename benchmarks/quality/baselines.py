@@ -1,7 +1,7 @@
-"""Others' code in the same harness: RecBole's SASRec and BERT4Rec on ML-100K, and RecBole's evaluator on our scores.
+"""Others' code in the same harness: RecBole's SASRec and BERT4Rec, RecTools' SASRec, RecBole's evaluator on our scores.
 
-RecBole is installed into an environment of its own under the run folder; nothing of it is a dependency. Timings only
-mean something on an otherwise idle machine; ours and theirs run one after the other in one call, with the same threads.
+Each library is installed into an environment of its own under the run folder; none is a dependency. Timings only mean
+something on an otherwise idle machine; ours and theirs run one after the other in one call, with the same threads.
 """
 
 from __future__ import annotations
@@ -19,43 +19,85 @@ import numpy as np
 import torch
 
 from api.cli import measured_with
+from benchmarks.quality.run import FILES
 from model.config import load_config
-from model.dataset import leave_one_out, read_dataset
-from model.encoder import SequenceEncoder, encode_states
+from model.dataset import Dataset, leave_one_out, read_dataset
+from model.encoder import encode_states
 from model.encoder_training import fit_encoder
 from model.metrics import ranks, summary
 from model.optimisation import Epoch
 from model.recommender import Recommender
 from model.replay import state_requests
 
-PINNED = ("recbole==1.2.1", "torch==2.13.0", "numpy<2", "pandas<3", "scipy<1.14", "setuptools<81")
-SCRIPT = Path(__file__).with_name("baseline_recbole.py")
+ENVIRONMENTS = {
+    "recbole": ("recbole==1.2.1", "torch==2.13.0", "numpy<2", "pandas<3", "scipy<1.14", "setuptools<81"),
+    "rectools": ("rectools==0.19.0", "torch==2.13.0", "pytorch-lightning==2.5.2", "setuptools<81"),
+}
+HERE = Path(__file__).parent
+EPOCHS = {"ml-100k": 4, "beauty": 3}
+"""Of ours and of RecTools'; RecBole's are as many as `--epochs` says."""
 
 
-def environment(folder: Path) -> Path:
-    """Python of an environment with RecBole, made if it is not there."""
-    python = folder / "bin" / "python"
+def environment(folder: Path, name: str) -> Path:
+    """Python of an environment with a baseline's library, made if it is not there."""
+    python = folder / name / "bin" / "python"
     if not python.exists():
-        venv.create(folder, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *PINNED], check=True)
+        venv.create(folder / name, with_pip=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *ENVIRONMENTS[name]], check=True)
     return python.absolute()
 
 
-def recbole(python: Path, model: str, data: Path, epochs: int, out: Path) -> dict[str, Any]:
-    """Train a model of RecBole's and read its report. RecBole logs into its working folder, so it gets one."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    command = [python, SCRIPT.absolute(), "train", model, data.absolute(), str(epochs), out.absolute()]
-    subprocess.run([str(part) for part in command], check=True, cwd=out.parent)
-    report: dict[str, Any] = json.loads(out.read_text())
-    expected = {"users": 943, "items": 1349, "interactions": 99287}
+def run(python: Path, script: str, *words: object, folder: Path) -> None:
+    """Run a script of this folder in another environment; libraries log into their working folder, so they get one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run([str(part) for part in (python, (HERE / script).absolute(), *words)], check=True, cwd=folder)
+
+
+def recbole(python: Path, model: str, dataset: Dataset, data: Path, epochs: int, out: Path) -> dict[str, Any]:
+    """Train a model of RecBole's on an atomic file and read its report."""
+    file = (out / f"{data.name}-{model}.json").absolute()
+    run(python, "baseline_recbole.py", "train", model, data.parent.absolute(), data.name, epochs, file, folder=out)
+    report: dict[str, Any] = json.loads(file.read_text())
+    expected = {"users": dataset.users, "items": dataset.item_count, "interactions": len(dataset)}
     if report["data"] != expected:
         raise SystemExit(f"RecBole sees other data: {report['data']}, wanted {expected}")
     return report
 
 
-def ours(data: Path, epochs: int, out: Path) -> list[dict[str, float]]:
+def atomic(dataset: Dataset, name: str, folder: Path) -> Path:
+    """A dataset without times as a RecBole folder: the order within each user stands for the time."""
+    place = folder / "atomic" / name
+    place.mkdir(parents=True, exist_ok=True)
+    rows = zip(dataset.owners(), dataset.items, dataset.positions(), strict=True)
+    lines = [f"{user}\t{item}\t{when}" for user, item, when in rows]
+    head = "user_id:token\titem_id:token\ttimestamp:float"
+    (place / f"{name}.inter").write_text("\n".join([head, *lines]) + "\n")
+    return place
+
+
+def rectools(python: Path, dataset: Dataset, name: str, epochs: int, out: Path) -> dict[str, Any]:
+    """Train RecTools' SASRec on the training events and read its report."""
+    out.mkdir(parents=True, exist_ok=True)
+    events, file = (out / f"{name}-events.npz").absolute(), (out / f"{name}-rectools.json").absolute()
+    split, owner = leave_one_out(dataset), dataset.owners()
+    training = np.arange(len(dataset)) < split.train_end[owner]
+    asked = np.flatnonzero(split.validation >= 0)
+    np.savez(
+        events,
+        user=owner[training],
+        item=dataset.items[training],
+        order=dataset.positions()[training],
+        asked=asked,
+        target=dataset.items[split.validation[asked]],
+    )
+    run(python, "baseline_rectools.py", events, epochs, file, folder=out)
+    report: dict[str, Any] = json.loads(file.read_text())
+    return report
+
+
+def ours(dataset: Dataset, name: str, epochs: int, out: Path) -> list[dict[str, float]]:
     """Seconds and validation NDCG@10 (what was had left out) after each epoch of our encoder, on all users."""
-    dataset, config = read_dataset(data / "ml-100k"), load_config("ml-100k")
+    config = load_config(name)
     settings = config.training.model_copy(update={"max_epochs": epochs})
     curve: list[dict[str, float]] = []
     begin = time.perf_counter()
@@ -63,10 +105,10 @@ def ours(data: Path, epochs: int, out: Path) -> list[dict[str, float]]:
     def after(epoch: Epoch) -> None:
         seconds = time.perf_counter() - begin
         curve.append({"epoch": epoch.epoch, "seconds": seconds, "ndcg@10": epoch.validation["ndcg@10"]})
+        print(f"ours {name}", curve[-1], flush=True)
 
     everybody = np.ones(dataset.users, bool)
-    encoder = fit_encoder(dataset, config.model_copy(update={"training": settings}), everybody, out, after)
-    assert isinstance(encoder, SequenceEncoder)
+    fit_encoder(dataset, config.model_copy(update={"training": settings}), everybody, out, after)
     return curve
 
 
@@ -79,22 +121,33 @@ def times_faster(mine: list[dict[str, float]], theirs: list[dict[str, float]]) -
     return {"validation ndcg@10": goal, "ours_s": ours_s, "theirs_s": theirs_s, "ratio": ratio}
 
 
-def same_metrics(python: Path, run: Path, data: Path, out: Path) -> dict[str, Any]:
+def same_metrics(python: Path, checkpoint: Path, dataset: Dataset, out: Path) -> dict[str, Any]:
     """Our summary and RecBole's evaluator on the same scores of our encoder on the test items."""
-    recommender, dataset = Recommender.load(run), read_dataset(data / "ml-100k")
+    recommender = Recommender.load(checkpoint)
     event = leave_one_out(dataset).test
     states = encode_states(recommender.encoder, state_requests(dataset, event, dataset.item_count))
     with torch.inference_mode():
         scores = recommender.encoder.logits(torch.from_numpy(states)).numpy()
     target = dataset.items[event].astype(np.int64)
     out.mkdir(parents=True, exist_ok=True)
-    np.savez(out / "scores.npz", scores=scores, target=target)
-    files = [(out / name).absolute() for name in ("scores.npz", "metrics.json")]
-    subprocess.run([str(part) for part in (python, SCRIPT.absolute(), "metrics", *files)], check=True, cwd=out)
-    mine, theirs = summary(ranks(scores, target)), json.loads(files[1].read_text())
+    stored, found = ((out / name).absolute() for name in ("scores.npz", "metrics.json"))
+    np.savez(stored, scores=scores, target=target)
+    run(python, "baseline_recbole.py", "metrics", stored, found, folder=out)
+    mine, theirs = summary(ranks(scores, target)), json.loads(found.read_text())
     pairs = {name: (mine[name.replace("hit", "hr")], theirs[name]) for name in theirs}
     equal = all(round(a, 4) == round(b, 4) for a, b in pairs.values())
     return {"ours": {name: a for name, (a, _) in pairs.items()}, "recbole": theirs, "equal_to_4_decimals": equal}
+
+
+def compared(name: str, dataset: Dataset, data: Path, models: list[str], epochs: int, out: Path) -> dict[str, Any]:
+    """Everybody's training on one dataset, one after the other."""
+    report: dict[str, Any] = {"ours": ours(dataset, name, EPOCHS[name], out / f"ours-{name}-{int(time.time())}")}
+    found = {"RecTools SASRec": rectools(environment(out, "rectools"), dataset, name, EPOCHS[name], out)}
+    for model in models:
+        found[f"RecBole {model}"] = recbole(environment(out, "recbole"), model, dataset, data, epochs, out)
+    faster = {who: times_faster(report["ours"], one["curve"]) for who, one in found.items()}
+    print(json.dumps(faster, indent=1), flush=True)
+    return report | found | {"times_faster": faster}
 
 
 def main() -> None:
@@ -103,20 +156,24 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path, default=Path("runs/baselines"))
     parser.add_argument(
-        "--run", type=Path, default=Path("runs/ml-100k-seed0"), help="checkpoint whose scores are compared"
+        "--run", type=Path, default=Path("runs/ml-100k-seed0"), help="ML-100K run; its scores are compared"
     )
-    parser.add_argument("--epochs", type=int, default=3, help="epochs of each baseline")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs of each RecBole model")
+    parser.add_argument("--datasets", nargs="*", default=list(EPOCHS), choices=list(EPOCHS))
     parser.add_argument("--models", nargs="*", default=["SASRec", "BERT4Rec"])
     asked = parser.parse_args()
-    python = environment(asked.out / "recbole")
-    report: dict[str, Any] = {"metrics": same_metrics(python, asked.run, asked.data, asked.out)}
-    report["ours"] = ours(asked.data, 4, asked.out / f"ours-{int(time.time())}")
-    for model in asked.models:
-        report[model] = recbole(python, model, asked.data, asked.epochs, asked.out / f"{model}.json")
-    report["times_faster"] = {model: times_faster(report["ours"], report[model]["curve"]) for model in asked.models}
-    report["about"] = measured_with() | {"command": " ".join(["python -m benchmarks.quality.baselines", *sys.argv[1:]])}
-    print(json.dumps({name: report[name] for name in ("times_faster", "metrics")}, indent=1))
-    Path(__file__).with_name("baselines.json").write_text(json.dumps(report, indent=1) + "\n")
+    out = asked.out.absolute()
+    report: dict[str, Any] = {}
+    for name in asked.datasets:
+        file = asked.data / FILES[name]
+        dataset = read_dataset(file, load_config(name).dataset)
+        data = file if file.is_dir() else atomic(dataset, name, out)
+        if name == "ml-100k":
+            report["metrics"] = same_metrics(environment(out, "recbole"), asked.run, dataset, out)
+        report[name] = compared(name, dataset, data, asked.models, asked.epochs, out)
+    command = " ".join(["python -m benchmarks.quality.baselines", *sys.argv[1:]])
+    report["about"] = measured_with() | {"command": command}
+    (HERE / "baselines.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
