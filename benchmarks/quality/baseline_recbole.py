@@ -49,7 +49,9 @@ def train(model: str, data: str, name: str, epochs: str, out: str) -> None:
     config = Config(model=model, dataset=name, config_dict=SETTINGS | {"data_path": data, "epochs": int(epochs)})
     init_seed(config["seed"], True)
     dataset = create_dataset(config)
-    parts = data_preparation(config, dataset)
+    about = {"users": dataset.user_num - 1, "items": dataset.item_num - 1, "interactions": dataset.inter_num}
+    had = history(dataset)
+    parts = data_preparation(config, dataset)  # which drops every user's first event from the dataset
     network = get_model(model)(config, parts[0].dataset)
     trainer = get_trainer(config["MODEL_TYPE"], model)(config, network)
     begin, curve, aside = time.perf_counter(), [], 0.0
@@ -57,7 +59,7 @@ def train(model: str, data: str, name: str, epochs: str, out: str) -> None:
     def after(epoch: int, score: float) -> None:
         nonlocal aside
         now = time.perf_counter()
-        masked = figures(ranks(network, parts[1], dataset)[1])["ndcg@10"]
+        masked = figures(ranks(network, parts[1], had)[1])["ndcg@10"]
         curve.append(
             {"epoch": epoch + 1, "seconds": now - begin - aside, "ndcg@10": float(score), "ndcg@10, masked": masked}
         )
@@ -66,21 +68,23 @@ def train(model: str, data: str, name: str, epochs: str, out: str) -> None:
         print(model, curve[-1], flush=True)
 
     trainer.fit(parts[0], parts[1], saved=False, callback_fn=after)
-    unmasked, masked = ranks(network, parts[2], dataset)
-    about = {"users": dataset.user_num - 1, "items": dataset.item_num - 1, "interactions": dataset.inter_num}
+    unmasked, masked = ranks(network, parts[2], had)
     by_recbole = {name: float(value) for name, value in trainer.evaluate(parts[2], load_best_model=False).items()}
     report = {"model": model, "data": about, "curve": curve, "test by RecBole": by_recbole}
     Path(out).write_text(json.dumps(report | {"test, unmasked": figures(unmasked), "test, masked": figures(masked)}))
 
 
+def history(dataset: object) -> np.ndarray:
+    """(users, items) True where a user ever takes an item."""
+    had = np.zeros((dataset.user_num, dataset.item_num), bool)
+    had[np.asarray(dataset.inter_feat["user_id"]), np.asarray(dataset.inter_feat["item_id"])] = True
+    return had
+
+
 @torch.no_grad()
-def ranks(network: torch.nn.Module, test: object, dataset: object) -> tuple[np.ndarray, np.ndarray]:
+def ranks(network: torch.nn.Module, test: object, had: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Ranks of the test items, ties counted against us: among all items, and with the history less the target out."""
     network.eval()
-    users = dataset.inter_feat["user_id"].numpy()
-    items = dataset.inter_feat["item_id"].numpy()
-    had = np.zeros((dataset.user_num, dataset.item_num), bool)
-    had[users, items] = True
     found = [], []
     for interaction, _, _, target in test:
         scores = network.full_sort_predict(interaction).view(len(interaction), -1).numpy()
@@ -88,9 +92,9 @@ def ranks(network: torch.nn.Module, test: object, dataset: object) -> tuple[np.n
         rows, target = np.arange(len(scores)), np.asarray(target)
         own = scores[rows, target][:, None]
         found[0].append((scores >= own).sum(axis=1))
-        history = had[interaction["user_id"].numpy()]
-        history[rows, target] = False
-        scores[history] = -np.inf
+        others = had[interaction["user_id"].numpy()]
+        others[rows, target] = False
+        scores[others] = -np.inf
         found[1].append((scores >= own).sum(axis=1))
     return np.concatenate(found[0]), np.concatenate(found[1])
 

@@ -151,7 +151,7 @@ def compared(name: str, dataset: Dataset, data: Path, models: list[str], epochs:
 
 
 def main() -> None:
-    """Write baselines.json beside this file."""
+    """Write what is asked for into baselines.json beside this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path, default=Path("runs/baselines"))
@@ -163,7 +163,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["SASRec", "BERT4Rec"])
     asked = parser.parse_args()
     out = asked.out.absolute()
-    report: dict[str, Any] = {}
+    file_out = HERE / "baselines.json"
+    report: dict[str, Any] = json.loads(file_out.read_text()) if file_out.exists() else {}
     for name in asked.datasets:
         file = asked.data / FILES[name]
         dataset = read_dataset(file, load_config(name).dataset)
@@ -171,9 +172,9 @@ def main() -> None:
         if name == "ml-100k":
             report["metrics"] = same_metrics(environment(out, "recbole"), asked.run, dataset, out)
         report[name] = compared(name, dataset, data, asked.models, asked.epochs, out)
-    command = " ".join(["python -m benchmarks.quality.baselines", *sys.argv[1:]])
-    report["about"] = measured_with() | {"command": command}
-    (HERE / "baselines.json").write_text(json.dumps(report, indent=1) + "\n")
+        command = " ".join(["python -m benchmarks.quality.baselines", *sys.argv[1:]])
+        report[name]["about"] = measured_with() | {"command": command}
+        file_out.write_text(json.dumps(report, indent=1) + "\n")  # now: the next one may take long
 
 
 if __name__ == "__main__":
