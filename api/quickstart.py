@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -116,6 +117,12 @@ def _narrowest_and_most_diverse(url: str, users: list[str]) -> tuple[str, str]:
     return min(found)[1], max(found)[1]
 
 
+def raised(reason: dict[str, Any]) -> float:
+    """How much a memory raises an item's probability: by its part in the logit, and by what is copied from it."""
+    logit, copied = float(reason["logit"]), float(reason["copied"])
+    return math.exp(logit) / (1 - min(copied, 1 - 1e-6)) - 1
+
+
 def _show(url: str, who: str, user: str, titles: dict[str, Any], asked: dict[str, Any] | None = None) -> None:
     """One user's entropy, K and top-5, and the memories that speak most for each."""
     answer = _post(f"{url}/recommend", {"user_id": user, "top_n": 5, "explain": True, **(asked or {})})
@@ -127,9 +134,9 @@ def _show(url: str, who: str, user: str, titles: dict[str, Any], asked: dict[str
     )
     table.add_column("recommended", max_width=40)
     table.add_column("log P", justify="right")
-    table.add_column("because of (part of its logit)", min_width=30)
+    table.add_column("because of (raises its probability by)", min_width=30)
     for item in answer["items"]:
-        reasons = [f"{titles.get(r['item_id'], r['item_id'])} ({r['logit']:+.2f})" for r in item.get("because") or []]
+        reasons = [f"{titles.get(r['item_id'], r['item_id'])} ({raised(r):+.1%})" for r in item.get("because") or []]
         table.add_row(str(titles.get(item["item_id"], item["item_id"])), f"{item['score']:.2f}", ", ".join(reasons))
     console.print(table)
 
