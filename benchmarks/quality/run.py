@@ -167,7 +167,7 @@ def main() -> None:
             name: {part: one[part] for part in ("entropy", "k", "collective_k")} for name, one in reports.items()
         },
         "experiments": {} if asked.no_experiments else experiments(bench),
-        "about": measured_with() | {"command": "make bench-quality"},
+        "about": measured_with() | {"command": " ".join(["python -m benchmarks.quality.run", *sys.argv[1:]])},
     }
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     report.write(results, HERE, {name: bench.runs / f"{name}-seed0" for name in reports})
