@@ -249,7 +249,7 @@ def _user_line(user_id: str, record: UserRecord, ids: list[str]) -> UserLine:
 
 def _record(user: UserLine, number_of: dict[str, int], rules: RulesConfig) -> UserRecord:
     n, state = len(user.entries), np.frombuffer(user.state, "<f4")
-    banks = Banks(1, len(state), rules.model_copy(update={"capacity": max(n, rules.capacity)}))
+    banks = Banks(1, len(state), rules)
     for name in ENTRY_FIELDS:
         banks.fields[name][0, :n] = [_value(entry, name, number_of) for entry in user.entries]
     banks.key[0, :n] = np.frombuffer(user.keys, KEY).reshape(n, len(state))
