@@ -37,9 +37,10 @@ from memory_service.schemas import (
     Users,
     WriteRequest,
 )
-from memory_service.service import BadRequest, MemoryService, ModelMismatch
+from memory_service.service import MemoryService, ModelMismatch
 from memory_service.settings import MemorySettings
 from memory_service.store import Store, StoreUnavailable
+from memory_service.wire import BadRequest
 from model.checkpoint import load_checkpoint
 
 RETRY_AFTER_S = 1
@@ -87,7 +88,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     loading.cancel()
     await asyncio.gather(loading, return_exceptions=True)
-    await app.state.service.store.close()
+    await app.state.service.close()
 
 
 async def _load(app: FastAPI) -> None:

@@ -54,9 +54,16 @@ class CollectiveScope:
             )
         self.ready = True
 
-    def put(self, records: Iterable[tuple[str, UserRecord]]) -> None:
-        """Make these the users' entries; a record that does not share, or is of another model, has none."""
-        new = [(name, record) for name, record in records if self._version.get(name) != record.version]
+    def put(self, records: Iterable[tuple[str, UserRecord]], newer_only: bool = False) -> None:
+        """Make these the users' entries; a record that does not share, or is of another model, has none.
+
+        With `newer_only` a record older than what is here changes nothing: a later write was faster.
+        """
+        new = [
+            (name, record)
+            for name, record in records
+            if (here := self._version.get(name, 0)) != record.version and not (newer_only and here > record.version)
+        ]
         shared = [(name, record) for name, record in new if self._shares(record)]
         for name, record in new:
             if not self._shares(record):

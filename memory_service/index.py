@@ -20,65 +20,46 @@ from numpy.typing import NDArray
 from model.bank import KEY
 from model.rules import Floats, Ints
 
-BLOCK = 16_384
-"""Lists an index has; more users get more indexes."""
-
 
 class OwnIndex:
-    """Keys of users' banks by slot. Slots are handed out by `claim` and reused after `drop`."""
+    """Keys of users' banks by slot, 0 ≤ slot < slots. The place of a key is its rank in the bank it was put with."""
 
-    def __init__(self, dim: int) -> None:
-        self.dim = dim
-        self._blocks: list[faiss.IndexIVFScalarQuantizer] = []
-        self._free: list[int] = []
+    def __init__(self, dim: int, slots: int, capacity: int) -> None:
+        self.dim, self.capacity = dim, capacity
+        self._index: Any = faiss.IndexIVFScalarQuantizer(
+            faiss.IndexFlatIP(dim), dim, slots, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False
+        )
+        self._index.is_trained, self._index.nprobe = True, 1
+        self._places = np.arange(capacity, dtype=np.int64)
 
-    def claim(self) -> int:
-        """A slot with an empty list."""
-        if not self._free:
-            first = len(self._blocks) * BLOCK
-            self._blocks.append(_block(self.dim))
-            self._free = list(range(first + BLOCK - 1, first - 1, -1))
-        return self._free.pop()
+    def put(self, slots: Ints, keys: NDArray[np.float16], sizes: Ints) -> None:
+        """Replace the lists of slots (B,) by the first sizes (B,) of keys (B, ≥ size, d) fp16."""
+        lists, places = self._index.invlists, faiss.swig_ptr(self._places)
+        for slot, bank, size in zip(slots.tolist(), np.asarray(keys, KEY), sizes.tolist(), strict=True):
+            codes = np.ascontiguousarray(bank[:size]).view(np.uint8)
+            lists.resize(slot, 0)
+            if size:
+                lists.add_entries(slot, size, places, faiss.swig_ptr(codes))
 
-    def put(self, slot: int, keys: NDArray[np.float16]) -> None:
-        """Replace a list by keys (n, d) fp16; the n-th gets id n."""
-        lists, number = self._list(slot)
-        lists.resize(number, 0)
-        if len(keys):
-            codes = np.ascontiguousarray(keys, KEY).view(np.uint8)
-            ids = np.arange(len(keys), dtype=np.int64)
-            lists.add_entries(number, len(keys), faiss.swig_ptr(ids), faiss.swig_ptr(codes))
+    def drop(self, slots: Ints) -> None:
+        """Empty the lists of slots."""
+        for slot in slots.tolist():
+            self._index.invlists.resize(slot, 0)
 
-    def drop(self, slot: int) -> None:
-        """Empty a list and take its slot back."""
-        lists, number = self._list(slot)
-        lists.resize(number, 0)
-        self._free.append(slot)
+    def search(self, slots: Ints, queries: Floats, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """The k most similar keys of one list for each query, best first: similarity and place, (B, k).
 
-    def search(self, slots: Ints, queries: Floats, width: int) -> NDArray[np.float32]:
-        """Similarity of every key of each slot's list: (B, width) float32 by id, −inf where there is none.
-
-        Args:
-            slots: (B,). queries: (B, d). width: more than the largest id.
+        Where a list has fewer, the places are −1. Args: slots: (B,). queries: (B, d).
         """
-        found = np.full((len(slots), width), -np.inf, np.float32)
-        for block in np.unique(slots // BLOCK):
-            rows = np.flatnonzero(slots // BLOCK == block)
-            lists = (slots[rows] % BLOCK).astype(np.int64)[:, None]
-            asked = np.ascontiguousarray(queries[rows], np.float32)
-            similarity, ids = self._blocks[block].search_preassigned(asked, width, lists, np.zeros(lists.shape, "f4"))
-            hit = ids >= 0
-            found[np.broadcast_to(rows[:, None], ids.shape)[hit], ids[hit]] = similarity[hit]
+        lists = np.ascontiguousarray(slots, np.int64)[:, None]
+        asked = np.ascontiguousarray(queries, np.float32)
+        similarity, places = self._index.search_preassigned(asked, k, lists, np.zeros(lists.shape, np.float32))
+        return similarity, places
+
+    def similarities(self, slots: Ints, queries: Floats) -> NDArray[np.float32]:
+        """Similarity of every key of each slot's list: (B, capacity) by place, −inf where there is none."""
+        similarity, places = self.search(slots, queries, self.capacity)
+        found = np.full((len(slots), self.capacity), -np.inf, np.float32)
+        row, at = np.nonzero(places >= 0)
+        found[row, places[row, at]] = similarity[row, at]
         return found
-
-    def _list(self, slot: int) -> tuple[Any, int]:
-        return self._blocks[slot // BLOCK].invlists, slot % BLOCK
-
-
-def _block(dim: int) -> faiss.IndexIVFScalarQuantizer:
-    quantizer = faiss.IndexFlatIP(dim)
-    index = faiss.IndexIVFScalarQuantizer(
-        quantizer, dim, BLOCK, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False
-    )
-    index.is_trained, index.nprobe = True, 1
-    return index

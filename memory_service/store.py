@@ -18,43 +18,70 @@ from __future__ import annotations
 import logging
 import os
 import struct
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import blake2b, sha1
 from typing import Any
 
+import numpy as np
 import redis.asyncio as redis
 from redis.asyncio.client import Pipeline
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import (
     BusyLoadingError,
     ConnectionError,
+    NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
     ResponseError,
     TimeoutError,
 )
 
-from memory_service.record import VERSION_BYTES, RecordError, pack_record, unpack_record
+from memory_service.record import RecordError, pack_record, unpack_record
 from model.config import RulesConfig
 from model.events import UserRecord
 
 TOMBSTONE_S = 30 * 86400
 TOMBSTONE = struct.Struct("<dQ")
 SCAN_COUNT = 1000
+COMMIT_USERS = 64
+"""Records that one script call stores: Redis serves nobody else meanwhile, about half a millisecond."""
+Command = tuple[bytes | str | int, ...]
 log = logging.getLogger(__name__)
 
 NUMBERS, IDS, ABOUT, HIDDEN, REVISION = (
     f"ramrec:catalogue:{{items}}:{name}" for name in ("number", "id", "about", "hidden", "revision")
 )
 
-COMMIT = """
-local current = redis.call('GETRANGE', KEYS[1], 8, 15)
-if current ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[1], ARGV[2])
-return 1
+VERSIONS = """
+local found = {}
+for i, key in ipairs(KEYS) do
+  local version = redis.call('GETRANGE', key, 8, 15)
+  found[i] = version ~= '' and version or string.rep('\\0', 8)
+end
+return table.concat(found)
 """
-"""Compare-and-set of one record: stored only while its version is the one that the write was computed from."""
+"""Versions of records, 8 bytes each; zeros where there is none."""
+
+COMMIT = """
+local done = {}
+for i, key in ipairs(KEYS) do
+  if redis.call('GETRANGE', key, 8, 15) == ARGV[2 * i] then
+    if ARGV[1] == '0' then
+      redis.call('SET', key, ARGV[2 * i + 1])
+    else
+      redis.call('SET', key, ARGV[2 * i + 1], 'EX', ARGV[1])
+    end
+    done[i] = 1
+  else
+    done[i] = 0
+  end
+end
+return done
+"""
+"""Compare-and-set of records: each is stored only while its version is the one that the write was computed from."""
 
 FORGET = """
 local current = redis.call('GETRANGE', KEYS[1], 8, 15)
@@ -101,6 +128,15 @@ class Tombstone:
 
 
 @dataclass(frozen=True)
+class Look:
+    """What one round trip found: versions (0: no record), records as bytes, tombstones, in the order asked."""
+
+    versions: list[int]
+    records: list[bytes | None]
+    stones: list[Tombstone | None]
+
+
+@dataclass(frozen=True)
 class CatalogueItem:
     """One item as Redis keeps it; `about` is JSON, empty where there is none."""
 
@@ -120,14 +156,16 @@ def version_bytes(version: int) -> bytes:
 
 
 class Store:
-    """Records, tombstones and catalogue in one Redis. `rules` lay out the banks that are read."""
+    """Records, tombstones and catalogue in one Redis. `rules` lay out the banks that are read; records expire
+    `idle_s` seconds after their last write (0: never).
+    """
 
-    def __init__(self, url: str, rules: RulesConfig, timeout_s: float) -> None:
-        self.rules = rules
-        self._redis = redis.Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
-        self._commit = self._redis.register_script(COMMIT)
-        self._forget = self._redis.register_script(FORGET)
-        self._register = self._redis.register_script(REGISTER)
+    def __init__(self, url: str, rules: RulesConfig, timeout_s: float, idle_s: int = 0) -> None:
+        self.rules, self.idle_s = rules, idle_s
+        once_more = Retry(NoBackoff(), 1, supported_errors=(ConnectionError,))  # pooled connections go stale
+        self._redis = redis.Redis.from_url(
+            url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=once_more
+        )
         self._secret = b""
 
     async def close(self) -> None:
@@ -141,44 +179,66 @@ class Store:
 
     # ------------------------------------------------------------------------------------------ records
 
+    async def look(self, check: Sequence[str], load: Sequence[str] = (), stones: Sequence[str] = ()) -> Look:
+        """Versions of some users' records, others' records, and tombstones. One round trip."""
+        commands: list[Command] = []
+        if check:
+            commands.append(self._script(VERSIONS, [user_key(user) for user in check], ()))
+        if load:
+            commands.append(("MGET", *map(user_key, load)))
+        if stones:
+            commands.append(("MGET", *[await self._tombstone_key(user) for user in stones]))
+        found = iter(await self._send(commands))
+        versions = np.frombuffer(next(found), "<u8").tolist() if check else []
+        records = next(found) if load else []
+        return Look(versions, records, [_tombstone(data) for data in next(found)] if stones else [])
+
     async def versions(self, users: Sequence[str]) -> list[int]:
         """Version of each user's record, 0 where there is none. One round trip."""
-        async with self._pipeline() as pipe:
-            for user in users:
-                pipe.getrange(user_key(user), VERSION_BYTES.start, VERSION_BYTES.stop - 1)
-            return [int.from_bytes(found, "little") for found in await pipe.execute()]
+        return (await self.look(users)).versions
 
-    async def load(self, users: Sequence[str]) -> list[UserRecord | None]:
+    async def load(self, users: Sequence[str]) -> dict[str, UserRecord | None]:
         """Records, None where there is none. One round trip. Raises RecordError for damaged ones."""
-        if not users:
-            return []
-        async with self._translated():
-            found: list[Any] = await self._redis.mget([user_key(user) for user in users])
-        return [None if data is None else unpack_record(data, self.rules) for data in found]
+        return self.unpack(users, (await self.look((), users)).records)
+
+    def unpack(self, users: Sequence[str], found: Sequence[bytes | None]) -> dict[str, UserRecord | None]:
+        """What was found of these users as records. Raises RecordError for a damaged one."""
+        records: dict[str, UserRecord | None] = {}
+        for user, data in zip(users, found, strict=True):
+            try:
+                records[user] = None if data is None else unpack_record(data, self.rules)
+            except RecordError as error:
+                raise RecordError(f"user {user!r}: {error}") from error
+        return records
 
     async def load_readable(self, users: Sequence[str]) -> dict[str, UserRecord]:
         """The records that are there and undamaged; a damaged one is logged. One round trip."""
-        if not users:
-            return {}
-        async with self._translated():
-            found: list[Any] = await self._redis.mget([user_key(user) for user in users])
+        return self.readable(users, (await self.look((), users)).records)
+
+    def readable(self, users: Collection[str], found: Sequence[bytes | None]) -> dict[str, UserRecord]:
+        """What was found of these users as records; a damaged one is logged and left out."""
         records = {}
         for user, data in zip(users, found, strict=True):
             try:
                 if data is not None:
                     records[user] = unpack_record(data, self.rules)
             except RecordError as error:
-                log.warning("left out of the collective scope: %s: %s", user_key(user), error)
+                log.error("left out: the record %s: %s", user_key(user), error)
         return records
 
     async def commit(self, writes: Sequence[tuple[str, int, UserRecord]]) -> list[bool]:
-        """Store records (user, the version each was computed from, record); False where another came first."""
-        async with self._pipeline() as pipe:
-            for user, expected, record in writes:
-                await self._commit(
-                    keys=[user_key(user)], args=[version_bytes(expected), pack_record(record)], client=pipe
-                )
-            return [bool(done) for done in await pipe.execute()]
+        """Store records (user, the version each was computed from, record); False where another came first.
+
+        Each record is stored or not as a whole. One round trip.
+        """
+        commands: list[Command] = []
+        for at in range(0, len(writes), COMMIT_USERS):
+            some = writes[at : at + COMMIT_USERS]
+            args: list[bytes | int] = [self.idle_s]
+            for _, expected, record in some:
+                args += [version_bytes(expected), pack_record(record)]
+            commands.append(self._script(COMMIT, [user_key(user) for user, _, _ in some], args))
+        return [bool(done) for some in await self._send(commands) for done in some]
 
     async def forget(self, user: str, now: float) -> bool:
         """Delete everything about a user and leave a tombstone; whether a record was there. Idempotent."""
@@ -191,16 +251,12 @@ class Store:
             stone = TOMBSTONE.pack(max(now, old.time if old else 0.0), last)
             async with self._translated():  # tombstone first: a crash in between forgets nothing silently
                 await self._redis.set(await self._tombstone_key(user), stone, ex=TOMBSTONE_S)
-                if await self._forget(keys=[user_key(user)], args=[version_bytes(version)]):
-                    return version > 0
+            if (await self._send([self._script(FORGET, [user_key(user)], [version_bytes(version)])]))[0]:
+                return version > 0
 
     async def tombstones(self, users: Sequence[str]) -> list[Tombstone | None]:
         """Tombstones, None where there is none. One round trip."""
-        if not users:
-            return []
-        async with self._translated():
-            found: list[Any] = await self._redis.mget([await self._tombstone_key(user) for user in users])
-        return [None if data is None else Tombstone(*TOMBSTONE.unpack(data)) for data in found]
+        return (await self.look((), (), users)).stones
 
     async def all_users(self, batch: int) -> AsyncIterator[list[str]]:
         """Ids of all users who have a record, in batches; one may be named twice. Does not block Redis."""
@@ -232,9 +288,9 @@ class Store:
             args += [item.item_id, item.about, "1" if item.hidden else "0"]
         if len(args) == 1:
             return []
-        async with self._translated():
-            numbers: list[int] = await self._register(keys=[NUMBERS, IDS, ABOUT, HIDDEN, REVISION], args=args)
-            return numbers
+        script = self._script(REGISTER, [NUMBERS, IDS, ABOUT, HIDDEN, REVISION], args)
+        numbers: list[int] = (await self._send([script]))[0]
+        return numbers
 
     async def hide(self, item_ids: Sequence[str]) -> None:
         """Keep items out of recommendations."""
@@ -269,10 +325,28 @@ class Store:
 
     async def _tombstone_key(self, user: str) -> str:
         if not self._secret:
-            await self._redis.set("ramrec:secret", os.urandom(32), nx=True)
-            secret: Any = await self._redis.get("ramrec:secret")
+            async with self._translated():
+                await self._redis.set("ramrec:secret", os.urandom(32), nx=True)
+                secret: Any = await self._redis.get("ramrec:secret")
             self._secret = secret
         return f"ramrec:forgotten:{blake2b(user.encode(), key=self._secret, digest_size=16).hexdigest()}"
+
+    def _script(self, text: str, keys: Sequence[bytes | str], args: Sequence[bytes | str | int]) -> Command:
+        return ("EVALSHA", SHA[text], len(keys), *keys, *args)
+
+    async def _send(self, commands: Sequence[Command]) -> list[Any]:
+        """Answers to commands, in one round trip; Redis is taught our scripts where it does not know them (yet)."""
+        if not commands:
+            return []
+        async with self._pipeline() as pipe:
+            for command in commands:
+                pipe.execute_command(*command)
+            try:
+                return list(await pipe.execute())
+            except NoScriptError:  # refused before anything was run, and a write that was run is not run twice
+                for text in SHA:
+                    await self._redis.script_load(text)
+        return await self._send(commands)
 
     @asynccontextmanager
     async def _pipeline(self) -> AsyncIterator[Pipeline]:
@@ -289,6 +363,13 @@ class Store:
             if "MISCONF" not in str(error):  # the AOF cannot be written; redis-py has no class for it
                 raise
             raise StoreUnavailable(str(error)) from error
+
+
+SHA = {text: sha1(text.encode()).hexdigest() for text in (VERSIONS, COMMIT, FORGET, REGISTER)}
+
+
+def _tombstone(data: bytes | None) -> Tombstone | None:
+    return None if data is None else Tombstone(*TOMBSTONE.unpack(data))
 
 
 def _escaped(prefix: str) -> str:

@@ -136,7 +136,7 @@ async def export(store: Store) -> AsyncIterator[bytes]:
         wanted = [name for name in names if name not in done]
         done.update(wanted)
         for name, record in (await store.load_readable(wanted)).items():
-            if _largest_item(record) > len(ids):
+            if record.newest_item > len(ids):
                 ids += [item.item_id for item in (await store.catalogue(len(ids) + 1))[1]]
             yield _line(Line(user=_user_line(name, record, ids)))
 
@@ -218,11 +218,6 @@ def _items(user: UserLine) -> Iterable[str]:
     yield from (entry.item_id for entry in user.entries)
     yield from (item for item, _ in user.log)
     yield from user.seen
-
-
-def _largest_item(record: UserRecord) -> int:
-    columns = (record.banks.fields["item"], record.log_item, record.seen)
-    return max(int(column.max(initial=0)) for column in columns)
 
 
 def _user_line(user_id: str, record: UserRecord, ids: list[str]) -> UserLine:

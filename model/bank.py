@@ -7,7 +7,7 @@ K memories. What else is remembered about a user, and what a batch of events mea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -217,9 +217,9 @@ class Banks:
         protected = np.arange(valid.shape[1]) == written[:, None]
         weak = rule.weak_entries(self._worth(rows), valid, protected, self.rules)
         keep_first = np.argsort(weak | ~valid, axis=1, kind="stable")
-        for values in self.fields.values():
-            values[rows] = np.take_along_axis(values[rows], keep_first, 1)
-        self.key[rows] = np.take_along_axis(self.key[rows], keep_first[:, :, None], 1)
+        old = np.asarray(rows)[:, None], keep_first
+        for values in (*self.fields.values(), self.key):
+            values[rows] = values[old]
         gone = weak.sum(axis=1)
         self.size[rows] -= gone
         self.pruned[rows] += gone
@@ -236,14 +236,18 @@ class Banks:
 
     def rows(self, rows: Ints) -> Banks:
         """Some users' banks, as copies of their own."""
-        some = Banks(0, self.key.shape[2], self.rules)
-        some.fields = {name: values[rows] for name, values in self.fields.items()}
-        some.key, some.size, some.pruned = self.key[rows], self.size[rows], self.pruned[rows]
-        return some
+        return self._taken(lambda values: values[rows])
 
     def row(self, row: int) -> Banks:
         """One user's bank, as a copy of its own."""
-        return self.rows(np.array([row]))
+        return self._taken(lambda values: values[row : row + 1].copy())
+
+    def _taken(self, take: Callable[[NDArray[Any]], NDArray[Any]]) -> Banks:
+        some = Banks.__new__(Banks)  # without making empty arrays first: a service does this for every user it writes
+        some.rules = self.rules
+        some.fields = {name: take(values) for name, values in self.fields.items()}
+        some.key, some.size, some.pruned = take(self.key), take(self.size), take(self.pruned)
+        return some
 
     def fitted(self, rules: RulesConfig) -> Banks:
         """These banks laid out for other rules; of a bank beyond the new capacity the best entries stay."""
@@ -258,8 +262,10 @@ class Banks:
         fitted.size, fitted.pruned = np.minimum(self.size, rules.capacity), self.pruned.copy()
         return fitted
 
-    def touch(self, row: int, accesses: Iterable[tuple[int, int, float]]) -> None:
+    def touch(self, row: int, accesses: Sequence[tuple[int, int, float]]) -> None:
         """Merge buffered retrievals (item, count, time of the last) into one bank; items gone since are skipped."""
+        if not accesses:
+            return
         slots = {int(item): slot for slot, item in enumerate(self.fields["item"][row, : self.size[row]])}
         for item, count, last in accesses:
             slot = slots.get(item)
@@ -311,7 +317,8 @@ class Banks:
 
 def stack_banks(banks: Sequence[Banks]) -> Banks:
     """Copies of several users' banks side by side. At least one; all of one capacity and dimension."""
-    stacked = Banks(0, banks[0].key.shape[2], banks[0].rules)
+    stacked = Banks.__new__(Banks)
+    stacked.rules = banks[0].rules
     stacked.fields = {name: np.concatenate([one.fields[name] for one in banks]) for name in ENTRY_FIELDS}
     stacked.key = np.concatenate([one.key for one in banks])
     stacked.size = np.concatenate([one.size for one in banks])

@@ -19,13 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.bank import NOT_SHARED, Banks, Entries
-from model.rules import Floats, Ints
+from model.rules import Bools, Floats, Ints
 
-STRIDE = 1024
-"""Ids of a user: slot · STRIDE + place in the bank; the largest capacity is below it."""
+ITEM_BITS = 32
+"""An entry's id: slot << ITEM_BITS | item number. A bank holds an item once, so ids stay while entries move about."""
+OWN_SHARE = 8
+"""Neighbours fetched beyond K, in case some are the asker's own."""
 FETCH_LIMIT = 2048
 """Most neighbours looked at for one query while its own entries and ties at the K-th place are resolved."""
-COLUMNS = ("item", "quality", "recency", "rating")
+COLUMNS = {"item": np.uint32, "quality": np.float32, "recency": np.float32, "rating": np.float32}
+TIE = 1.1e-6
+"""Similarities closer than this may be equal to 6 decimals."""
 
 
 def cells(keys: Floats, positions: Ints, centroids: Floats) -> NDArray[np.int32]:
@@ -48,40 +52,49 @@ class CollectiveIndex:
         )
         self._index.is_trained, self._index.nprobe = True, min(probes, lists)
         self._index.set_direct_map_type(faiss.DirectMap.Hashtable)  # type: ignore[attr-defined]
-        self._columns = {name: np.zeros((0, capacity), np.int64 if name == "item" else np.float32) for name in COLUMNS}
-        self._shared = np.zeros((0, capacity), bool)
+        self._columns = {name: np.zeros((0, capacity), kind) for name, kind in COLUMNS.items()}
+        self._mark = np.zeros((0, capacity), np.uint64)  # what is in the index for each entry; 0: nothing
 
     def __len__(self) -> int:
         """Entries that can be found."""
         return int(self._index.ntotal)
 
     def put(self, slots: Ints, banks: Banks) -> None:
-        """Make the banks' entries those of the slots, one row of `banks` each, replacing what was there."""
+        """Make the banks' entries those of the slots (distinct), one row of `banks` each, replacing what was there.
+
+        Only entries that are new, or whose key changed, are indexed; only those that are gone are removed.
+        """
         slots = np.asarray(slots, np.int64)
-        self.drop(slots)
         self._grow(int(slots.max(initial=-1)) + 1)
-        entries, width = banks.everything(), self._shared.shape[1]
-        for name in COLUMNS:
-            self._columns[name][slots] = getattr(entries, name)[:, :width]
+        entries, width = banks.everything(), self._mark.shape[1]
         cell = banks.fields["cell"][:, :width]
         shared = entries.valid[:, :width] & (cell != NOT_SHARED)
-        self._shared[slots] = shared
-        row, place = np.nonzero(shared)
+        mark = np.where(shared, _marks(banks.key[:, :width], entries.item[:, :width], cell), np.uint64(0))
+        added, gone = _changes(mark, self._mark[slots])
+        self._remove(slots, gone)
+        for name in COLUMNS:
+            self._columns[name][slots] = getattr(entries, name)[:, :width]
+        self._mark[slots] = mark
+        row, place = np.nonzero(added)
         if len(row):
             keys = np.ascontiguousarray(banks.key[row, place], np.float32)
-            ids = slots[row] * STRIDE + place
+            ids = slots[row] << ITEM_BITS | entries.item[row, place]
             lists = cell[row, place].astype(np.int64)
             self._index.add_core(len(row), *(faiss.swig_ptr(one) for one in (keys, ids, lists)))
 
     def drop(self, slots: Ints) -> None:
         """Remove all entries of the slots; unknown slots are fine."""
         slots = np.asarray(slots, np.int64)
-        slots = slots[slots < len(self._shared)]
-        row, place = np.nonzero(self._shared[slots])
+        slots = slots[slots < len(self._mark)]
+        self._remove(slots, self._mark[slots] > 0)
+        for values in (*self._columns.values(), self._mark):
+            values[slots] = 0
+
+    def _remove(self, slots: Ints, gone: Bools) -> None:
+        row, place = np.nonzero(gone)
         if len(row):
-            ids = slots[row] * STRIDE + place
+            ids = slots[row].astype(np.int64) << ITEM_BITS | self._columns["item"][slots[row], place].astype(np.int64)
             self._index.remove_ids(faiss.IDSelectorArray(len(ids), faiss.swig_ptr(ids)))
-        self._shared[slots] = False
 
     def search(self, queries: Floats, askers: Ints, k: Ints) -> Entries:
         """The k most similar entries of others for each query, best first; fewer only if there are fewer in the lists
@@ -95,10 +108,10 @@ class CollectiveIndex:
         width = int(wanted.max(initial=0))
         best = np.zeros((len(queries), width), np.float32)
         who = np.full((len(queries), width), -1, np.int64)
-        pending, fetch = np.flatnonzero(wanted > 0), width + min(width, 32)
+        pending, fetch = np.flatnonzero(wanted > 0), width + min(width, OWN_SHARE)
         while len(pending) and len(self):
             similarity, ids = self._index.search(queries[pending], fetch)
-            ids[ids // STRIDE == askers[pending, None]] = -1
+            ids[ids >> ITEM_BITS == askers[pending, None]] = -1
             settled = _settled(similarity, ids, wanted[pending]) | (fetch >= FETCH_LIMIT)
             rows = pending[settled]
             best[rows], who[rows] = self._best(similarity[settled], ids[settled], wanted[rows], width)
@@ -109,29 +122,67 @@ class CollectiveIndex:
         self, similarity: NDArray[np.float32], ids: NDArray[np.int64], k: Ints, width: int
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """The first k of each row, in order; the others are marked −1."""
-        usable = ids >= 0
-        at = (np.where(usable, ids // STRIDE, 0), np.where(usable, ids % STRIDE, 0))
-        rounded = np.where(usable, -np.round(similarity.astype(np.float64), 6), np.inf)
-        order = np.lexsort((-self._columns["quality"][at], self._columns["item"][at], rounded), axis=1)[:, :width]
+        close = (similarity[:, :-1] - similarity[:, 1:] < TIE) & (ids[:, 1:] >= 0)
+        tied = np.flatnonzero(close.any(axis=1))
+        order = np.argsort(ids < 0, axis=1, kind="stable")  # as faiss found them, without the askers' own
+        if len(tied):
+            some = ids[tied]
+            rounded = np.where(some >= 0, -np.round(similarity[tied].astype(np.float64), 6), np.inf)
+            quality = self._at(some, "quality")
+            order[tied] = np.lexsort((-quality, some & ((1 << ITEM_BITS) - 1), rounded), axis=1)
+        order = order[:, :width]
         ids, similarity = np.take_along_axis(ids, order, 1), np.take_along_axis(similarity, order, 1)
         return similarity, np.where(np.arange(order.shape[1]) < k[:, None], ids, -1)
 
     def _entries(self, similarity: NDArray[np.float32], ids: NDArray[np.int64]) -> Entries:
         valid = ids >= 0
-        if not len(self._shared):
-            return Entries.empty(len(ids))
-        at = (np.where(valid, ids // STRIDE, 0), np.where(valid, ids % STRIDE, 0))
-        columns = {name: np.where(valid, self._columns[name][at], 0) for name in COLUMNS}
-        return Entries(similarity=np.where(valid, similarity, 0).astype(np.float32), valid=valid, **columns)
+        real = {name: self._at(ids, name) for name in COLUMNS if name != "item"}
+        return Entries(
+            item=np.where(valid, ids & ((1 << ITEM_BITS) - 1), 0),
+            similarity=np.where(valid, similarity, np.float32(0)),
+            valid=valid,
+            **real,
+        )
+
+    def _at(self, ids: NDArray[np.int64], name: str) -> NDArray[Any]:
+        """A column's values for ids (B, K); 0 where the id is −1."""
+        found = np.zeros(ids.shape, COLUMNS[name])
+        row, column = np.nonzero(ids >= 0)
+        slots, items = ids[row, column] >> ITEM_BITS, ids[row, column] & ((1 << ITEM_BITS) - 1)
+        place = np.argmax(self._columns["item"][slots] == items[:, None], axis=1)
+        found[row, column] = self._columns[name][slots, place]
+        return found
 
     def _grow(self, slots: int) -> None:
-        missing = slots - len(self._shared)
+        missing = slots - len(self._mark)
         if missing > 0:
-            missing = max(missing, len(self._shared))  # doubling keeps growth cheap
-            columns: dict[str, NDArray[Any]] = {**self._columns, "shared": self._shared}
-            grown = {name: np.pad(values, ((0, missing), (0, 0))) for name, values in columns.items()}
-            self._shared = grown.pop("shared")
-            self._columns = grown
+            missing = max(missing, len(self._mark))  # doubling keeps growth cheap
+            self._columns = {name: _lengthened(values, missing) for name, values in self._columns.items()}
+            self._mark = _lengthened(self._mark, missing)
+
+
+def _lengthened(values: NDArray[Any], rows: int) -> NDArray[Any]:
+    return np.pad(values, ((0, rows), (0, 0)))
+
+
+def _marks(keys: NDArray[np.float16], items: Ints, cell: Ints) -> NDArray[np.uint64]:
+    """(B, C) a 64-bit mark of each entry's key (B, C, d), item and list: alike only where all three are. Never 0."""
+    word = np.uint64 if keys.shape[2] % 4 == 0 else np.uint16
+    words = np.ascontiguousarray(keys).view(word).astype(np.uint64, copy=False)
+    factors = np.random.default_rng(0).integers(0, 2**64, words.shape[2] + 2, np.uint64) | np.uint64(1)
+    mixed = words @ factors[2:] + items.astype(np.uint64) * factors[0] + cell.astype(np.uint64) * factors[1]
+    return np.asarray(mixed ^ mixed >> np.uint64(31) | np.uint64(1))
+
+
+def _changes(new: NDArray[np.uint64], old: NDArray[np.uint64]) -> tuple[Bools, Bools]:
+    """Which of the new marks (B, C) are not among the old of their row, and which of the old are gone; 0 is nothing."""
+    added, gone = new > 0, old > 0
+    rows = np.flatnonzero(gone.any(axis=1))
+    if len(rows):
+        same = new[rows, :, None] == old[rows, None, :]
+        added[rows] &= ~same.any(axis=2)
+        gone[rows] &= ~same.any(axis=1)
+    return added, gone
 
 
 def _settled(similarity: NDArray[np.float32], ids: NDArray[np.int64], k: Ints) -> NDArray[np.bool_]:

