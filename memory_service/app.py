@@ -7,15 +7,17 @@
     GET /health/live, /health/ready, /metrics
 
 Errors are `Problem`: 400 no msgpack of the right shape, 404, 409 another model, 413 too large, 422 columns that do not
-fit, 503 Redis out of reach.
+fit, 429 too many calls at once, 503 Redis out of reach. 429 and 503 carry `Retry-After`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -24,6 +26,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from memory_service.metrics import Metrics
 from memory_service.record import RecordError
@@ -68,23 +71,25 @@ def create_app(settings: MemorySettings) -> FastAPI:
     if settings.redis_url is None:
         raise ValueError("redis_url is not set")
     checkpoint = load_checkpoint(settings.run, with_weights=False)
-    store = Store(settings.redis_url, checkpoint.config.rules, settings.redis_timeout_s)
+    idle_s = round((settings.idle_days or 0) * 86400)
+    store = Store(settings.redis_url, checkpoint.config.rules, settings.redis_timeout_s, idle_s)
     service = MemoryService(store, checkpoint, settings.resident_users, settings.collective)
     app = FastAPI(title="RAMRec memory service", lifespan=_lifespan, openapi_url=None)
     app.state.service, app.state.metrics, app.state.settings = service, Metrics(), settings
-    app.state.started = False  # whether catalogue and collective scope are loaded
+    app.state.started, app.state.loaded = False, asyncio.Event()  # whether catalogue and collective scope are loaded
     for error, (status, code) in STATUS.items():
         app.add_exception_handler(error, _handler(status, code))
     _add_calls(app, service, app.state.metrics)
     _add_probes(app)
-    app.middleware("http")(_measured)
+    app.add_middleware(Doorkeeper, metrics=app.state.metrics, settings=settings)
     return app
 
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     loading = asyncio.create_task(_load(app))
-    await asyncio.wait([loading], timeout=START_WAIT_S)  # calls may come from then on
+    with suppress(TimeoutError):
+        await asyncio.wait_for(app.state.loaded.wait(), START_WAIT_S)  # calls may come from then on
     yield
     loading.cancel()
     await asyncio.gather(loading, return_exceptions=True)
@@ -92,11 +97,14 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def _load(app: FastAPI) -> None:
-    """Load what is in Redis; tries again where Redis is not there yet."""
-    while not app.state.started:
+    """Load what is in Redis, then compare with it now and then; tries again where Redis is not there."""
+    service, settings = app.state.service, app.state.settings
+    while True:
         try:
-            await app.state.service.start()
+            await (service.compare() if app.state.started else service.start())
             app.state.started = True
+            app.state.loaded.set()
+            await asyncio.sleep(settings.compare_s)
         except StoreUnavailable:
             await asyncio.sleep(RETRY_AFTER_S)
 
@@ -107,9 +115,8 @@ def _add_calls(app: FastAPI, service: MemoryService, metrics: Metrics) -> None:
         asked = await _body(request, RetrieveRequest)
         reply = await service.retrieve(asked)
         metrics.users.inc(len(asked.users))
-        for diversity, k in zip(np.frombuffer(reply.entropy, "<f4"), np.frombuffer(reply.k, "<i4"), strict=True):
-            metrics.entropy.observe(float(diversity))
-            metrics.k.observe(int(k))
+        metrics.entropy.observe(np.frombuffer(reply.entropy, "<f4"))
+        metrics.k.observe(np.frombuffer(reply.k, "<i4"))
         return _answer(reply)
 
     @app.post("/v1/plan")
@@ -176,14 +183,50 @@ def _add_probes(app: FastAPI) -> None:
         return Response(generate_latest(app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-async def _measured(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-    begin = time.perf_counter()
-    response = await call_next(request)
-    metrics, route = request.app.state.metrics, request.scope.get("route")
-    path = getattr(route, "path", "unknown")
-    metrics.seconds.labels(path).observe(time.perf_counter() - begin)
-    metrics.requests.labels(path, response.status_code).inc()
-    return response
+class Doorkeeper:
+    """ASGI middleware: counts and times calls, and turns them away where too many are under way."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, settings: MemorySettings) -> None:
+        self.app, self.metrics = app, metrics
+        ingest = Queue(settings.queue_ingest)
+        self._queues = {f"/v1/{name}": ingest for name in ("plan", "write", "rekey")}
+        self._queues["/v1/retrieve"] = Queue(settings.queue_retrieve)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a call on, or answer 429."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begin, status = time.perf_counter(), 500
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        queue = self._queues.get(scope["path"], EVERYBODY)
+        if queue.under_way >= queue.limit:
+            await _problem(429, "queue_full", f"{queue.limit} calls are under way")(scope, receive, noted)
+        else:
+            queue.under_way += 1
+            try:
+                await self.app(scope, receive, noted)
+            finally:
+                queue.under_way -= 1
+        path = getattr(scope.get("route"), "path", "unknown")
+        self.metrics.seconds.labels(path).observe(time.perf_counter() - begin)
+        self.metrics.requests.labels(path, status).inc()
+
+
+@dataclass
+class Queue:
+    """Calls of a kind that are under way, and how many may be."""
+
+    limit: float
+    under_way: int = 0
+
+
+EVERYBODY = Queue(math.inf)
 
 
 async def _body(request: Request, kind: type[Body]) -> Body:
@@ -211,7 +254,7 @@ def _handler(status: int, code: str) -> Callable[[Request, Any], Awaitable[Respo
 
 
 def _problem(status: int, code: str, detail: str) -> Response:
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else None
     content = msgspec.msgpack.encode(Problem(code, detail))
     return Response(content, status, headers, media_type=CONTENT_TYPE)
 

@@ -1,7 +1,8 @@
 """The collective scope as the service keeps it: whose entries are in the index, and at which version.
 
-Filled from Redis at start, a batch of users at a time between other calls, and kept in step by every record that this
-process writes or reads anew. Slots are this process's own; they never leave it.
+Filled from Redis at start, a batch of users at a time between other calls, kept in step by every record that this
+process writes or reads anew, and compared with Redis again now and then: what other processes wrote or forgot, and what
+expired. Slots are this process's own; they never leave it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from model.events import UserRecord
 from model.rules import Floats, Ints
 
 Read = Callable[[list[str]], Awaitable[dict[str, UserRecord]]]
+Versions = Callable[[list[str]], Awaitable[list[int]]]
+COMPARE_USERS = 500
 
 
 class CollectiveScope:
@@ -29,7 +32,7 @@ class CollectiveScope:
         self._slot: dict[str, int] = {}
         self._version: dict[str, int] = {}
         self._free: list[int] = []
-        self._dropped: set[str] = set()
+        self._touched: set[str] = set()  # users who changed while Redis was being read
         self.ready = False
         """Whether everything in Redis has been read."""
 
@@ -42,17 +45,26 @@ class CollectiveScope:
         """Entries that can be found."""
         return len(self._index)
 
-    async def load(self, names: AsyncIterator[list[str]], read: Read) -> None:
-        """Fill the index with the records of these users, batch by batch. What was read stays where a batch fails."""
-        self._dropped.clear()
-        async for batch in names:
-            found = await read([name for name in batch if name not in self._version])
-            self.put(  # what was written or forgotten while Redis answered is newer than the answer
-                (name, record)
-                for name, record in found.items()
-                if name not in self._version and name not in self._dropped
-            )
+    async def compare(self, users: AsyncIterator[list[str]], versions: Versions, read: Read) -> None:
+        """Bring the index to what Redis has, batch by batch. What was done stays where a batch fails."""
+        missing = set(self._version)
+        async for names in users:
+            missing.difference_update(names)
+            await self._compare(names, versions, read)
+        left = sorted(missing)
+        for at in range(0, len(left), COMPARE_USERS):
+            await self._compare(left[at : at + COMPARE_USERS], versions, read)
         self.ready = True
+
+    async def _compare(self, names: list[str], versions: Versions, read: Read) -> None:
+        self._touched.clear()
+        found = dict(zip(names, await versions(names), strict=True))
+        changed = [name for name, version in found.items() if version != self._version.get(name, 0)]
+        records = await read([name for name in changed if found[name]])
+        for name in changed:
+            if name not in records and name not in self._touched:
+                self.drop(name)
+        self.put((name, record) for name, record in records.items() if name not in self._touched)
 
     def put(self, records: Iterable[tuple[str, UserRecord]], newer_only: bool = False) -> None:
         """Make these the users' entries; a record that does not share, or is of another model, has none.
@@ -64,21 +76,23 @@ class CollectiveScope:
             for name, record in records
             if (here := self._version.get(name, 0)) != record.version and not (newer_only and here > record.version)
         ]
-        shared = [(name, record) for name, record in new if self._shares(record)]
+        self._touched.update(name for name, _ in new)
         for name, record in new:
             if not self._shares(record):
-                self.drop(name)
-            self._dropped.discard(name)
+                self._take_out(name)
+            self._version[name] = record.version
+        shared = [(name, record) for name, record in new if self._shares(record)]
         if shared:
             slots = np.array([self._claim(name) for name, _ in shared])
             self._index.put(slots, stack_banks([record.banks for _, record in shared]))
-            self._version.update((name, record.version) for name, record in shared)
 
     def drop(self, user_id: str) -> None:
-        """Take a user's entries out; fine where there are none."""
-        if not self.ready:
-            self._dropped.add(user_id)
+        """Nothing is known about the user any more; fine where nothing was."""
+        self._touched.add(user_id)
         self._version.pop(user_id, None)
+        self._take_out(user_id)
+
+    def _take_out(self, user_id: str) -> None:
         slot = self._slot.pop(user_id, None)
         if slot is not None:
             self._index.drop(np.array([slot]))

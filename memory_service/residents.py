@@ -72,6 +72,7 @@ class Residents:
         self.seen: list[bytes] = [b""] * slots
         self._hits = np.zeros((slots, places), np.uint32)
         self._hit_time = np.zeros((slots, places), np.uint32)
+        self._asked = np.zeros(slots, bool)
         self._used = np.zeros(slots, np.int64)
         self._slot: dict[str, int] = {}
         self._name: list[str] = [""] * slots
@@ -115,7 +116,7 @@ class Residents:
         slots = np.array([self._claim(user) for user in users], np.int64)
         stale = np.array([record.model_version != self.model_version for record in records], bool)
         self.version[slots], self.stale[slots] = [record.version for record in records], stale
-        self._hits[slots], self.doubted[slots] = 0, False
+        self._hits[slots], self._asked[slots], self.doubted[slots] = 0, False, False
         for slot, record in zip(slots.tolist(), records, strict=True):
             self.seen[slot] = record.seen.astype("<u4", copy=False).tobytes()
         self._empty(slots[stale])  # keys of another model answer nothing
@@ -209,10 +210,13 @@ class Residents:
         at = slots[row] * self.rules.capacity + found.places[row, column]
         np.add.at(self._hits.reshape(-1), at, 1)
         self._hit_time.reshape(-1)[at] = int(now)
+        self._asked[slots[row]] = True
 
     def accesses(self, user: str) -> list[tuple[int, int, float]]:
         """Retrievals of a user's entries that are not in the record yet: (item, count, time of the last)."""
         slot = self._slot.get(user, NOBODY)
+        if not self._asked[slot]:
+            return []
         places = np.flatnonzero(self._hits[slot])
         columns = (self._facts["item"][slot], self._hits[slot], self._hit_time[slot].astype(np.float64))
         return list(zip(*(column[places].tolist() for column in columns), strict=True))

@@ -24,6 +24,7 @@ from memory_service.catalogue import Catalogue
 from memory_service.collective import CollectiveScope
 from memory_service.residents import NOBODY, Found, Residents, Wish
 from memory_service.schemas import (
+    EventIn,
     Forgotten,
     PlanReply,
     PlanRequest,
@@ -44,7 +45,7 @@ from model import rules as rule
 from model.bank import Entries
 from model.checkpoint import Checkpoint
 from model.collective import cells
-from model.events import Change, UserRecord, apply, plan, rekey, rekey_job
+from model.events import Change, Plan, UserRecord, apply, plan, rekey, rekey_job
 from model.rules import Floats, Ints
 
 LOAD_USERS = 500
@@ -64,10 +65,13 @@ class ModelMismatch(ValueError):  # noqa: N818 - a state, answered with 409
 
 @dataclass(frozen=True)
 class Known:
-    """A user's record as of the last look at Redis, and the tombstone that was there then."""
+    """A user's record as of the last look at Redis, the tombstone that was there then, and what was planned last."""
 
     record: UserRecord
     stone: Tombstone | None
+    plan: Plan | None = None
+    events: Sequence[EventIn] = ()
+    received_at: float = 0.0
 
 
 class MemoryService:
@@ -94,8 +98,14 @@ class MemoryService:
     async def start(self) -> None:
         """Load the catalogue and the collective scope. Raises StoreUnavailable; may be called again."""
         await self.catalogue.start()
-        if self.collective is not None and not self.collective.ready:
-            await self.collective.load(self.store.all_users(LOAD_USERS), self._read)
+        await self.compare()
+
+    async def compare(self) -> None:
+        """Bring the collective scope to what is in Redis: all of it at start, later what other processes wrote or
+        forgot, and what expired. Raises StoreUnavailable.
+        """
+        if self.collective is not None:
+            await self.collective.compare(self.store.all_users(LOAD_USERS), self.store.versions, self._read)
 
     async def close(self) -> None:
         """Stop looking for Redis and close all connections to it."""
@@ -185,12 +195,9 @@ class MemoryService:
         known = await self._know_planned(request.users)
         prepared = await self._prepare(request.users, known, request.received_at)
         outdated = {row for row, write in enumerate(request.users) if self._is_outdated(prepared[row], write)}
-        changes = {
-            row: self._change(one, write)
-            for row, (one, write) in enumerate(zip(prepared, request.users, strict=True))
-            if row not in outdated and one.plan.accepted
-        }
-        written = dict(zip(changes, apply(list(changes.values())), strict=True))
+        rows = [row for row, one in enumerate(prepared) if row not in outdated and one.plan.accepted]
+        changes = self._changes([prepared[row] for row in rows], [request.users[row] for row in rows])
+        written = dict(zip(rows, apply(changes), strict=True))
         outdated |= await self._commit(prepared, written)
         again = [request.users[row] for row in sorted(outdated)]
         plans = await self._prepare(again, await self._know([user.user_id for user in again]), request.received_at)
@@ -243,14 +250,17 @@ class MemoryService:
     async def _prepare(
         self, users: Sequence[UserEvents | UserWrite], known: dict[str, Known], received_at: float
     ) -> list[Prepared]:
-        """Each user's events planned against what is known of the user."""
+        """Each user's events planned against what is known of the user; a plan made a moment ago is not made again."""
         numbers = await self.catalogue.numbers(event.item_id for user in users for event in user.events)
         prepared = []
         for user in users:
-            record, stone = known[user.user_id].record, known[user.user_id].stone
-            events = [wire.event(user.user_id, one, numbers[one.item_id], received_at) for one in user.events]
-            planned = plan(record, events, stone.time if stone else -np.inf)
-            prepared.append(Prepared(user.user_id, record, stone, planned))
+            one = known[user.user_id]
+            planned = one.plan
+            if planned is None or one.events != user.events or one.received_at != received_at:
+                events = [wire.event(user.user_id, event, numbers[event.item_id], received_at) for event in user.events]
+                planned = plan(one.record, events, one.stone.time if one.stone else -np.inf)
+                self._recent[user.user_id] = replace(one, plan=planned, events=user.events, received_at=received_at)
+            prepared.append(Prepared(user.user_id, one.record, one.stone, planned))
         return prepared
 
     def _is_outdated(self, one: Prepared, write: UserWrite) -> bool:
@@ -260,18 +270,26 @@ class MemoryService:
         forgotten = one.stone is not None and len(write.keys) > len(one.plan.accepted) * self.dim * 4
         return one.record.version != write.version or self._is_stale(one.record) or forgotten
 
-    def _change(self, one: Prepared, write: UserWrite) -> Change:
-        count = len(one.plan.accepted)
-        keys = column(write.keys, "<f4", count * self.dim, "keys").reshape(count, self.dim)
-        return Change(
-            record=replace(one.record, model_version=self.model_version),
-            plan=one.plan,
-            keys=keys,
-            state=column(write.state, "<f4", self.dim, "state"),
-            cells=cells(keys, one.plan.job.positions, self.centroids),
-            accesses=self.residents.accesses(one.user_id),
-            first_version=self._first_version(one),
-        )
+    def _changes(self, prepared: list[Prepared], writes: list[UserWrite]) -> list[Change]:
+        counts = [len(one.plan.accepted) for one in prepared]
+        keys = [
+            column(write.keys, "<f4", count * self.dim, "keys") for write, count in zip(writes, counts, strict=True)
+        ]
+        every = np.concatenate([*keys, np.zeros(0, "<f4")]).reshape(-1, self.dim)
+        positions = np.concatenate([*(one.plan.job.positions for one in prepared), np.zeros(0, np.int64)])
+        listed = np.split(cells(every, positions, self.centroids), np.cumsum(counts)[:-1].astype(int))
+        return [
+            Change(
+                record=replace(one.record, model_version=self.model_version),
+                plan=one.plan,
+                keys=own.reshape(-1, self.dim),
+                state=column(write.state, "<f4", self.dim, "state"),
+                cells=own_cells,
+                accesses=self.residents.accesses(one.user_id),
+                first_version=self._first_version(one),
+            )
+            for one, write, own, own_cells in zip(prepared, writes, keys, listed[: len(counts)], strict=True)
+        ]
 
     def _first_version(self, one: Prepared) -> int:
         """What the versions of a new record follow: those before a forget. Where banks expire, nothing is left of the
@@ -417,9 +435,12 @@ class MemoryService:
         return dict(zip(names, versions.tolist(), strict=True))
 
     async def _read(self, names: list[str]) -> dict[str, UserRecord]:
-        """The readable records of these users, no item of which is missing in the catalogue."""
+        """The readable records of these users; as many as there is room for become residents."""
         records = await self.store.load_readable(names)
         await self._know_items(list(records.values()))
+        absent = [name for name, slot in zip(records, self.residents.slots(list(records)), strict=True) if not slot]
+        some = absent[: max(0, self.residents.limit - len(self.residents))]
+        self.residents.put(some, [records[name] for name in some], self.catalogue.clusters)
         return records
 
     async def _know_items(self, records: Sequence[UserRecord]) -> None:
@@ -457,7 +478,7 @@ class MemoryService:
                 await self.store.ping()
             except StoreUnavailable:
                 continue
-            log.warning("Redis is back")
+            log.warning("Redis answers again")
             self._recent.clear()
             self.residents.distrust()
             return

@@ -32,4 +32,12 @@ class MemorySettings(BaseSettings):
         200_000, ge=1, description="banks kept in memory between calls; the least recently used go first"
     )
     collective: bool = Field(True, description="whether users' entries are searched for others at all")
+    compare_s: float = Field(
+        60.0, gt=0, description="how often the collective scope is compared with what other processes did to Redis"
+    )
+    idle_days: float | None = Field(
+        None, gt=0, description="a bank expires this long after its user's last interaction; none: never"
+    )
     body_limit_bytes: int = Field(32 * 2**20, ge=1024)
+    queue_retrieve: int = Field(256, ge=1, description="retrievals under way or waiting; more are answered 429")
+    queue_ingest: int = Field(64, ge=1, description="plans and writes under way or waiting; more are answered 429")

@@ -169,7 +169,7 @@ class _Known:
             return False
         if event.event_id and bool((self._record.event_ids == event.event_id).any()):
             return True
-        return event.timed and any(((time == event.time) & (item == event.item)).any() for item, time in self._timed())
+        return event.timed and any(_occurs(event, item, time) for item, time in self._timed())
 
     def add(self, event: Event) -> None:
         self._times.add((event.item, event.time))
@@ -181,24 +181,28 @@ class _Known:
         return (self._record.log_item, self._record.log_time), bank
 
 
+def _occurs(event: Event, item: Ints, time: Floats) -> bool:
+    now = time == event.time  # rarely the case, and then seldom of another item
+    return bool(now.any()) and bool((now & (item == event.item)).any())
+
+
 def _merge(record: UserRecord, accepted: list[Event], duplicates: list[int], forgotten: list[int]) -> Plan:
-    """The log with the accepted events in their places, a late one behind those of the same time."""
-    log, start = record.log_time, record.log_start
+    """The log with the accepted events (in order of time) in their places, a late one behind those of the same time."""
+    log, start, count = record.log_time, record.log_start, len(accepted)
     oldest = log[0] if start > 0 else -np.inf
-    too_old = [event.time < oldest for event in accepted]
-    inside = [event for event, old in zip(accepted, too_old, strict=True) if not old]
+    old = sum(event.time < oldest for event in accepted)
+    inside = accepted[old:]
     time = np.concatenate([log, np.array([event.time for event in inside], "<f8")])
     item = np.concatenate([record.log_item, np.array([event.item for event in inside], "<u4")])
-    start += len(accepted) - len(inside)
-    places = np.arange(len(log), len(time))
-    if inside and len(log) and inside[0].time < log[-1]:
+    positions = np.arange(start + len(log), start + len(log) + count)
+    if old or (inside and len(log) and inside[0].time < log[-1]):
         order = np.argsort(time, kind="stable")
         rank = np.empty(len(order), np.int64)
         rank[order] = np.arange(len(order))
-        time, item, places = time[order], item[order], rank[len(log) :]
-    positions = np.full(len(accepted), UNKNOWN_POSITION, np.int64)
-    positions[len(accepted) - len(inside) :] = start + places  # in order of time, so the old ones come first
-    return Plan(tuple(accepted), tuple(duplicates), tuple(forgotten), EncodeJob(start, item, positions), item, time)
+        time, item = time[order], item[order]
+        positions[:old], positions[old:] = UNKNOWN_POSITION, start + old + rank[len(log) :]
+    job = EncodeJob(start + old, item, positions)
+    return Plan(tuple(accepted), tuple(duplicates), tuple(forgotten), job, item, time)
 
 
 @dataclass(frozen=True)
