@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api import schemas as face
 from api.batching import MicroBatcher
 from api.engine import Engine
-from api.ingest import ingest
+from api.ingest import Intake, ingest
 from api.memory_client import MemoryClient
 from api.metrics import Metrics
 from api.problems import MEDIA_TYPE, BodyTooLarge, MemoryUnavailable, NotFound, install, problem
@@ -74,7 +74,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         metrics.seconds.labels("queue").observe,
         settings.patience_s,
     )
-    app.state.engine, app.state.batcher = engine, batcher
+    app.state.engine, app.state.batcher, app.state.intake = engine, batcher, Intake(settings.ingest_limit)
     batcher.start()
     refresh = asyncio.get_running_loop().create_task(_refresh_catalogue(engine))
     yield
@@ -176,7 +176,8 @@ def _json(answer: face.RecommendResponse | face.RecommendBatchResponse) -> Respo
 @router.post("/memories")
 async def remember(body: face.IngestRequest, request: Request) -> face.IngestResponse:
     """Keep interactions. What is acknowledged is durable and seen by the next recommendation."""
-    return await ingest(request.app.state.engine, body.interactions)
+    with request.app.state.intake.admitted(len(body.interactions)):
+        return await ingest(request.app.state.engine, body.interactions)
 
 
 @router.get("/users/{user_id:path}/memory", responses={404: PROBLEM})

@@ -7,15 +7,34 @@ writer was faster, the current plan comes back and is encoded again.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from api.engine import Engine
-from api.problems import MemoryUnavailable, WriteConflict
+from api.problems import IngestionFull, MemoryUnavailable, WriteConflict
 from api.schemas import MILLISECONDS, IngestResponse, Interaction, Rejected
 from memory_service.schemas import EventIn, PlanRequest, UserEvents, UserPlan, UserWrite, UserWritten, WriteRequest
 
 TRIES = 3
 FUTURE_S = 86400.0
+
+
+class Intake:
+    """Keeps the interactions that are being written within a limit."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.under_way = limit, 0
+
+    @contextmanager
+    def admitted(self, count: int) -> Iterator[None]:
+        """Around writing `count` interactions. Raises IngestionFull where they do not fit in beside the others."""
+        if self.under_way and self.under_way + count > self.limit:
+            raise IngestionFull(f"{self.under_way} interactions are being written, at most {self.limit} at once")
+        self.under_way += count
+        try:
+            yield
+        finally:
+            self.under_way -= count
 
 
 async def ingest(engine: Engine, interactions: Sequence[Interaction]) -> IngestResponse:

@@ -5,6 +5,7 @@
     ├─ NotFound                404 user_not_found, item_not_found
     ├─ BodyTooLarge            413 body_too_large
     ├─ Overloaded              503 overloaded, Retry-After
+    ├─ IngestionFull           429 ingestion_full, Retry-After
     ├─ WriteConflict           503 write_conflict, Retry-After
     ├─ MemoryUnavailable       503 memory_unavailable, Retry-After
     └─ CallerGone              499 caller_gone (nobody reads it; it shows in the metrics)
@@ -62,6 +63,12 @@ class Overloaded(ApiProblem):
     status, code, title = 503, "overloaded", "Overloaded"
 
 
+class IngestionFull(ApiProblem):
+    """Too many interactions are being written."""
+
+    status, code, title = 429, "ingestion_full", "Too many interactions at once"
+
+
 class WriteConflict(ApiProblem):
     """Other writers were faster three times."""
 
@@ -83,7 +90,7 @@ class CallerGone(ApiProblem):
 def problem(status: int, code: str, title: str, detail: str, **extra: Any) -> JSONResponse:
     """A problem document as a response."""
     content = {"type": f"urn:ramrec:problem:{code}", "title": title, "status": status, "detail": detail, "code": code}
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else None
     return JSONResponse(content | extra, status, headers, media_type=MEDIA_TYPE)
 
 

@@ -24,4 +24,5 @@ class ApiSettings(BaseSettings):
     batch_wait_s: float = Field(0.001, ge=0, description="how long a batch waits for more while there are many")
     patience_s: float = Field(PATIENCE_S, ge=0, description="wait after which the connection is looked at")
     queue_limit: int = Field(2048, ge=256, description="waiting requests beyond which new ones are refused")
+    ingest_limit: int = Field(10_000, ge=1, description="interactions being written beyond which more are answered 429")
     torch_threads: int = Field(1, ge=1)

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from memory_service import wire
 from memory_service.catalogue import Catalogue
 from memory_service.collective import CollectiveScope
+from memory_service.merging import Merged
 from memory_service.residents import NOBODY, Found, Residents, Wish
 from memory_service.schemas import (
     EventIn,
@@ -35,7 +37,9 @@ from memory_service.schemas import (
     StaleUser,
     UserEvents,
     UserMemory,
+    UserPlan,
     UserWrite,
+    UserWritten,
     WriteReply,
     WriteRequest,
 )
@@ -56,6 +60,7 @@ RECENT_USERS = 2048
 """Records kept as a whole between the plan of a write and the write itself."""
 RETRY_S = 0.25
 """How often a lost Redis is looked for."""
+User = TypeVar("User", UserEvents, UserWrite)
 log = logging.getLogger(__name__)
 
 
@@ -74,6 +79,14 @@ class Known:
     received_at: float = 0.0
 
 
+@dataclass(frozen=True)
+class Asked(Generic[User]):
+    """A user's part of a call, and when the call came."""
+
+    user: User
+    received_at: float
+
+
 class MemoryService:
     """All banks behind one Redis, for one model."""
 
@@ -89,6 +102,8 @@ class MemoryService:
         self._recent: OrderedDict[str, Known] = OrderedDict()
         self._new = UserRecord.new(self.dim, self.rules)
         self._outage: asyncio.Task[None] | None = None
+        self._merged_plan = Merged(self._plan, lambda asked: asked.user.user_id)
+        self._merged_write = Merged(self._write, lambda asked: asked.user.user_id)
 
     @property
     def resident_users(self) -> int:
@@ -181,9 +196,13 @@ class MemoryService:
     async def plan(self, request: PlanRequest) -> PlanReply:
         """What the events would mean, and which keys writing them needs. Nothing is changed."""
         self._check_model(request.model_version)
-        known = await self._know([user.user_id for user in request.users])
-        prepared = await self._prepare(request.users, known, request.received_at)
-        return PlanReply(self.catalogue.size, [wire.plan_out(one, self._is_stale(one.record)) for one in prepared])
+        self._check_distinct([user.user_id for user in request.users])
+        planned = await self._merged_plan([Asked(user, request.received_at) for user in request.users])
+        return PlanReply(self.catalogue.size, planned)
+
+    async def _plan(self, asked: Sequence[Asked[UserEvents] | Asked[UserWrite]]) -> list[UserPlan]:
+        known = await self._know([one.user.user_id for one in asked])
+        return [wire.plan_out(one, self._is_stale(one.record)) for one in await self._prepare(asked, known)]
 
     async def write(self, request: WriteRequest) -> WriteReply:
         """Write planned events with their keys, atomically per user, if nobody wrote in between.
@@ -192,27 +211,26 @@ class MemoryService:
             StoreUnavailable: it is not known what was written; repeating the events is harmless (event ids).
         """
         self._check_model(request.model_version)
-        known = await self._know_planned(request.users)
-        prepared = await self._prepare(request.users, known, request.received_at)
-        outdated = {row for row, write in enumerate(request.users) if self._is_outdated(prepared[row], write)}
+        self._check_distinct([user.user_id for user in request.users])
+        written = await self._merged_write([Asked(user, request.received_at) for user in request.users])
+        return WriteReply(self.catalogue.size, written)
+
+    async def _write(self, asked: list[Asked[UserWrite]]) -> list[UserWritten]:
+        prepared = await self._prepare(asked, await self._know_planned([one.user for one in asked]))
+        outdated = {row for row, one in enumerate(asked) if self._is_outdated(prepared[row], one.user)}
         rows = [row for row, one in enumerate(prepared) if row not in outdated and one.plan.accepted]
-        changes = self._changes([prepared[row] for row in rows], [request.users[row] for row in rows])
+        changes = self._changes([prepared[row] for row in rows], [asked[row].user for row in rows])
         written = dict(zip(rows, apply(changes), strict=True))
         outdated |= await self._commit(prepared, written)
-        again = [request.users[row] for row in sorted(outdated)]
-        plans = await self._prepare(again, await self._know([user.user_id for user in again]), request.received_at)
-        retries = {one.user_id: wire.plan_out(one, self._is_stale(one.record)) for one in plans}
-        return WriteReply(
-            self.catalogue.size,
-            [wire.written_out(one, written.get(row), retries.get(one.user_id)) for row, one in enumerate(prepared)],
-        )
+        again = [asked[row] for row in sorted(outdated)]
+        retries = dict(zip(sorted(outdated), await self._plan(again) if again else [], strict=True))
+        return [wire.written_out(one, written.get(row), retries.get(row)) for row, one in enumerate(prepared)]
 
     async def _know(self, names: list[str]) -> dict[str, Known]:
         """Records and tombstones as they are in Redis now; what is kept from a moment ago is not read again.
 
         Raises RecordError for a damaged record: it is not overwritten.
         """
-        self._check_distinct(names)
         records = {name: self._recent[name].record for name in names if name in self._recent}
         rest = [name for name in names if name not in records]
         with self._reaching():
@@ -231,7 +249,6 @@ class MemoryService:
     async def _know_planned(self, users: Sequence[UserWrite]) -> dict[str, Known]:
         """What the plans were made from, where it is still kept: whether it is current, the commit will show."""
         planned = {user.user_id: user.version for user in users}
-        self._check_distinct([user.user_id for user in users])
         kept = {name: self._recent.get(name) for name in planned}
         known = {
             user.user_id: one for user in users if (one := kept[user.user_id]) and one.record.version == user.version
@@ -248,20 +265,23 @@ class MemoryService:
             self._recent.popitem(last=False)
 
     async def _prepare(
-        self, users: Sequence[UserEvents | UserWrite], known: dict[str, Known], received_at: float
+        self, asked: Sequence[Asked[UserEvents] | Asked[UserWrite]], known: dict[str, Known]
     ) -> list[Prepared]:
         """Each user's events planned against what is known of the user; a plan made a moment ago is not made again."""
-        numbers = await self.catalogue.numbers(event.item_id for user in users for event in user.events)
+        numbers = await self.catalogue.numbers(event.item_id for one in asked for event in one.user.events)
         prepared = []
-        for user in users:
-            one = known[user.user_id]
-            planned = one.plan
-            if planned is None or one.events != user.events or one.received_at != received_at:
-                events = [wire.event(user.user_id, event, numbers[event.item_id], received_at) for event in user.events]
-                planned = plan(one.record, events, one.stone.time if one.stone else -np.inf)
-                self._recent[user.user_id] = replace(one, plan=planned, events=user.events, received_at=received_at)
-            prepared.append(Prepared(user.user_id, one.record, one.stone, planned))
+        for one in asked:
+            user, now = one.user, known[one.user.user_id]
+            planned = now.plan
+            if planned is None or now.received_at != one.received_at or now.events != user.events:
+                planned = self._planned(user, now, numbers, one.received_at)
+                self._recent[user.user_id] = replace(now, plan=planned, events=user.events, received_at=one.received_at)
+            prepared.append(Prepared(user.user_id, now.record, now.stone, planned))
         return prepared
+
+    def _planned(self, user: UserEvents | UserWrite, now: Known, numbers: dict[str, int], received_at: float) -> Plan:
+        events = [wire.event(user.user_id, event, numbers[event.item_id], received_at) for event in user.events]
+        return plan(now.record, events, now.stone.time if now.stone else -np.inf)
 
     def _is_outdated(self, one: Prepared, write: UserWrite) -> bool:
         """Whether the plan behind a write is not that of the present record. A forget between plan and first write
@@ -343,6 +363,7 @@ class MemoryService:
     async def rekey(self, request: RekeyRequest) -> RekeyReply:
         """Give stale records the keys and states of this model; those that changed meanwhile are left alone."""
         self._check_model(request.model_version)
+        self._check_distinct([user.user_id for user in request.users])
         known = await self._know([user.user_id for user in request.users])
         prepared: list[Prepared] = []
         written: dict[int, UserRecord] = {}

@@ -28,7 +28,11 @@ from model.fusion_training import fit_fusion
 from model.optimisation import Report, named_weights
 from model.replay import MemorySpace, state_requests
 
-CENTROID_SAMPLE = 50_000
+LISTS_A_ROOT = 6
+"""Lists of the collective index over √N keys. Many small lists and few probes find more in the same time than √N
+lists (ML-1M, recall@20: 6000 lists, 16 probed: .957; 1000 lists, 32 probed: .965 at four times the work)."""
+KEYS_A_LIST = 32
+"""Keys that a centroid is trained on."""
 
 
 def train(dataset: Dataset, config: Config, run: Path, report: Report = lambda epoch: None) -> Checkpoint:
@@ -98,23 +102,25 @@ def cluster_items(encoder: SequenceEncoder, config: Config) -> NDArray[np.int32]
 
 
 def collective_centroids(dataset: Dataset, encoder: SequenceEncoder, config: Config) -> NDArray[np.float32]:
-    """Centroids of memory keys for the collective index, (lists, d) float32; about √N lists, from a sample."""
+    """Centroids of memory keys for the collective index, (lists, d) float32; about 6·√N lists, from a sample."""
     rng = np.random.default_rng([config.training.seed, 3])
     total = len(dataset)
-    sample = rng.choice(total, min(total, CENTROID_SAMPLE), replace=False)
+    lists = int(np.clip(round(LISTS_A_ROOT * math.sqrt(total)), 1, max(1, total // KEYS_A_LIST)))
+    sample = rng.choice(total, min(total, lists * KEYS_A_LIST), replace=False)
     states = encode_states(encoder, state_requests(dataset, sample, dataset.item_count))
     vectors = functional.normalize(torch.from_numpy(states), dim=1).numpy()
-    lists = int(np.clip(round(math.sqrt(total)), 1, max(1, len(vectors) // 40)))
-    return _spherical_kmeans(vectors, lists, config.training.seed)
+    return _spherical_kmeans(vectors, lists, config.training.seed, iterations=10)
 
 
-def _spherical_kmeans(vectors: NDArray[np.float32], clusters: int, seed: int) -> NDArray[np.float32]:
+def _spherical_kmeans(
+    vectors: NDArray[np.float32], clusters: int, seed: int, iterations: int = 20
+) -> NDArray[np.float32]:
     import faiss
 
     kmeans = faiss.Kmeans(
         vectors.shape[1],
         clusters,
-        niter=20,
+        niter=iterations,
         seed=seed + 1,
         spherical=True,
         min_points_per_centroid=1,

@@ -1,0 +1,92 @@
+"""Made-up banks of the size that the targets speak of: d 64, 75 entries a user."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from memory_service.store import Store
+from model.bank import Banks
+from model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from model.config import Config, EncoderConfig
+from model.events import UserRecord
+from model.rules import unit
+
+DIM, ENTRIES, ITEMS, LISTS = 64, 75, 3000, 6000
+START, HOUR = 1.7e9, 3600.0
+NOISE = 0.5
+"""Length of what is added to a centroid to make a key: small enough that it stays the nearest one."""
+CHUNK = 500
+
+
+def checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint of random weights in a folder: all that a memory service needs to serve such banks."""
+    import torch
+
+    from model.encoder import SequenceEncoder
+    from model.fusion import MemoryFusion
+    from model.optimisation import named_weights
+
+    config = Config(encoder=EncoderConfig(dim=DIM, layers=1, heads=2))
+    torch.manual_seed(0)
+    rng, encoder = np.random.default_rng(0), SequenceEncoder(config.encoder, ITEMS)
+    made = Checkpoint(
+        config=config,
+        item_ids=tuple(f"i{n}" for n in range(1, ITEMS + 1)),
+        item_clusters=np.append(-1, np.arange(ITEMS) % config.rules.clusters).astype(np.int32),
+        index_centroids=unit(rng.standard_normal((LISTS, DIM), np.float32)),
+        popularity=np.append(0, np.full(ITEMS, 1 / ITEMS)).astype(np.float32),
+        weights=named_weights(encoder, "encoder.") | named_weights(MemoryFusion(config.fusion, DIM), "fusion."),
+        metadata={},
+    )
+    save_checkpoint(folder, made)
+    return load_checkpoint(folder, with_weights=False)
+
+
+def user(n: int) -> str:
+    return f"user-{n:07d}"
+
+
+def records(of: Checkpoint, users: range, seed: int = 0) -> Iterator[list[UserRecord]]:
+    """Full banks of keys round random centroids, in chunks of CHUNK users."""
+    for at in range(users.start, users.stop, CHUNK):
+        count = min(CHUNK, users.stop - at)
+        rng = np.random.default_rng((seed, at))
+        cell = rng.integers(0, LISTS, (count, ENTRIES))
+        noise = rng.standard_normal((count, ENTRIES, DIM), np.float32) / np.sqrt(DIM)
+        keys = unit(of.index_centroids[cell] + NOISE * noise)
+        states = unit(rng.standard_normal((count, DIM), np.float32))
+        items = (rng.integers(0, ITEMS, (count, 1)) + 37 * np.arange(ENTRIES)) % ITEMS + 1
+        yield [_record(of, keys[row], cell[row], items[row], states[row]) for row in range(count)]
+
+
+def _record(of: Checkpoint, keys: np.ndarray, cell: np.ndarray, items: np.ndarray, state: np.ndarray) -> UserRecord:
+    times = START + HOUR * np.arange(ENTRIES)
+    banks = Banks(1, DIM, of.config.rules)
+    columns = {"item": items, "cell": cell, "frequency": 1, "rating": np.nan, "time": times}
+    for name, values in columns.items():
+        banks.fields[name][0, :ENTRIES] = values
+    banks.key[0, :ENTRIES], banks.size[0] = keys, ENTRIES
+    return UserRecord(
+        banks=banks,
+        version=1,
+        model_version=of.version,
+        events=ENTRIES,
+        log_item=items.astype("<u4"),
+        log_time=times,
+        seen=items.astype("<u4"),
+        event_ids=np.arange(1, ENTRIES + 1, dtype="<u8"),
+        state=state.astype("<f4"),
+    )
+
+
+async def fill(url: str, of: Checkpoint, users: range) -> None:
+    """Write the banks of users straight into a Redis."""
+    store = Store(url, of.config.rules, 30.0)
+    at = users.start
+    for chunk in records(of, users):
+        await store.commit([(user(at + n), 0, record) for n, record in enumerate(chunk)])
+        at += len(chunk)
+    await store.close()

@@ -1,0 +1,28 @@
+"""Speed of the memory service, rerun with one command: `make bench-memory`. Results: benchmarks/memory/results.json.
+
+    python -m benchmarks.memory.run [own] [service]
+
+The collective index over ML-1M has its own: `python -m benchmarks.memory.collective` (it needs a trained run).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def main() -> None:
+    from api.cli import measured_with
+    from benchmarks.memory import own, service
+    from benchmarks.memory.measures import store
+
+    parts = {"own": own.measure, "service": service.measure}
+    for name in sys.argv[1:] or list(parts):
+        print(f"— {name}", flush=True)
+        store(name, parts[name](), measured_with() | {"command": f"python -m benchmarks.memory.run {name}"})
+
+
+if __name__ == "__main__":
+    main()
