@@ -11,10 +11,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
 import numpy as np
 
-from model.bank import Entries, stack_banks
+from model.bank import Entries
 from model.checkpoint import Checkpoint
 from model.collective import CollectiveIndex
-from model.events import UserRecord
+from model.events import Stacked, UserRecord
 from model.rules import Floats, Ints
 
 Read = Callable[[list[str]], Awaitable[dict[str, UserRecord]]]
@@ -66,25 +66,41 @@ class CollectiveScope:
                 self.drop(name)
         self.put((name, record) for name, record in records.items() if name not in self._touched)
 
-    def put(self, records: Iterable[tuple[str, UserRecord]], newer_only: bool = False) -> None:
-        """Make these the users' entries; a record that does not share, or is of another model, has none.
-
-        With `newer_only` a record older than what is here changes nothing: a later write was faster.
-        """
-        new = [
-            (name, record)
-            for name, record in records
-            if (here := self._version.get(name, 0)) != record.version and not (newer_only and here > record.version)
-        ]
-        self._touched.update(name for name, _ in new)
+    def put(self, records: Iterable[tuple[str, UserRecord]]) -> None:
+        """Make these the users' entries; a record that does not share, or is of another model, has none."""
+        new = [(name, record) for name, record in records if self._version.get(name) != record.version]
         for name, record in new:
             if not self._shares(record):
                 self._take_out(name)
-            self._version[name] = record.version
+                self._note(name, record)
         shared = [(name, record) for name, record in new if self._shares(record)]
         if shared:
-            slots = np.array([self._claim(name) for name, _ in shared])
-            self._index.put(slots, stack_banks([record.banks for _, record in shared]))
+            self._put([name for name, _ in shared], Stacked.of([record for _, record in shared]))
+
+    def put_written(self, names: list[str], stacked: Stacked) -> None:
+        """What was just written, of our model; a record older than what is here changes nothing: a later write was
+        faster.
+        """
+        rows = [
+            row
+            for row, (name, record) in enumerate(zip(names, stacked.records, strict=True))
+            if self._version.get(name, 0) < record.version
+        ]
+        if all(self._shares(stacked.records[row]) for row in rows):
+            if rows:
+                self._put([names[row] for row in rows], stacked.take(rows))
+        else:
+            self.put((names[row], stacked.records[row]) for row in rows)
+
+    def _put(self, names: list[str], stacked: Stacked) -> None:
+        slots = np.array([self._claim(name) for name in names])
+        self._index.put(slots, stacked.banks, stacked.entries)
+        for name, record in zip(names, stacked.records, strict=True):
+            self._note(name, record)
+
+    def _note(self, name: str, record: UserRecord) -> None:
+        self._touched.add(name)
+        self._version[name] = record.version
 
     def drop(self, user_id: str) -> None:
         """Nothing is known about the user any more; fine where nothing was."""

@@ -22,7 +22,7 @@ from model.rules import Floats, Ints
 
 
 class OwnIndex:
-    """Keys of users' banks by slot, 0 ≤ slot < slots. The place of a key is its rank in the bank it was put with."""
+    """Keys of users' banks by slot, 0 ≤ slot < slots; a list has at most `capacity`."""
 
     def __init__(self, dim: int, slots: int, capacity: int) -> None:
         self.dim, self.capacity = dim, capacity
@@ -30,16 +30,19 @@ class OwnIndex:
             faiss.IndexFlatIP(dim), dim, slots, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False
         )
         self._index.is_trained, self._index.nprobe = True, 1
-        self._places = np.arange(capacity, dtype=np.int64)
 
-    def put(self, slots: Ints, keys: NDArray[np.float16], sizes: Ints) -> None:
-        """Replace the lists of slots (B,) by the first sizes (B,) of keys (B, ≥ size, d) fp16."""
-        lists, places = self._index.invlists, faiss.swig_ptr(self._places)
-        for slot, bank, size in zip(slots.tolist(), np.asarray(keys, KEY), sizes.tolist(), strict=True):
-            codes = np.ascontiguousarray(bank[:size]).view(np.uint8)
+    def put(self, slots: Ints, keys: NDArray[np.float16], sizes: Ints, places: Ints | None = None) -> None:
+        """Replace the lists of slots (B,) by the first sizes (B,) of keys (B, ≥ size, d) fp16.
+
+        places (B, ≥ size): what a search will call each key; none: its rank.
+        """
+        lists = self._index.invlists
+        ranks = np.broadcast_to(np.arange(keys.shape[1]), keys.shape[:2]) if places is None else places
+        codes, ids = np.ascontiguousarray(keys, KEY), np.ascontiguousarray(ranks, np.int64)
+        for slot, size, bank, names in zip(slots.tolist(), sizes.tolist(), codes, ids, strict=True):
             lists.resize(slot, 0)
             if size:
-                lists.add_entries(slot, size, places, faiss.swig_ptr(codes))
+                lists.add_entries(slot, size, faiss.swig_ptr(names), faiss.swig_ptr(bank.view(np.uint8)))
 
     def drop(self, slots: Ints) -> None:
         """Empty the lists of slots."""

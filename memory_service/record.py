@@ -57,8 +57,8 @@ def pack_record(record: UserRecord) -> bytes:
     columns = [banks.fields[name][0, :n] for name in ENTRY_FIELDS]
     columns += [banks.key[0, :n], record.log_item, record.log_time, record.seen, record.event_ids, record.state]
     kinds = (*ENTRY_FIELDS.values(), KEY, *TAIL)
-    body = head + b"".join(
-        [column.astype(kind, copy=False).tobytes() for column, kind in zip(columns, kinds, strict=True)]
+    body = b"".join(
+        [head, *(column.astype(kind, copy=False).data for column, kind in zip(columns, kinds, strict=True))]
     )
     start = FIXED.pack(MAGIC, FORMAT, banks.key.shape[2], record.version, 0)[: CHECKSUM.start]
     return start + crc32(body, crc32(start)).to_bytes(4, "little") + body

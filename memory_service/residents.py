@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from memory_service.index import OwnIndex
 from model import rules as rule
-from model.bank import Entries, select, stack_banks
+from model.bank import Entries, select
 from model.config import RulesConfig
-from model.events import UserRecord
+from model.events import Stacked, UserRecord
 from model.rules import Bools, Ints
 
 NOBODY = 0
@@ -110,31 +110,44 @@ class Residents:
             self._evict(min(excess + self.limit // EVICT, len(self._slot)))
 
     def put(self, users: Sequence[str], records: Sequence[UserRecord], clusters: Ints) -> None:
-        """Make these the users' banks. `clusters` maps item numbers to item clusters."""
-        if not users:
-            return
+        """Make these the users' banks (at most SPARE), whatever model they are of; others may have to go.
+
+        `clusters` maps item numbers to item clusters.
+        """
+        here = [record.model_version == self.model_version for record in records]
+        fresh = [n for n, is_fresh in enumerate(here) if is_fresh]
+        if fresh:
+            self.put_fresh([users[n] for n in fresh], Stacked.of([records[n] for n in fresh]), clusters)
+        for n in (n for n, is_fresh in enumerate(here) if not is_fresh):  # keys of another model answer nothing
+            slots = self._described([users[n]], [records[n]])
+            self._empty(slots)
+            self.stale[slots] = True
+
+    def put_fresh(self, users: Sequence[str], stacked: Stacked, clusters: Ints) -> None:
+        """Make these the users' banks; all are of our model."""
+        slots, banks, facts = self._described(users, stacked.records), stacked.banks, stacked.entries
+        width, rows = self.rules.capacity, np.arange(len(slots))[:, None]
+        oldest = np.argsort(np.where(banks.valid(), banks.fields["time"], -np.inf), axis=1, kind="stable")
+        newest = oldest[:, ::-1]
+        places = np.empty_like(newest)
+        places[rows, newest] = np.arange(newest.shape[1])
+        for name in FACTS.names or ():
+            self._facts[name][slots] = getattr(facts, name)[rows, newest[:, :width]]
+        cluster = banks.entry_clusters(clusters)
+        self.size[slots], self.entropy[slots] = banks.size, rule.entropy(facts.quality, cluster, self.rules.clusters)
+        self.k[slots] = rule.own_k(self.entropy[slots], banks.size, self.rules)
+        self.state[slots] = [record.state for record in stacked.records]
+        self.index.put(slots, banks.key, banks.size, places)
+
+    def _described(self, users: Sequence[str], records: Sequence[UserRecord]) -> NDArray[np.int64]:
+        """Slots for the users, with what every record says, and no retrievals counted."""
         slots = np.array([self._claim(user) for user in users], np.int64)
-        stale = np.array([record.model_version != self.model_version for record in records], bool)
-        self.version[slots], self.stale[slots] = [record.version for record in records], stale
-        self._hits[slots], self._asked[slots], self.doubted[slots] = 0, False, False
+        self.version[slots] = [record.version for record in records]
+        self.stale[slots], self.doubted[slots] = False, False
+        self._hits[slots], self._asked[slots] = 0, False
         for slot, record in zip(slots.tolist(), records, strict=True):
             self.seen[slot] = record.seen.astype("<u4", copy=False).tobytes()
-        self._empty(slots[stale])  # keys of another model answer nothing
-        fresh = [record for record, old in zip(records, stale.tolist(), strict=True) if not old]
-        if fresh:
-            self._fill(slots[~stale], fresh, clusters)
-
-    def _fill(self, slots: Ints, records: Sequence[UserRecord], clusters: Ints) -> None:
-        banks = stack_banks([record.banks for record in records])
-        facts, rows = banks.everything(), np.arange(len(slots))[:, None]
-        newest = np.argsort(np.where(banks.valid(), banks.fields["time"], -np.inf), axis=1, kind="stable")[:, ::-1]
-        newest = newest[:, : self.rules.capacity]
-        for name in FACTS.names or ():
-            self._facts[name][slots] = getattr(facts, name)[rows, newest]
-        self.size[slots], self.entropy[slots] = banks.size, banks.entropy(clusters)
-        self.k[slots] = rule.own_k(self.entropy[slots], banks.size, self.rules)
-        self.state[slots] = [record.state for record in records]
-        self.index.put(slots, banks.key[rows, newest], banks.size)
+        return slots
 
     def drop(self, users: Sequence[str]) -> None:
         """Take users out; fine where they are not here."""
@@ -227,11 +240,11 @@ class Residents:
             if not self._free:
                 self._evict(EVICT)
             slot = self._slot[user] = self._free.pop()
-            self._name[slot], self._used[slot] = user, self._calls
+            self._name[slot], self._used[slot] = user, self._calls + 1
         return slot
 
     def _evict(self, count: int) -> None:
-        there = np.flatnonzero(self.version)
+        there = np.flatnonzero(self._used[NOBODY + 1 :]) + NOBODY + 1
         oldest = np.argpartition(self._used[there], count - 1)[:count]
         self.drop([self._name[slot] for slot in there[oldest].tolist()])
 

@@ -49,7 +49,7 @@ from model import rules as rule
 from model.bank import Entries
 from model.checkpoint import Checkpoint
 from model.collective import cells
-from model.events import Change, Plan, UserRecord, apply, plan, rekey, rekey_job
+from model.events import Change, Plan, Stacked, UserRecord, apply_stacked, plan, rekey, rekey_job
 from model.rules import Floats, Ints
 
 LOAD_USERS = 500
@@ -220,8 +220,9 @@ class MemoryService:
         outdated = {row for row, one in enumerate(asked) if self._is_outdated(prepared[row], one.user)}
         rows = [row for row, one in enumerate(prepared) if row not in outdated and one.plan.accepted]
         changes = self._changes([prepared[row] for row in rows], [asked[row].user for row in rows])
-        written = dict(zip(rows, apply(changes), strict=True))
-        outdated |= await self._commit(prepared, written)
+        stored = await self._commit([prepared[row] for row in rows], apply_stacked(changes)) if rows else []
+        written = {row: record for row, record in zip(rows, stored, strict=True) if record is not None}
+        outdated.update(set(rows) - written.keys())
         again = [asked[row] for row in sorted(outdated)]
         retries = dict(zip(sorted(outdated), await self._plan(again) if again else [], strict=True))
         return [wire.written_out(one, written.get(row), retries.get(row)) for row, one in enumerate(prepared)]
@@ -300,13 +301,14 @@ class MemoryService:
         listed = np.split(cells(every, positions, self.centroids), np.cumsum(counts)[:-1].astype(int))
         return [
             Change(
-                record=replace(one.record, model_version=self.model_version),
+                record=one.record,
                 plan=one.plan,
                 keys=own.reshape(-1, self.dim),
                 state=column(write.state, "<f4", self.dim, "state"),
                 cells=own_cells,
                 accesses=self.residents.accesses(one.user_id),
                 first_version=self._first_version(one),
+                model_version=self.model_version,
             )
             for one, write, own, own_cells in zip(prepared, writes, keys, listed[: len(counts)], strict=True)
         ]
@@ -318,47 +320,45 @@ class MemoryService:
         clock = int(time.time() * 1000) if self.store.idle_s and one.record.version == 0 else 0
         return max(clock, one.stone.version if one.stone else 0)
 
-    async def _commit(self, prepared: list[Prepared], written: dict[int, UserRecord]) -> set[int]:
-        """Store the new records; returns the rows that lost against another writer or against a forget."""
-        if not written:
-            return set()
+    async def _commit(self, prepared: list[Prepared], stacked: Stacked) -> list[UserRecord | None]:
+        """Store new records; None where one lost against another writer or against a forget."""
+        names = [one.user_id for one in prepared]
+        before = [one.record.version for one in prepared]
         with self._reaching():
-            outcomes = await self.store.commit(
-                [(prepared[row].user_id, prepared[row].record.version, record) for row, record in written.items()]
-            )
-            lost = {row for row, done in zip(written, outcomes, strict=True) if not done}
-            lost |= await self._forgotten_meanwhile(prepared, [row for row in written if row not in lost])
-        for row in lost:
-            self._recent.pop(prepared[row].user_id, None)
-            del written[row]
-        self._show({prepared[row].user_id: (prepared[row], record) for row, record in written.items()})
-        return lost
+            stored = await self.store.commit(list(zip(names, before, stacked.records, strict=True)))
+            lost = await self._forgotten_meanwhile([one for one, done in zip(prepared, stored, strict=True) if done])
+        kept = [row for row, (name, done) in enumerate(zip(names, stored, strict=True)) if done and name not in lost]
+        for name in set(names).difference(names[row] for row in kept):
+            self._recent.pop(name, None)
+        if kept:
+            self._show([prepared[row] for row in kept], stacked.take(kept))
+        there = set(kept)
+        return [record if row in there else None for row, record in enumerate(stacked.records)]
 
-    async def _forgotten_meanwhile(self, prepared: list[Prepared], rows: list[int]) -> set[int]:
-        """Rows whose users were forgotten while their first write was under way: what it wrote is taken back."""
-        created = [row for row in rows if prepared[row].record.version == 0]
-        stones = await self.store.tombstones([prepared[row].user_id for row in created])
+    async def _forgotten_meanwhile(self, stored: list[Prepared]) -> set[str]:
+        """Users who were forgotten while their first write was under way: what it wrote is taken back."""
+        created = [one for one in stored if one.record.version == 0]
+        stones = await self.store.tombstones([one.user_id for one in created])
         lost = set()
-        for row, stone in zip(created, stones, strict=True):
-            if stone is not None and stone != prepared[row].stone:
-                await self.store.forget(prepared[row].user_id, stone.time)
-                lost.add(row)
+        for one, stone in zip(created, stones, strict=True):
+            if stone is not None and stone != one.stone:
+                await self.store.forget(one.user_id, stone.time)
+                lost.add(one.user_id)
         return lost
 
-    def _show(self, written: dict[str, tuple[Prepared, UserRecord]]) -> None:
+    def _show(self, prepared: list[Prepared], stacked: Stacked) -> None:
         """Let the next retrieval see what was just stored. Banks that nobody asked for push none out."""
-        self._keep({name: Known(record, one.stone) for name, (one, record) in written.items()})
-        slots = self.residents.slots(list(written))
-        before = [one.record.version for one, _ in written.values()]
-        at_hand = (slots != NOBODY) & (self.residents.version[slots] == before)
-        room = self.residents.limit - len(self.residents)
-        at_hand |= (slots == NOBODY) & (np.cumsum(slots == NOBODY) <= room)
-        shown = {
-            name: record for (name, (_, record)), here in zip(written.items(), at_hand.tolist(), strict=True) if here
-        }
-        self.residents.put(list(shown), list(shown.values()), self.catalogue.clusters)
+        names = [one.user_id for one in prepared]
+        new = zip(prepared, stacked.records, strict=True)
+        self._keep({one.user_id: Known(record, one.stone) for one, record in new})
+        slots, before = self.residents.slots(names), np.array([one.record.version for one in prepared])
+        here, room = slots != NOBODY, self.residents.limit - len(self.residents)
+        shown = np.where(here, self.residents.version[slots] == before, np.cumsum(~here) <= room)
+        rows = np.flatnonzero(shown).tolist()
+        if rows:
+            self.residents.put_fresh([names[row] for row in rows], stacked.take(rows), self.catalogue.clusters)
         if self.collective is not None:
-            self.collective.put([(name, record) for name, (_, record) in written.items()], newer_only=True)
+            self.collective.put_written(names, stacked)
 
     async def rekey(self, request: RekeyRequest) -> RekeyReply:
         """Give stale records the keys and states of this model; those that changed meanwhile are left alone."""
@@ -366,17 +366,17 @@ class MemoryService:
         self._check_distinct([user.user_id for user in request.users])
         known = await self._know([user.user_id for user in request.users])
         prepared: list[Prepared] = []
-        written: dict[int, UserRecord] = {}
+        records: list[UserRecord] = []
         for user in request.users:
             record = known[user.user_id].record
             if record.version == user.version and self._is_stale(record):
                 keys = column(user.keys, "<f4", record.size * self.dim, "keys").reshape(record.size, self.dim)
                 state = column(user.state, "<f4", self.dim, "state")
                 listed = cells(keys, rekey_job(record).positions, self.centroids)
-                written[len(prepared)] = rekey(record, self.model_version, keys, state, listed)
+                records.append(rekey(record, self.model_version, keys, state, listed))
                 prepared.append(Prepared(user.user_id, record, known[user.user_id].stone, plan(record, [])))
-        await self._commit(prepared, written)
-        return RekeyReply([prepared[row].user_id for row in written])
+        stored = await self._commit(prepared, Stacked.of(records)) if records else []
+        return RekeyReply([one.user_id for one, done in zip(prepared, stored, strict=True) if done is not None])
 
     async def forget(self, user_id: str) -> Forgotten:
         """Remove everything about a user; a tombstone keeps late retries from bringing them back."""

@@ -59,14 +59,15 @@ class CollectiveIndex:
         """Entries that can be found."""
         return int(self._index.ntotal)
 
-    def put(self, slots: Ints, banks: Banks) -> None:
+    def put(self, slots: Ints, banks: Banks, entries: Entries | None = None) -> None:
         """Make the banks' entries those of the slots (distinct), one row of `banks` each, replacing what was there.
+        `entries`: `banks.everything()`, where it is at hand.
 
         Only entries that are new, or whose key changed, are indexed; only those that are gone are removed.
         """
         slots = np.asarray(slots, np.int64)
         self._grow(int(slots.max(initial=-1)) + 1)
-        entries, width = banks.everything(), self._mark.shape[1]
+        entries, width = entries or banks.everything(), self._mark.shape[1]
         cell = banks.fields["cell"][:, :width]
         shared = entries.valid[:, :width] & (cell != NOT_SHARED)
         mark = np.where(shared, _marks(banks.key[:, :width], entries.item[:, :width], cell), np.uint64(0))

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model.bank import NOT_SHARED, Banks, stack_banks
+from model.bank import NOT_SHARED, Banks, Entries, stack_banks
 from model.config import RulesConfig
 from model.rules import Floats, Ints
 
@@ -211,7 +212,7 @@ class Change:
 
     keys (n, d) unit length, one for each accepted event; state (d,) after the last event; cells (n,) collective
     lists of the keys; accesses: buffered retrievals, see `Banks.touch`; first_version: a new record's version
-    follows this one (a forgotten user's versions go on).
+    follows this one (a forgotten user's versions go on); model_version: whose keys these are ("": as before).
     """
 
     record: UserRecord
@@ -221,14 +222,45 @@ class Change:
     cells: Ints
     accesses: Sequence[tuple[int, int, float]] = ()
     first_version: int = 0
+    model_version: str = ""
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Records of several users, and their banks side by side (in `banks`, a row each)."""
+
+    records: list[UserRecord]
+    banks: Banks
+
+    @classmethod
+    def of(cls, records: Sequence[UserRecord]) -> Stacked:
+        """At least one record; all of one model."""
+        return cls(list(records), stack_banks([record.banks for record in records]))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @cached_property
+    def entries(self) -> Entries:
+        """All entries in order of their slots, with the features that fusion reads."""
+        return self.banks.everything()
+
+    def take(self, rows: Sequence[int]) -> Stacked:
+        """Some of them (itself, where that is all)."""
+        if len(rows) == len(self):
+            return self
+        return Stacked([self.records[row] for row in rows], self.banks.rows(np.asarray(rows, np.int64)))
 
 
 def apply(changes: Sequence[Change]) -> list[UserRecord]:
-    """The records after their planned batches; the given ones are left as they were. All users' events are written
-    side by side: the first of each, then the second of each, and so on. Users must be distinct.
+    """The records after their planned batches; the given ones are left as they were. Users must be distinct."""
+    return apply_stacked(changes).records if changes else []
+
+
+def apply_stacked(changes: Sequence[Change]) -> Stacked:
+    """`apply` (to at least one change) that keeps the banks side by side. All users' events are written side by side:
+    the first of each, then the second of each, and so on.
     """
-    if not changes:
-        return []
     banks = stack_banks([change.record.banks for change in changes])
     for row, change in enumerate(changes):
         banks.touch(row, change.accesses)
@@ -245,18 +277,19 @@ def apply(changes: Sequence[Change]) -> list[UserRecord]:
             np.array([event.rating for event in events]),
             np.array([change.cells[nth] for change in now]),
         )
-    return [_next_record(change, banks.row(row)) for row, change in enumerate(changes)]
+    return Stacked([_next_record(change, banks.row(row)) for row, change in enumerate(changes)], banks)
 
 
 def _next_record(change: Change, banks: Banks) -> UserRecord:
     record, accepted = change.record, change.plan.accepted
     new_ids = np.array([event.event_id for event in accepted if event.event_id], "<u8")
     taken = np.array([event.item for event in accepted], "<u4")
-    return replace(
-        record,
+    return UserRecord(
         banks=banks,
         version=max(record.version, change.first_version) + 1,
+        model_version=change.model_version or record.model_version,
         events=record.events + len(accepted),
+        share=record.share,
         log_item=change.plan.log_item[-LOG_LIMIT:],
         log_time=change.plan.log_time[-LOG_LIMIT:],
         seen=_remember(record.seen, taken)[-SEEN_LIMIT:],

@@ -1,0 +1,153 @@
+"""Banks ready to be asked, against the rules of `model.bank` that they speed up."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memory_service.residents import NOBODY, SPARE, Residents, Wish
+from model.bank import Banks, select
+from model.events import UserRecord
+from model.rules import unit
+from tests.synthetic import random_banks, small_config
+
+DIM, USERS = 16, 12
+RULES = small_config().rules
+CLUSTERS = np.append(-1, np.arange(30) % RULES.clusters)
+
+
+def filled(limit: int = USERS, events: int = 14, seed: int = 0) -> tuple[Residents, Banks]:
+    residents, banks = Residents(limit, DIM, RULES, "m"), random_banks(USERS, events, DIM, RULES, seed=seed)
+    residents.put(names(), records(banks), CLUSTERS)
+    return residents, banks
+
+
+def names(users: int = USERS) -> list[str]:
+    return [f"u{n}" for n in range(users)]
+
+
+def records(banks: Banks, version: int = 1) -> list[UserRecord]:
+    state = np.ones(DIM, np.float32)
+    return [UserRecord(banks.row(n), version=version, model_version="m", state=state) for n in range(len(banks))]
+
+
+def wish(residents: Residents, queries: np.ndarray, k: np.ndarray, ignore=None) -> Wish:
+    return Wish(residents.find(names()), unit(queries).astype(np.float32), k, ignore or {})
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 99),
+    events=st.integers(1, 25),
+    k=st.lists(st.integers(0, 10), min_size=USERS, max_size=USERS),
+    alike=st.booleans(),
+    ignored=st.dictionaries(st.integers(0, USERS - 1), st.lists(st.integers(1, 30), max_size=12), max_size=4),
+    threshold=st.sampled_from([-1.0, 0.2]),
+)
+def test_residents_choose_what_the_rules_choose(seed, events, k, alike, ignored, threshold):
+    """Ties (keys that are alike), ignored items, thresholds and any K: the entries are those of `select`."""
+    rules = RULES.model_copy(update={"similarity_threshold": threshold})
+    banks = random_banks(USERS, events, DIM, rules, seed=seed)
+    if alike:
+        banks.key[:] = banks.key[:, :1]
+    residents = Residents(USERS, DIM, rules, "m")
+    residents.put(names(), records(banks), CLUSTERS)
+    queries = np.random.default_rng(seed).normal(size=(USERS, DIM))
+    asked = wish(residents, queries, np.array(k), {row: items for row, items in ignored.items() if items})
+    found = residents.search(asked)
+
+    usable = banks.valid()
+    for row, items in ignored.items():
+        usable[row] &= ~np.isin(banks.fields["item"][row], items)
+    adaptive = residents.k[residents.slots(names())]
+    wanted = np.minimum(np.where(np.array(k) > 0, k, adaptive), usable.sum(axis=1))
+    similarity = np.einsum("bcd,bd->bc", banks.key.astype(np.float32), asked.queries)
+    slots, chosen = select(similarity, usable, banks.fields["time"], wanted, threshold)
+    expected = banks.describe(np.arange(USERS), slots, chosen, np.take_along_axis(similarity, slots, 1))
+    assert np.array_equal(found.k, wanted)
+    for row in range(USERS):
+        assert found.entries.item[row][found.entries.valid[row]].tolist() == expected.item[row][chosen[row]].tolist()
+        for name in ("similarity", "quality", "recency", "rating"):
+            got, want = getattr(found.entries, name)[row], getattr(expected, name)[row]
+            assert np.allclose(got[found.entries.valid[row]], want[chosen[row]], atol=1e-5)
+
+
+def test_entropy_and_k_are_those_of_the_rules():
+    residents, banks = filled()
+    slots = residents.slots(names())
+    retrieved = banks.retrieve(np.arange(USERS), unit(np.ones((USERS, DIM))), CLUSTERS)
+    assert np.array_equal(residents.entropy[slots], retrieved.entropy)
+    assert np.array_equal(residents.k[slots], retrieved.k)
+    assert (residents.entropy[NOBODY], residents.k[NOBODY], residents.size[NOBODY]) == (0.5, 0, 0)
+
+
+def test_the_least_recently_used_go_first_and_a_call_keeps_its_own():
+    residents, banks = filled()
+    some = random_banks(USERS, 5, DIM, RULES, seed=3)
+    residents.put([f"new{n}" for n in range(USERS)], records(some), CLUSTERS)
+    residents.find([f"new{n}" for n in range(2, USERS)])
+    residents.find(["u0", "u5"])
+    assert len(residents) == 2 * USERS
+    residents.make_room()
+    assert len(residents) == USERS
+    assert (residents.slots(["u0", "u5"]) != NOBODY).all()
+    assert (residents.slots(["u1", "u2"]) == NOBODY).all()
+
+
+def test_more_users_than_there_is_room_for_push_out_older_ones():
+    residents = Residents(1, DIM, RULES, "m")
+    many = records(random_banks(1, 5, DIM, RULES)) * (SPARE // 2)
+    for turn in range(3):
+        last = [f"u{turn}-{n}" for n in range(len(many))]
+        residents.put(last, many, CLUSTERS)
+    assert len(residents) <= SPARE + 1
+    assert (residents.slots(last) != NOBODY).all()
+
+
+def test_retrievals_are_counted_until_the_next_record():
+    residents, banks = filled()
+    found = residents.search(wish(residents, np.ones((USERS, DIM)), np.full(USERS, 2)))
+    counted = np.arange(USERS) != 1
+    slots = residents.slots(names())
+    for _ in range(2):
+        residents.count(slots, found, counted, 77.0)
+    assert sorted(residents.accesses("u0")) == sorted((int(item), 2, 77.0) for item in found.entries.item[0])
+    assert residents.accesses("u1") == residents.accesses("stranger") == []
+    residents.put(["u0"], records(banks, version=2)[:1], CLUSTERS)
+    assert residents.accesses("u0") == []
+
+
+def test_a_record_of_another_model_answers_nothing_and_says_so():
+    residents, banks = filled()
+    old = UserRecord(random_banks(1, 5, 8, RULES).row(0), version=3, model_version="older")
+    residents.put(["u0"], [old], CLUSTERS)
+    slot = residents.slots(["u0"])
+    assert (residents.stale[slot][0], residents.version[slot][0], residents.size[slot][0]) == (True, 3, 0)
+    assert not residents.search(wish(residents, np.ones((USERS, DIM)), np.full(USERS, 3))).entries.valid[0].any()
+
+
+def test_who_is_dropped_leaves_nothing_behind():
+    residents, _ = filled()
+    slot = residents.slots(["u3"])
+    residents.drop(["u3", "stranger"])
+    assert (residents.slots(["u3"])[0], len(residents)) == (NOBODY, USERS - 1)
+    assert not residents.state[slot].any()
+    assert residents.search(Wish(slot, np.ones((1, DIM), np.float32), np.array([5]), {})).entries.valid.sum() == 0
+
+
+def test_after_an_outage_nothing_is_taken_for_current():
+    residents, banks = filled()
+    residents.distrust()
+    assert residents.doubted[residents.slots(names())].all()
+    residents.put(["u0"], records(banks)[:1], CLUSTERS)
+    assert residents.doubted[residents.slots(["u0", "u1"])].tolist() == [False, True]
+
+
+@pytest.mark.parametrize("size", [0, 1, 10])
+def test_nobody_and_small_banks(size):
+    residents, banks = Residents(3, DIM, RULES, "m"), Banks(1, DIM, RULES)
+    if size:
+        banks = random_banks(1, size, DIM, RULES)
+    residents.put(["u"], records(banks)[:1], CLUSTERS)
+    found = residents.search(Wish(residents.slots(["u", "x"]), np.ones((2, DIM), np.float32), np.array([9, 9]), {}))
+    assert found.k.tolist() == [min(int(banks.size[0]), 9), 0]
