@@ -141,6 +141,7 @@ class Residents:
 
     def _described(self, users: Sequence[str], records: Sequence[UserRecord]) -> NDArray[np.int64]:
         """Slots for the users, with what every record says, and no retrievals counted."""
+        self._calls += 1
         slots = np.array([self._claim(user) for user in users], np.int64)
         self.version[slots] = [record.version for record in records]
         self.stale[slots], self.doubted[slots] = False, False
@@ -240,7 +241,7 @@ class Residents:
             if not self._free:
                 self._evict(EVICT)
             slot = self._slot[user] = self._free.pop()
-            self._name[slot], self._used[slot] = user, self._calls + 1
+            self._name[slot], self._used[slot] = user, self._calls
         return slot
 
     def _evict(self, count: int) -> None:
