@@ -146,7 +146,7 @@ def test_the_index_is_exact():
     keys = rng.normal(size=(5, 11, DIM)).astype(np.float16)
     index.put(picked, keys, sizes)
     queries = rng.normal(size=(5, DIM)).astype(np.float32)
-    found, (best, places) = index.similarities(picked, queries), index.search(picked, queries, 4)
+    found, (_best, places) = index.similarities(picked, queries), index.search(picked, queries, 4)
     for row, size in enumerate(sizes):
         wanted = keys[row, :size].astype(np.float32) @ queries[row]
         assert np.allclose(found[row, :size], wanted, atol=1e-4)

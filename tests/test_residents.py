@@ -82,7 +82,7 @@ def test_entropy_and_k_are_those_of_the_rules():
 
 
 def test_the_least_recently_used_go_first_and_a_call_keeps_its_own():
-    residents, banks = filled()
+    residents, _banks = filled()
     some = random_banks(USERS, 5, DIM, RULES, seed=3)
     residents.put([f"new{n}" for n in range(USERS)], records(some), CLUSTERS)
     residents.find([f"new{n}" for n in range(2, USERS)])
@@ -118,7 +118,7 @@ def test_retrievals_are_counted_until_the_next_record():
 
 
 def test_a_record_of_another_model_answers_nothing_and_says_so():
-    residents, banks = filled()
+    residents, _banks = filled()
     old = UserRecord(random_banks(1, 5, 8, RULES).row(0), version=3, model_version="older")
     residents.put(["u0"], [old], CLUSTERS)
     slot = residents.slots(["u0"])
