@@ -58,6 +58,7 @@ def _options() -> dict[str, Any]:
     parser.add_argument("--port", type=int)
     parser.add_argument("--redis-url", help="redis://, rediss:// or unix://; none: an embedded Valkey")
     parser.add_argument("--data-dir", type=Path, help="folder of the embedded Valkey")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where banks are searched")
     parser.add_argument(
         "--collective",
         action=argparse.BooleanOptionalAction,

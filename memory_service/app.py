@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from memory_service.metrics import Metrics
 from memory_service.record import RecordError
+from memory_service.replica import on_cuda
 from memory_service.schemas import (
     CONTENT_TYPE,
     PlanRequest,
@@ -67,13 +68,15 @@ def create_app(settings: MemorySettings) -> FastAPI:
     Raises:
         CheckpointError: no usable checkpoint in `settings.run`.
         ValueError: no `redis_url`.
+        DeviceError: no GPU where one is asked for.
     """
     if settings.redis_url is None:
         raise ValueError("redis_url is not set")
     checkpoint = load_checkpoint(settings.run, with_weights=False)
     idle_s = round((settings.idle_days or 0) * 86400)
     store = Store(settings.redis_url, checkpoint.config.rules, settings.redis_timeout_s, idle_s)
-    service = MemoryService(store, checkpoint, settings.resident_users, settings.collective)
+    replicate = on_cuda() if settings.device == "cuda" else None
+    service = MemoryService(store, checkpoint, settings.resident_users, settings.collective, replicate)
     app = FastAPI(title="RAMRec memory service", lifespan=_lifespan, openapi_url=None)
     app.state.service, app.state.metrics, app.state.settings = service, Metrics(), settings
     app.state.started, app.state.loaded = False, asyncio.Event()  # whether catalogue and collective scope are loaded

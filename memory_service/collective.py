@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
 import numpy as np
 
+from memory_service.replica import Replicate, ReplicatedCollectiveIndex
 from model.bank import Entries
 from model.checkpoint import Checkpoint
 from model.collective import CollectiveIndex
@@ -25,10 +26,11 @@ COMPARE_USERS = 500
 class CollectiveScope:
     """All sharing users' entries of one model. One thread."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, replicate: Replicate | None = None) -> None:
         rules = checkpoint.config.rules
         self.model_version = checkpoint.version
-        self._index = CollectiveIndex(checkpoint.index_centroids, rules.capacity, rules.collective_probes)
+        layout = (checkpoint.index_centroids, rules.capacity, rules.collective_probes)
+        self._index = ReplicatedCollectiveIndex(*layout, replicate) if replicate else CollectiveIndex(*layout)
         self._slot: dict[str, int] = {}
         self._version: dict[str, int] = {}
         self._free: list[int] = []

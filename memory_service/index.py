@@ -54,9 +54,14 @@ class OwnIndex:
 
         Where a list has fewer, the places are −1. Args: slots: (B,). queries: (B, d).
         """
+        return self._search_in(self._index, slots, queries, k)
+
+    def _search_in(
+        self, index: Any, slots: Ints, queries: Floats, k: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         lists = np.ascontiguousarray(slots, np.int64)[:, None]
         asked = np.ascontiguousarray(queries, np.float32)
-        similarity, places = self._index.search_preassigned(asked, k, lists, np.zeros(lists.shape, np.float32))
+        similarity, places = index.search_preassigned(asked, k, lists, np.zeros(lists.shape, np.float32))
         return similarity, places
 
     def similarities(self, slots: Ints, queries: Floats) -> NDArray[np.float32]:

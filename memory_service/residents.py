@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memory_service.index import OwnIndex
+from memory_service.replica import Replicate, ReplicatedOwnIndex
 from model import rules as rule
 from model.bank import Entries, select
 from model.config import RulesConfig
@@ -58,10 +59,12 @@ class Found:
 class Residents:
     """Banks of at most `limit` users between calls, the least recently used going first."""
 
-    def __init__(self, limit: int, dim: int, rules: RulesConfig, model_version: str) -> None:
+    def __init__(
+        self, limit: int, dim: int, rules: RulesConfig, model_version: str, replicate: Replicate | None = None
+    ) -> None:
         slots, places = limit + SPARE + 1, rules.capacity
         self.limit, self.rules, self.model_version = limit, rules, model_version
-        self.index = OwnIndex(dim, slots, places)
+        self.index = ReplicatedOwnIndex(dim, slots, places, replicate) if replicate else OwnIndex(dim, slots, places)
         self.version = np.zeros(slots, np.int64)
         self.stale, self.doubted = np.zeros(slots, bool), np.zeros(slots, bool)
         self.size = np.zeros(slots, np.int32)

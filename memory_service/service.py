@@ -24,6 +24,7 @@ from memory_service import wire
 from memory_service.catalogue import Catalogue
 from memory_service.collective import CollectiveScope
 from memory_service.merging import Merged
+from memory_service.replica import Replicate
 from memory_service.residents import NOBODY, Found, Residents, Wish
 from memory_service.schemas import (
     EventIn,
@@ -90,15 +91,22 @@ class Asked(Generic[User]):
 class MemoryService:
     """All banks behind one Redis, for one model."""
 
-    def __init__(self, store: Store, checkpoint: Checkpoint, resident_users: int, collective: bool = True) -> None:
+    def __init__(
+        self,
+        store: Store,
+        checkpoint: Checkpoint,
+        resident_users: int,
+        collective: bool = True,
+        replicate: Replicate | None = None,
+    ) -> None:
         self.store = store
         self.model_version = checkpoint.version
         self.rules = checkpoint.config.rules
         self.dim = checkpoint.config.encoder.width
         self.centroids = checkpoint.index_centroids
         self.catalogue = Catalogue(store, checkpoint)
-        self.residents = Residents(resident_users, self.dim, self.rules, self.model_version)
-        self.collective = CollectiveScope(checkpoint) if collective else None
+        self.residents = Residents(resident_users, self.dim, self.rules, self.model_version, replicate)
+        self.collective = CollectiveScope(checkpoint, replicate) if collective else None
         self._recent: OrderedDict[str, Known] = OrderedDict()
         self._new = UserRecord.new(self.dim, self.rules)
         self._outage: asyncio.Task[None] | None = None

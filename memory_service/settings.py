@@ -31,6 +31,9 @@ class MemorySettings(BaseSettings):
     resident_users: int = Field(
         200_000, ge=1, description="banks kept in memory between calls; the least recently used go first"
     )
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="where banks are searched; cuda: on copies on the first GPU"
+    )
     collective: bool = Field(True, description="whether users' entries are searched for others at all")
     compare_s: float = Field(
         60.0, gt=0, description="how often the collective scope is compared with what other processes did to Redis"

@@ -40,18 +40,24 @@ def cells(keys: Floats, positions: Ints, centroids: Floats) -> NDArray[np.int32]
     return np.where(np.asarray(positions) <= 0, NOT_SHARED, nearest).astype(np.int32)
 
 
+def empty_index(centroids: NDArray[np.float32], probes: int) -> Any:
+    """A FAISS index of the centroids' lists that entries can be put into and removed from by id."""
+    lists, dim = centroids.shape
+    quantizer = faiss.IndexFlatIP(dim)
+    quantizer.add(np.ascontiguousarray(centroids, np.float32))
+    index: Any = faiss.IndexIVFScalarQuantizer(
+        quantizer, dim, lists, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False
+    )
+    index.is_trained, index.nprobe = True, min(probes, lists)
+    index.set_direct_map_type(faiss.DirectMap.Hashtable)  # type: ignore[attr-defined]
+    return index
+
+
 class CollectiveIndex:
     """Entries of many users by slot (any small integer that the caller gives a user)."""
 
     def __init__(self, centroids: NDArray[np.float32], capacity: int, probes: int) -> None:
-        lists, dim = centroids.shape
-        self._quantizer = faiss.IndexFlatIP(dim)
-        self._quantizer.add(np.ascontiguousarray(centroids, np.float32))
-        self._index = faiss.IndexIVFScalarQuantizer(
-            self._quantizer, dim, lists, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False
-        )
-        self._index.is_trained, self._index.nprobe = True, min(probes, lists)
-        self._index.set_direct_map_type(faiss.DirectMap.Hashtable)  # type: ignore[attr-defined]
+        self._index = empty_index(centroids, probes)
         self._columns = {name: np.zeros((0, capacity), kind) for name, kind in COLUMNS.items()}
         self._mark = np.zeros((0, capacity), np.uint64)  # what is in the index for each entry; 0: nothing
 
@@ -80,8 +86,7 @@ class CollectiveIndex:
         if len(row):
             keys = np.ascontiguousarray(banks.key[row, place], np.float32)
             ids = slots[row] << ITEM_BITS | entries.item[row, place]
-            lists = cell[row, place].astype(np.int64)
-            self._index.add_core(len(row), *(faiss.swig_ptr(one) for one in (keys, ids, lists)))
+            self._insert(ids, keys, cell[row, place].astype(np.int64))
 
     def drop(self, slots: Ints) -> None:
         """Remove all entries of the slots; unknown slots are fine."""
@@ -95,7 +100,26 @@ class CollectiveIndex:
         row, place = np.nonzero(gone)
         if len(row):
             ids = slots[row].astype(np.int64) << ITEM_BITS | self._columns["item"][slots[row], place].astype(np.int64)
-            self._index.remove_ids(faiss.IDSelectorArray(len(ids), faiss.swig_ptr(ids)))
+            self._delete(ids)
+
+    def _insert(self, ids: NDArray[np.int64], keys: NDArray[np.float32], lists: NDArray[np.int64]) -> None:
+        self._add_to(self._index, ids, keys, lists)
+
+    def _delete(self, ids: NDArray[np.int64]) -> None:
+        self._remove_from(self._index, ids)
+
+    def _nearest(self, queries: NDArray[np.float32], fetch: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Similarities and ids, (B, fetch), best first; −1 where there is nothing."""
+        similarity, ids = self._index.search(queries, fetch)
+        return similarity, ids
+
+    @staticmethod
+    def _add_to(index: Any, ids: NDArray[np.int64], keys: NDArray[np.float32], lists: NDArray[np.int64]) -> None:
+        index.add_core(len(ids), *(faiss.swig_ptr(one) for one in (keys, ids, lists)))
+
+    @staticmethod
+    def _remove_from(index: Any, ids: NDArray[np.int64]) -> None:
+        index.remove_ids(faiss.IDSelectorArray(len(ids), faiss.swig_ptr(ids)))
 
     def search(self, queries: Floats, askers: Ints, k: Ints) -> Entries:
         """The k most similar entries of others for each query, best first; fewer only if there are fewer in the lists
@@ -111,7 +135,7 @@ class CollectiveIndex:
         who = np.full((len(queries), width), -1, np.int64)
         pending, fetch = np.flatnonzero(wanted > 0), width + min(width, OWN_SHARE)
         while len(pending) and len(self):
-            similarity, ids = self._index.search(queries[pending], fetch)
+            similarity, ids = self._nearest(queries[pending], fetch)
             ids[ids >> ITEM_BITS == askers[pending, None]] = -1
             settled = _settled(similarity, ids, wanted[pending]) | (fetch >= FETCH_LIMIT)
             rows = pending[settled]

@@ -1,0 +1,131 @@
+"""Searching a copy of an index that stands elsewhere: on a GPU, which can hold lists but not change them.
+
+The CPU index is the truth. What changed since the copy was made is answered from the CPU in the same batch, so answers
+are those of the CPU index at any time; once enough has changed the copy is made anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memory_service.index import OwnIndex
+from model.collective import CollectiveIndex, empty_index
+from model.errors import RamrecError
+from model.rules import Floats, Ints
+
+RENEW = 0.05
+"""Share of lists or entries newer than the copy at which it is made anew."""
+Replicate = Callable[[Any], Any]
+"""Makes a copy of a FAISS index that is searched as the index itself is."""
+
+
+class DeviceError(RamrecError):
+    """The device asked for cannot be used; says why."""
+
+
+def on_cuda() -> Replicate:
+    """Copies on the first GPU.
+
+    Raises:
+        DeviceError: this FAISS knows no GPU, or there is none.
+    """
+    import faiss
+
+    if not hasattr(faiss, "StandardGpuResources"):
+        raise DeviceError("--device cuda: this FAISS is built for the CPU; install ramrec[gpu] in place of ramrec[cpu]")
+    if faiss.get_num_gpus() == 0:
+        raise DeviceError("--device cuda: no GPU is visible to this process")
+    resources, options = faiss.StandardGpuResources(), faiss.GpuClonerOptions()
+    options.use_cuvs = False  # the lists to scan are given, which cuVS does not do
+
+    def replicate(index: Any) -> Any:
+        return faiss.index_cpu_to_gpu(resources, 0, index, options)
+
+    return replicate
+
+
+class ReplicatedOwnIndex(OwnIndex):
+    """An OwnIndex whose lists are searched on a copy where they have not changed since."""
+
+    def __init__(self, dim: int, slots: int, capacity: int, replicate: Replicate) -> None:
+        super().__init__(dim, slots, capacity)
+        self._index.quantizer.add(np.zeros((slots, dim), np.float32))  # a GPU wants a row for every list
+        self._replicate = replicate
+        self._copy: Any = None
+        self._changed = np.zeros(slots, bool)
+
+    def put(self, slots: Ints, keys: NDArray[np.float16], sizes: Ints, places: Ints | None = None) -> None:
+        """See OwnIndex."""
+        super().put(slots, keys, sizes, places)
+        self._changed[slots] = True
+
+    def drop(self, slots: Ints) -> None:
+        """See OwnIndex."""
+        super().drop(slots)
+        self._changed[slots] = True
+
+    def search(self, slots: Ints, queries: Floats, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """See OwnIndex."""
+        if self._changed.mean() > RENEW or self._copy is None:
+            self._renew()
+        copied = ~self._changed[slots]
+        similarity = np.full((len(slots), k), -np.inf, np.float32)
+        places = np.full((len(slots), k), -1, np.int64)
+        for rows, index in ((np.flatnonzero(copied), self._copy), (np.flatnonzero(~copied), self._index)):
+            if len(rows):
+                similarity[rows], places[rows] = self._search_in(index, np.asarray(slots)[rows], queries[rows], k)
+        return similarity, places
+
+    def _renew(self) -> None:
+        self._index.ntotal = self._index.invlists.compute_ntotal()
+        self._copy = self._replicate(self._index)
+        self._changed[:] = False
+
+
+class ReplicatedCollectiveIndex(CollectiveIndex):
+    """A CollectiveIndex searched on a copy: entries put since are searched on the CPU, those gone since left out."""
+
+    def __init__(self, centroids: NDArray[np.float32], capacity: int, probes: int, replicate: Replicate) -> None:
+        super().__init__(centroids, capacity, probes)
+        self._replicate = replicate
+        self._copy: Any = None
+        self._new = empty_index(centroids, probes)
+        self._new_ids: set[int] = set()
+        self._gone: set[int] = set()
+
+    def _insert(self, ids: NDArray[np.int64], keys: NDArray[np.float32], lists: NDArray[np.int64]) -> None:
+        super()._insert(ids, keys, lists)
+        if self._copy is not None:
+            self._add_to(self._new, ids, keys, lists)
+            self._new_ids.update(ids.tolist())
+
+    def _delete(self, ids: NDArray[np.int64]) -> None:
+        super()._delete(ids)
+        if self._copy is not None:
+            new = self._new_ids.intersection(ids.tolist())
+            self._remove_from(self._new, np.array(sorted(new), np.int64))
+            self._new_ids -= new
+            self._gone.update(set(ids.tolist()) - new)
+
+    def _nearest(self, queries: NDArray[np.float32], fetch: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        if self._copy is None or len(self._new_ids) + len(self._gone) > RENEW * len(self):
+            self._renew()
+        similarity, ids = self._copy.search(queries, fetch)
+        if self._gone:
+            ids[np.isin(ids, np.array(list(self._gone), np.int64))] = -1
+        if self._new_ids:
+            newer, newer_ids = self._new.search(queries, fetch)
+            similarity = np.concatenate([similarity, newer], axis=1)
+            best = np.argsort(-similarity, axis=1, kind="stable")[:, :fetch]
+            similarity = np.take_along_axis(similarity, best, 1)
+            ids = np.take_along_axis(np.concatenate([ids, newer_ids], axis=1), best, 1)
+        return similarity, ids
+
+    def _renew(self) -> None:
+        self._copy = self._replicate(self._index)
+        self._remove_from(self._new, np.array(sorted(self._new_ids), np.int64))
+        self._new_ids, self._gone = set(), set()
