@@ -9,6 +9,7 @@ Not safe for changes beside a search (faiss returns garbage silently): callers k
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import Any
 
 # Before faiss is loaded: two OpenMP threads hang a forked child. Training may have asked for more.
@@ -194,9 +195,14 @@ def _marks(keys: NDArray[np.float16], items: Ints, cell: Ints) -> NDArray[np.uin
     """(B, C) a 64-bit mark of each entry's key (B, C, d), item and list: alike only where all three are. Never 0."""
     word = np.uint64 if keys.shape[2] % 4 == 0 else np.uint16
     words = np.ascontiguousarray(keys).view(word).astype(np.uint64, copy=False)
-    factors = np.random.default_rng(0).integers(0, 2**64, words.shape[2] + 2, np.uint64) | np.uint64(1)
+    factors = _factors(words.shape[2] + 2)
     mixed = words @ factors[2:] + items.astype(np.uint64) * factors[0] + cell.astype(np.uint64) * factors[1]
     return np.asarray(mixed ^ mixed >> np.uint64(31) | np.uint64(1))
+
+
+@cache
+def _factors(count: int) -> NDArray[np.uint64]:
+    return np.random.default_rng(0).integers(0, 2**64, count, np.uint64) | np.uint64(1)
 
 
 def _changes(new: NDArray[np.uint64], old: NDArray[np.uint64]) -> tuple[Bools, Bools]:

@@ -92,6 +92,8 @@ class UserRecord:
     @property
     def newest_item(self) -> int:
         """The largest item number that occurs."""
+        if len(self.seen) < SEEN_LIMIT:  # nothing was dropped: bank and log name none but these
+            return int(self.seen.max(initial=0))
         columns = (self.banks.fields["item"], self.log_item, self.seen)
         return max(int(column.max(initial=0)) for column in columns)
 
