@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check format install bench-quality clean
+.PHONY: quickstart test check format install bench-quality bench-memory clean
 
 quickstart: $(BIN)/.ready
 	$(BIN)/ramrec quickstart $(if $(ML_100K),--source $(ML_100K))
@@ -41,6 +41,14 @@ bench-quality: $(BIN)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[api,cpu,embedded,bench]'
 	test -d $(DATA)/ml-100k || $(BIN)/ramrec data ml-100k --out $(DATA)/ml-100k
 	$(BIN)/python -m benchmarks.quality.run --data $(DATA) $(BENCH)
+
+# All of benchmarks/memory, one after another; on a machine that does nothing else. The service asks glibc for huge pages.
+ML_1M_RUN ?= runs/ml-1m-seed0
+bench-memory: $(BIN)/.ready-dev
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.memory.run
+	test ! -d $(ML_1M_RUN) || OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.memory.collective \
+		--run $(ML_1M_RUN) --dataset $(DATA)/ml-1m.txt.gz
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m benchmarks.memory.peers --json benchmarks/memory/peers.json
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

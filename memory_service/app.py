@@ -166,7 +166,7 @@ def _add_probes(app: FastAPI) -> None:
     async def ready() -> JSONResponse:
         about = {"model_version": app.state.service.model_version}
         try:
-            await app.state.service.store.ping()
+            await app.state.service.check_store()
         except StoreUnavailable as error:
             app.state.metrics.redis_up.set(0)
             return JSONResponse({"status": "redis is out of reach", "detail": str(error), **about}, 503)

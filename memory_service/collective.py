@@ -1,4 +1,4 @@
-"""The collective scope as the service keeps it: whose entries are in the index, and at which version.
+"""The collective scope as the service keeps it: whose entries are in the index, and at which stamp.
 
 Filled from Redis at start, a batch of users at a time between other calls, kept in step by every record that this
 process writes or reads anew, and compared with Redis again now and then: what other processes wrote or forgot, and what
@@ -19,7 +19,7 @@ from model.events import Stacked, UserRecord
 from model.rules import Floats, Ints
 
 Read = Callable[[list[str]], Awaitable[dict[str, UserRecord]]]
-Versions = Callable[[list[str]], Awaitable[list[int]]]
+Stamps = Callable[[list[str]], Awaitable[list[int]]]
 COMPARE_USERS = 500
 
 
@@ -32,7 +32,7 @@ class CollectiveScope:
         layout = (checkpoint.index_centroids, rules.capacity, rules.collective_probes)
         self._index = ReplicatedCollectiveIndex(*layout, replicate) if replicate else CollectiveIndex(*layout)
         self._slot: dict[str, int] = {}
-        self._version: dict[str, int] = {}
+        self._stamp: dict[str, int] = {}
         self._free: list[int] = []
         self._touched: set[str] = set()  # users who changed while Redis was being read
         self.ready = False
@@ -47,21 +47,21 @@ class CollectiveScope:
         """Entries that can be found."""
         return len(self._index)
 
-    async def compare(self, users: AsyncIterator[list[str]], versions: Versions, read: Read) -> None:
+    async def compare(self, users: AsyncIterator[list[str]], stamps: Stamps, read: Read) -> None:
         """Bring the index to what Redis has, batch by batch. What was done stays where a batch fails."""
-        missing = set(self._version)
+        missing = set(self._stamp)
         async for names in users:
             missing.difference_update(names)
-            await self._compare(names, versions, read)
+            await self._compare(names, stamps, read)
         left = sorted(missing)
         for at in range(0, len(left), COMPARE_USERS):
-            await self._compare(left[at : at + COMPARE_USERS], versions, read)
+            await self._compare(left[at : at + COMPARE_USERS], stamps, read)
         self.ready = True
 
-    async def _compare(self, names: list[str], versions: Versions, read: Read) -> None:
+    async def _compare(self, names: list[str], stamps: Stamps, read: Read) -> None:
         self._touched.clear()
-        found = dict(zip(names, await versions(names), strict=True))
-        changed = [name for name, version in found.items() if version != self._version.get(name, 0)]
+        found = dict(zip(names, await stamps(names), strict=True))
+        changed = [name for name, stamp in found.items() if stamp != self._stamp.get(name, 0)]
         records = await read([name for name in changed if found[name]])
         for name in changed:
             if name not in records and name not in self._touched:
@@ -70,7 +70,7 @@ class CollectiveScope:
 
     def put(self, records: Iterable[tuple[str, UserRecord]]) -> None:
         """Make these the users' entries; a record that does not share, or is of another model, has none."""
-        new = [(name, record) for name, record in records if self._version.get(name) != record.version]
+        new = [(name, record) for name, record in records if self._stamp.get(name) != record.stamp]
         for name, record in new:
             if not self._shares(record):
                 self._take_out(name)
@@ -86,7 +86,7 @@ class CollectiveScope:
         rows = [
             row
             for row, (name, record) in enumerate(zip(names, stacked.records, strict=True))
-            if self._version.get(name, 0) < record.version
+            if self._stamp.get(name, 0) >> 32 <= record.version
         ]
         if all(self._shares(stacked.records[row]) for row in rows):
             if rows:
@@ -102,12 +102,12 @@ class CollectiveScope:
 
     def _note(self, name: str, record: UserRecord) -> None:
         self._touched.add(name)
-        self._version[name] = record.version
+        self._stamp[name] = record.stamp
 
     def drop(self, user_id: str) -> None:
         """Nothing is known about the user any more; fine where nothing was."""
         self._touched.add(user_id)
-        self._version.pop(user_id, None)
+        self._stamp.pop(user_id, None)
         self._take_out(user_id)
 
     def _take_out(self, user_id: str) -> None:

@@ -35,8 +35,8 @@ MAGIC = b"RMRC"
 FORMAT = 2
 FIXED = struct.Struct("<4sHHQI")
 REST = struct.Struct("<16sQIIIIII")
-VERSION_BYTES = slice(8, 16)
-"""Where a record's version stands, readable on its own (GETRANGE, and the write script)."""
+STAMP = struct.Struct("<QI")
+"""What stands at offset 8 of every record, readable on its own: version and checksum (`UserRecord.stamp`)."""
 SHARE = 1
 
 CHECKSUM = slice(16, 20)
@@ -91,12 +91,18 @@ def unpack_record(data: bytes, rules: RulesConfig) -> UserRecord:
         model_version=model_version.rstrip(b"\0").decode("ascii"),
         events=events,
         share=bool(flags & SHARE),
+        checksum=int.from_bytes(data[CHECKSUM], "little"),
         log_item=log_item,
         log_time=log_time,
         seen=seen,
         event_ids=event_ids,
         state=state,
     )
+
+
+def stamp_bytes(stamp: int) -> bytes:
+    """A stamp as it stands in a record; nothing for 0, the stamp of a record that is not there."""
+    return STAMP.pack(stamp >> 32, stamp & 0xFFFFFFFF) if stamp else b""
 
 
 def _checked(data: bytes) -> tuple[int, int, bytes]:

@@ -65,8 +65,8 @@ class Residents:
         slots, places = limit + SPARE + 1, rules.capacity
         self.limit, self.rules, self.model_version = limit, rules, model_version
         self.index = ReplicatedOwnIndex(dim, slots, places, replicate) if replicate else OwnIndex(dim, slots, places)
-        self.version = np.zeros(slots, np.int64)
-        self.stale, self.doubted = np.zeros(slots, bool), np.zeros(slots, bool)
+        self.version, self._checksum = np.zeros(slots, np.int64), np.zeros(slots, np.uint32)
+        self.stale = np.zeros(slots, bool)
         self.size = np.zeros(slots, np.int32)
         self.entropy = np.zeros(slots, np.float32)
         self.k = np.zeros(slots, np.int32)
@@ -74,7 +74,7 @@ class Residents:
         self._facts = np.zeros((slots, places), FACTS)
         self.seen: list[bytes] = [b""] * slots
         self._hits = np.zeros((slots, places), np.uint32)
-        self._hit_time = np.zeros((slots, places), np.uint32)
+        self._hit_time = np.zeros((slots, places), np.float64)
         self._asked = np.zeros(slots, bool)
         self._used = np.zeros(slots, np.int64)
         self._slot: dict[str, int] = {}
@@ -102,9 +102,10 @@ class Residents:
         """(B,) slots of users, NOBODY for those who are not here."""
         return np.fromiter(map(self._slot.get, users, repeat(NOBODY)), np.int64, len(users))
 
-    def distrust(self) -> None:
-        """Take no version for current any more: whoever is asked about next is read anew."""
-        self.doubted[self.version > 0] = True
+    def stamps(self, slots: Ints) -> list[int]:
+        """`UserRecord.stamp` of the records in these slots; 0 for NOBODY."""
+        both = zip(self.version[slots].tolist(), self._checksum[slots].tolist(), strict=True)
+        return [version << 32 | checksum for version, checksum in both]
 
     def make_room(self) -> None:
         """Let the least recently used go until the limit is kept."""
@@ -113,10 +114,12 @@ class Residents:
             self._evict(min(excess + self.limit // EVICT, len(self._slot)))
 
     def put(self, users: Sequence[str], records: Sequence[UserRecord], clusters: Ints) -> None:
-        """Make these the users' banks (at most SPARE), whatever model they are of; others may have to go.
+        """Make these the users' banks (at most SPARE), whatever model they are of; others may have to go. Retrievals
+        that no record holds yet are kept.
 
         `clusters` maps item numbers to item clusters.
         """
+        uncounted = {user: accesses for user in users if (accesses := self.accesses(user))}
         here = [record.model_version == self.model_version for record in records]
         fresh = [n for n, is_fresh in enumerate(here) if is_fresh]
         if fresh:
@@ -125,9 +128,12 @@ class Residents:
             slots = self._described([users[n]], [records[n]])
             self._empty(slots)
             self.stale[slots] = True
+        for user, record in zip(users, records, strict=True):
+            if user in uncounted:
+                self._carry_over(user, record, uncounted[user])
 
     def put_fresh(self, users: Sequence[str], stacked: Stacked, clusters: Ints) -> None:
-        """Make these the users' banks; all are of our model."""
+        """Make these the users' banks; all are of our model. Retrievals counted so far are in the records."""
         slots, banks, facts = self._described(users, stacked.records), stacked.banks, stacked.entries
         width, rows = self.rules.capacity, np.arange(len(slots))[:, None]
         oldest = np.argsort(np.where(banks.valid(), banks.fields["time"], -np.inf), axis=1, kind="stable")
@@ -147,7 +153,8 @@ class Residents:
         self._calls += 1
         slots = np.array([self._claim(user) for user in users], np.int64)
         self.version[slots] = [record.version for record in records]
-        self.stale[slots], self.doubted[slots] = False, False
+        self._checksum[slots] = [record.checksum for record in records]
+        self.stale[slots] = False
         self._hits[slots], self._asked[slots] = 0, False
         for slot, record in zip(slots.tolist(), records, strict=True):
             self.seen[slot] = record.seen.astype("<u4", copy=False).tobytes()
@@ -158,7 +165,7 @@ class Residents:
         there = [user for user in users if user in self._slot]
         slots = np.array([self._slot.pop(user) for user in there], np.int64)
         self._empty(slots)
-        self.version[slots], self.stale[slots], self.doubted[slots], self._used[slots] = 0, False, False, 0
+        self.version[slots], self._checksum[slots], self.stale[slots], self._used[slots] = 0, 0, False, 0
         for slot in slots.tolist():
             self._name[slot], self.seen[slot] = "", b""
         self._free.extend(slots.tolist())
@@ -226,7 +233,7 @@ class Residents:
         row, column = np.nonzero(found.entries.valid & counted[:, None])
         at = slots[row] * self.rules.capacity + found.places[row, column]
         np.add.at(self._hits.reshape(-1), at, 1)
-        self._hit_time.reshape(-1)[at] = int(now)
+        self._hit_time.reshape(-1)[at] = now
         self._asked[slots[row]] = True
 
     def accesses(self, user: str) -> list[tuple[int, int, float]]:
@@ -235,8 +242,18 @@ class Residents:
         if not self._asked[slot]:
             return []
         places = np.flatnonzero(self._hits[slot])
-        columns = (self._facts["item"][slot], self._hits[slot], self._hit_time[slot].astype(np.float64))
+        columns = (self._facts["item"][slot], self._hits[slot], self._hit_time[slot])
         return list(zip(*(column[places].tolist() for column in columns), strict=True))
+
+    def _carry_over(self, user: str, record: UserRecord, accesses: list[tuple[int, int, float]]) -> None:
+        """Retrievals of entries that are in the new record too: those written since are others."""
+        slot, size, fields = self._slot[user], record.size, record.banks.fields
+        written = dict(zip(fields["item"][0, :size].tolist(), fields["time"][0, :size].tolist(), strict=True))
+        place_of = {item: place for place, item in enumerate(self._facts["item"][slot, : self.size[slot]].tolist())}
+        for item, count, last in accesses:
+            if item in place_of and written[item] <= last:
+                self._hits[slot, place_of[item]], self._hit_time[slot, place_of[item]] = count, last
+                self._asked[slot] = True
 
     def _claim(self, user: str) -> int:
         slot = self._slot.get(user)

@@ -12,8 +12,8 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -110,6 +110,7 @@ class MemoryService:
         self._recent: OrderedDict[str, Known] = OrderedDict()
         self._new = UserRecord.new(self.dim, self.rules)
         self._outage: asyncio.Task[None] | None = None
+        self._watchers: list[set[str]] = []
         self._merged_plan = Merged(self._plan, lambda asked: asked.user.user_id)
         self._merged_write = Merged(self._write, lambda asked: asked.user.user_id)
 
@@ -128,7 +129,7 @@ class MemoryService:
         forgot, and what expired. Raises StoreUnavailable.
         """
         if self.collective is not None:
-            await self.collective.compare(self.store.all_users(LOAD_USERS), self.store.versions, self._read)
+            await self.collective.compare(self.store.all_users(LOAD_USERS), self.store.stamps, self._read)
 
     async def close(self) -> None:
         """Stop looking for Redis and close all connections to it."""
@@ -240,31 +241,39 @@ class MemoryService:
 
         Raises RecordError for a damaged record: it is not overwritten.
         """
-        records = {name: self._recent[name].record for name in names if name in self._recent}
+        kept = {name: self._recent[name] for name in names if name in self._recent}
+        records = {name: one.record for name, one in kept.items()}
         rest = [name for name in names if name not in records]
-        with self._reaching():
+        with self._reaching(), self._watching() as changed:
             look = await self.store.look(list(records), rest, [*records, *rest])
             loaded = self.store.unpack(rest, look.records)
-            seen = zip(records, look.versions, strict=True)
-            changed = [name for name, version in seen if records[name].version != version]
-            loaded |= await self.store.load(changed)
+            seen = zip(records, look.stamps, strict=True)
+            loaded |= await self.store.load([name for name, stamp in seen if records[name].stamp != stamp])
         await self._know_items([record for record in loaded.values() if record is not None])
+        self._remove([name for name, record in loaded.items() if record is None and name not in changed])
+        if self.collective is not None:
+            new = ((name, record) for name, record in loaded.items() if record is not None and name not in changed)
+            self.collective.put(new)
         records |= {name: record or self._new for name, record in loaded.items()}
         stones = dict(zip([*(name for name in names if name not in rest), *rest], look.stones, strict=True))
         known = {name: Known(records[name], stones[name]) for name in names}
+        for name, one in kept.items():
+            if one.record is known[name].record and one.stone == known[name].stone:
+                known[name] = one  # with the plan made from it
         self._keep(known)
         return known
 
     async def _know_planned(self, users: Sequence[UserWrite]) -> dict[str, Known]:
-        """What the plans were made from, where it is still kept: whether it is current, the commit will show."""
-        planned = {user.user_id: user.version for user in users}
-        kept = {name: self._recent.get(name) for name in planned}
-        known = {
-            user.user_id: one for user in users if (one := kept[user.user_id]) and one.record.version == user.version
-        }
-        if len(kept) < len(users) or len(known) < len(users):
-            known |= await self._know([user.user_id for user in users if user.user_id not in known])
-        return known
+        """What the plans were made from, where it is still kept: whether it is current, the commit will show. Where
+        there is no record yet to be compared, or nothing will be committed, only Redis can say.
+        """
+        known = {}
+        for user in users:
+            kept = self._recent.get(user.user_id)
+            if kept is not None and 0 < kept.record.version == user.version and kept.plan and kept.plan.accepted:
+                known[user.user_id] = kept
+        rest = [user.user_id for user in users if user.user_id not in known]
+        return known | await self._know(rest) if rest else known
 
     def _keep(self, known: dict[str, Known]) -> None:
         self._recent.update(known)
@@ -331,17 +340,18 @@ class MemoryService:
     async def _commit(self, prepared: list[Prepared], stacked: Stacked) -> list[UserRecord | None]:
         """Store new records; None where one lost against another writer or against a forget."""
         names = [one.user_id for one in prepared]
-        before = [one.record.version for one in prepared]
+        before = [one.record.stamp for one in prepared]
         with self._reaching():
             stored = await self.store.commit(list(zip(names, before, stacked.records, strict=True)))
             lost = await self._forgotten_meanwhile([one for one, done in zip(prepared, stored, strict=True) if done])
-        kept = [row for row, (name, done) in enumerate(zip(names, stored, strict=True)) if done and name not in lost]
+        outcome = [None if name in lost else done for name, done in zip(names, stored, strict=True)]
+        kept = [row for row, done in enumerate(outcome) if done is not None]
         for name in set(names).difference(names[row] for row in kept):
             self._recent.pop(name, None)
         if kept:
-            self._show([prepared[row] for row in kept], stacked.take(kept))
-        there = set(kept)
-        return [record if row in there else None for row, record in enumerate(stacked.records)]
+            done = [record for record in outcome if record is not None]
+            self._show([prepared[row] for row in kept], replace(stacked.take(kept), records=done))
+        return outcome
 
     async def _forgotten_meanwhile(self, stored: list[Prepared]) -> set[str]:
         """Users who were forgotten while their first write was under way: what it wrote is taken back."""
@@ -359,14 +369,15 @@ class MemoryService:
         names = [one.user_id for one in prepared]
         new = zip(prepared, stacked.records, strict=True)
         self._keep({one.user_id: Known(record, one.stone) for one, record in new})
-        slots, before = self.residents.slots(names), np.array([one.record.version for one in prepared])
+        slots, versions = self.residents.slots(names), np.array([record.version for record in stacked.records])
         here, room = slots != NOBODY, self.residents.limit - len(self.residents)
-        shown = np.where(here, self.residents.version[slots] == before, np.cumsum(~here) <= room)
+        shown = np.where(here, self.residents.version[slots] <= versions, np.cumsum(~here) <= room)
         rows = np.flatnonzero(shown).tolist()
         if rows:
             self.residents.put_fresh([names[row] for row in rows], stacked.take(rows), self.catalogue.clusters)
         if self.collective is not None:
             self.collective.put_written(names, stacked)
+        self._note(names)
 
     async def rekey(self, request: RekeyRequest) -> RekeyReply:
         """Give stale records the keys and states of this model; those that changed meanwhile are left alone."""
@@ -424,44 +435,57 @@ class MemoryService:
     async def _refresh(self, users: Sequence[str]) -> bool:
         """Bring residents of these users to what Redis has; returns whether some record could not be read.
 
-        One round trip compares the versions of residents and loads the others. Other calls run while this one waits
-        and may exchange residents: whoever is not at the version agreed on once nothing is awaited is looked at again.
+        One round trip compares the stamps of residents and loads the others. Other calls run while this one waits:
+        whom they changed, and whoever is not at the stamp agreed on once nothing is awaited, is looked at again.
         """
         self.residents.make_room()
         agreed: dict[str, int] = {}
         pending, damaged = [name for name in dict.fromkeys(users) if name], False
         while pending:
-            here = self._versions(pending)
+            here = self._stamps(pending)
             check = [name for name in pending if here[name] and agreed.get(name, here[name]) == here[name]]
-            load = {name: here[name] for name in set(pending).difference(check)}
-            with self._reaching():
-                look = await self.store.look(check, list(load))
-            records = self.store.readable(load, look.records)
-            await self._know_items(list(records.values()))
+            load = sorted(set(pending).difference(check))
+            with self._watching() as changed:
+                with self._reaching():
+                    look = await self.store.look(check, load)
+                records = self.store.readable(load, look.records)
+                await self._know_items(list(records.values()))
             damaged |= len(records) < sum(data is not None for data in look.records)
-            agreed |= dict(zip(check, look.versions, strict=True))
-            agreed |= {name: records[name].version if name in records else 0 for name in load}
-            self._remove([name for name in check if agreed[name] == 0])
-            self._settle(load, records)
-            now = self._versions(list(agreed))
-            pending = [name for name in agreed if now[name] != agreed[name]]
+            found = dict(zip(check, look.stamps, strict=True))
+            found |= {name: records[name].stamp if name in records else 0 for name in load}
+            agreed |= {name: stamp for name, stamp in found.items() if name not in changed}
+            self._settle([name for name in pending if name not in changed], agreed, records)
+            now = self._stamps(list(agreed))
+            pending = [name for name in found if name in changed]
+            pending += [name for name in agreed if now[name] != agreed[name] and name not in changed]
         return damaged
 
-    def _settle(self, asked: dict[str, int], records: dict[str, UserRecord]) -> None:
-        """Take over what was read of users whose residents had these versions, unless another call was faster."""
-        now = self._versions(list(asked))
-        names = [name for name in asked if now[name] == asked[name]]
-        self._remove([name for name in names if name not in records])
+    def _settle(self, names: list[str], agreed: dict[str, int], records: dict[str, UserRecord]) -> None:
+        """Take over what was read: who is not there goes, who was loaded stays."""
+        self._remove([name for name in names if agreed[name] == 0])
         new = {name: records[name] for name in names if name in records}
         self.residents.put(list(new), list(new.values()), self.catalogue.clusters)
         if self.collective is not None:
             self.collective.put(new.items())
+        self._note(new)
 
-    def _versions(self, names: list[str]) -> dict[str, int]:
-        """Versions of residents that can be relied on, 0 where there is none; they count as used."""
-        slots = self.residents.find(names)
-        versions = np.where(self.residents.doubted[slots], 0, self.residents.version[slots])
-        return dict(zip(names, versions.tolist(), strict=True))
+    def _stamps(self, names: list[str]) -> dict[str, int]:
+        """Stamps of residents, 0 where there is none; they count as used."""
+        return dict(zip(names, self.residents.stamps(self.residents.find(names)), strict=True))
+
+    @contextmanager
+    def _watching(self) -> Iterator[set[str]]:
+        """Collects the users whose resident or collective state other calls change meanwhile."""
+        changed: set[str] = set()
+        self._watchers.append(changed)
+        try:
+            yield changed
+        finally:
+            self._watchers = [one for one in self._watchers if one is not changed]
+
+    def _note(self, users: Iterable[str]) -> None:
+        for changed in self._watchers:
+            changed.update(users)
 
     async def _read(self, names: list[str]) -> dict[str, UserRecord]:
         """The readable records of these users; as many as there is room for become residents."""
@@ -480,6 +504,7 @@ class MemoryService:
     def _remove(self, users: Sequence[str]) -> None:
         """Nothing is known about these users any more."""
         self.residents.drop(users)
+        self._note(users)
         for user in users:
             self._recent.pop(user, None)
             if self.collective is not None:
@@ -487,27 +512,42 @@ class MemoryService:
 
     # ------------------------------------------------------------------------------------------- outage
 
+    async def check_store(self) -> None:
+        """Whether Redis answers. Raises StoreUnavailable."""
+        try:
+            await self.store.ping()
+        except StoreUnavailable:
+            self._lost()
+            raise
+        self._found()
+
     @contextmanager
     def _reaching(self) -> Iterator[None]:
         """Around calls of Redis: after one failed, others fail at once until Redis is found again."""
-        if self._outage is not None and not self._outage.done():
+        if self._outage is not None:
             raise StoreUnavailable("Redis is out of reach")
         try:
             yield
         except StoreUnavailable:
-            if self._outage is None or self._outage.done():
-                self._outage = asyncio.create_task(self._until_found())
+            self._lost()
             raise
 
-    async def _until_found(self) -> None:
-        """Look for Redis; then trust nothing that was read before: it may have lost its last second."""
+    def _lost(self) -> None:
+        if self._outage is None:
+            log.warning("Redis is out of reach")
+            self._outage = asyncio.create_task(self._look_for_redis())
+
+    def _found(self) -> None:
+        if self._outage is not None:
+            log.warning("Redis answers again")
+            self._outage.cancel()
+            self._outage = None
+
+    async def _look_for_redis(self) -> None:
         while True:
             await asyncio.sleep(RETRY_S)
-            try:
+            with suppress(StoreUnavailable):
                 await self.store.ping()
-            except StoreUnavailable:
-                continue
-            log.warning("Redis answers again")
-            self._recent.clear()
-            self.residents.distrust()
-            return
+                self._outage = None
+                log.warning("Redis answers again")
+                return

@@ -20,11 +20,10 @@ import os
 import struct
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b, sha1
 from typing import Any
 
-import numpy as np
 import redis.asyncio as redis
 from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
@@ -39,7 +38,7 @@ from redis.exceptions import (
     TimeoutError,
 )
 
-from memory_service.record import RecordError, pack_record, unpack_record
+from memory_service.record import CHECKSUM, STAMP, RecordError, pack_record, stamp_bytes, unpack_record
 from model.config import RulesConfig
 from model.events import UserRecord
 
@@ -55,20 +54,20 @@ NUMBERS, IDS, ABOUT, HIDDEN, REVISION = (
     f"ramrec:catalogue:{{items}}:{name}" for name in ("number", "id", "about", "hidden", "revision")
 )
 
-VERSIONS = """
+STAMPS = """
 local found = {}
 for i, key in ipairs(KEYS) do
-  local version = redis.call('GETRANGE', key, 8, 15)
-  found[i] = version ~= '' and version or string.rep('\\0', 8)
+  local stamp = redis.call('GETRANGE', key, 8, 19)
+  found[i] = stamp ~= '' and stamp or string.rep('\\0', 12)
 end
 return table.concat(found)
 """
-"""Versions of records, 8 bytes each; zeros where there is none."""
+"""Stamps of records (version and checksum), 12 bytes each; zeros where there is none."""
 
 COMMIT = """
 local done = {}
 for i, key in ipairs(KEYS) do
-  if redis.call('GETRANGE', key, 8, 15) == ARGV[2 * i] then
+  if redis.call('GETRANGE', key, 8, 19) == ARGV[2 * i] then
     if ARGV[1] == '0' then
       redis.call('SET', key, ARGV[2 * i + 1])
     else
@@ -81,10 +80,10 @@ for i, key in ipairs(KEYS) do
 end
 return done
 """
-"""Compare-and-set of records: each is stored only while its version is the one that the write was computed from."""
+"""Compare-and-set of records: each is stored only while there is the record that the write was computed from."""
 
 FORGET = """
-local current = redis.call('GETRANGE', KEYS[1], 8, 15)
+local current = redis.call('GETRANGE', KEYS[1], 8, 19)
 if current ~= ARGV[1] then return 0 end
 redis.call('DEL', KEYS[1])
 return 1
@@ -129,9 +128,9 @@ class Tombstone:
 
 @dataclass(frozen=True)
 class Look:
-    """What one round trip found: versions (0: no record), records as bytes, tombstones, in the order asked."""
+    """What one round trip found: stamps (0: no record), records as bytes, tombstones, in the order asked."""
 
-    versions: list[int]
+    stamps: list[int]
     records: list[bytes | None]
     stones: list[Tombstone | None]
 
@@ -148,11 +147,6 @@ class CatalogueItem:
 def user_key(user_id: str) -> bytes:
     """Key of a user's record."""
     return b"ramrec:{" + user_id.encode() + b"}"
-
-
-def version_bytes(version: int) -> bytes:
-    """A version as it stands in a record; nothing for 0, the version of a record that is not there."""
-    return version.to_bytes(8, "little") if version else b""
 
 
 class Store:
@@ -180,22 +174,22 @@ class Store:
     # ------------------------------------------------------------------------------------------ records
 
     async def look(self, check: Sequence[str], load: Sequence[str] = (), stones: Sequence[str] = ()) -> Look:
-        """Versions of some users' records, others' records, and tombstones. One round trip."""
+        """Stamps of some users' records, others' records, and tombstones. One round trip."""
         commands: list[Command] = []
         if check:
-            commands.append(self._script(VERSIONS, [user_key(user) for user in check], ()))
+            commands.append(self._script(STAMPS, [user_key(user) for user in check], ()))
         if load:
             commands.append(("MGET", *map(user_key, load)))
         if stones:
             commands.append(("MGET", *[await self._tombstone_key(user) for user in stones]))
         found = iter(await self._send(commands))
-        versions = np.frombuffer(next(found), "<u8").tolist() if check else []
+        stamps = [version << 32 | checksum for version, checksum in STAMP.iter_unpack(next(found))] if check else []
         records = next(found) if load else []
-        return Look(versions, records, [_tombstone(data) for data in next(found)] if stones else [])
+        return Look(stamps, records, [_tombstone(data) for data in next(found)] if stones else [])
 
-    async def versions(self, users: Sequence[str]) -> list[int]:
-        """Version of each user's record, 0 where there is none. One round trip."""
-        return (await self.look(users)).versions
+    async def stamps(self, users: Sequence[str]) -> list[int]:
+        """Stamp of each user's record, 0 where there is none. One round trip."""
+        return (await self.look(users)).stamps
 
     async def load(self, users: Sequence[str]) -> dict[str, UserRecord | None]:
         """Records, None where there is none. One round trip. Raises RecordError for damaged ones."""
@@ -226,32 +220,37 @@ class Store:
                 log.error("left out: the record %s: %s", user_key(user), error)
         return records
 
-    async def commit(self, writes: Sequence[tuple[str, int, UserRecord]]) -> list[bool]:
-        """Store records (user, the version each was computed from, record); False where another came first.
-
-        Each record is stored or not as a whole. One round trip.
+    async def commit(self, writes: Sequence[tuple[str, int, UserRecord]]) -> list[UserRecord | None]:
+        """Store records (user, stamp of what it was computed from, record); the record as it is stored now, None where
+        another came first. Each record is stored or not as a whole. One round trip.
         """
+        packed = [pack_record(record) for _, _, record in writes]
         commands: list[Command] = []
         for at in range(0, len(writes), COMMIT_USERS):
             some = writes[at : at + COMMIT_USERS]
             args: list[bytes | int] = [self.idle_s]
-            for _, expected, record in some:
-                args += [version_bytes(expected), pack_record(record)]
+            for (_, expected, _), data in zip(some, packed[at:], strict=False):
+                args += [stamp_bytes(expected), data]
             commands.append(self._script(COMMIT, [user_key(user) for user, _, _ in some], args))
-        return [bool(done) for some in await self._send(commands) for done in some]
+        done = [one for some in await self._send(commands) for one in some]
+        return [
+            replace(record, checksum=int.from_bytes(data[CHECKSUM], "little")) if stored else None
+            for (_, _, record), data, stored in zip(writes, packed, done, strict=True)
+        ]
 
     async def forget(self, user: str, now: float) -> bool:
         """Delete everything about a user and leave a tombstone; whether a record was there. Idempotent."""
         while True:
-            (version,) = await self.versions([user])
-            (old,) = await self.tombstones([user])
+            look = await self.look([user], (), [user])
+            (stamp,), (old,) = look.stamps, look.stones
+            version = stamp >> 32
             last = max(version, old.version if old else 0)
             if version == 0 and old is None:
                 return False
             stone = TOMBSTONE.pack(max(now, old.time if old else 0.0), last)
             async with self._translated():  # tombstone first: a crash in between forgets nothing silently
                 await self._redis.set(await self._tombstone_key(user), stone, ex=TOMBSTONE_S)
-            if (await self._send([self._script(FORGET, [user_key(user)], [version_bytes(version)])]))[0]:
+            if (await self._send([self._script(FORGET, [user_key(user)], [stamp_bytes(stamp)])]))[0]:
                 return version > 0
 
     async def tombstones(self, users: Sequence[str]) -> list[Tombstone | None]:
@@ -365,7 +364,7 @@ class Store:
             raise StoreUnavailable(str(error)) from error
 
 
-SHA = {text: sha1(text.encode()).hexdigest() for text in (VERSIONS, COMMIT, FORGET, REGISTER)}
+SHA = {text: sha1(text.encode()).hexdigest() for text in (STAMPS, COMMIT, FORGET, REGISTER)}
 
 
 def _tombstone(data: bytes | None) -> Tombstone | None:

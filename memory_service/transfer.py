@@ -166,21 +166,23 @@ async def _take(store: Store, users: list[UserLine], overwrite: bool) -> Counter
     if not users:
         return Counter()
     names = [user.user_id for user in users]
-    there, stones = await store.versions(names), await store.tombstones(names)
+    there, stones = await store.stamps(names), await store.tombstones(names)
     named = sorted({item for user in users for item in _items(user)})
     numbers = await store.register([CatalogueItem(item, b"", False) for item in named], overwrite=False)
     number_of = dict(zip(named, numbers, strict=True))
     writes, outcome = [], Counter[str]()
-    for user, version, stone in zip(users, there, stones, strict=True):
+    for user, stamp, stone in zip(users, there, stones, strict=True):
+        version = stamp >> 32
         if stone is not None and version == 0:
             outcome["forgotten"] += 1
         elif version and not overwrite:
             outcome["kept"] += 1
         else:
             record = _record(user, number_of, store.rules)
-            writes.append((user.user_id, version, replace(record, version=max(record.version, version + 1))))
+            writes.append((user.user_id, stamp, replace(record, version=max(record.version, version + 1))))
     done = await store.commit(writes)
-    outcome.update(imported=sum(done), kept=len(done) - sum(done))
+    imported = sum(record is not None for record in done)
+    outcome.update(imported=imported, kept=len(done) - imported)
     return outcome
 
 

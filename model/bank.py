@@ -263,13 +263,16 @@ class Banks:
         return fitted
 
     def touch(self, row: int, accesses: Sequence[tuple[int, int, float]]) -> None:
-        """Merge buffered retrievals (item, count, time of the last) into one bank; items gone since are skipped."""
+        """Merge buffered retrievals (item, count, time of the last) into one bank.
+
+        Skipped are items that are gone, and entries newer than the retrieval: those are not what was retrieved.
+        """
         if not accesses:
             return
         slots = {int(item): slot for slot, item in enumerate(self.fields["item"][row, : self.size[row]])}
         for item, count, last in accesses:
             slot = slots.get(item)
-            if slot is not None:
+            if slot is not None and self.fields["time"][row, slot] <= last:
                 self.fields["access"][row, slot] += count
                 self.fields["last_access"][row, slot] = max(self.fields["last_access"][row, slot], last)
 

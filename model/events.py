@@ -65,7 +65,8 @@ class UserRecord:
 
     `version` counts the writes, `events` all events ever accepted; log_item / log_time the newest `LOG_LIMIT` of
     them in order of time; `seen` every item the user had; `state` (d,) float32 the encoder's state after all
-    events, made by model `model_version`; `share` whether the bank serves the collective scope.
+    events, made by model `model_version`; `share` whether the bank serves the collective scope; `checksum` that of the
+    stored bytes (0: not stored yet).
     """
 
     banks: Banks
@@ -73,6 +74,7 @@ class UserRecord:
     model_version: str = ""
     events: int = 0
     share: bool = True
+    checksum: int = 0
     log_item: NDArray[np.uint32] = field(default_factory=_no_items)
     log_time: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0, "<f8"))
     seen: NDArray[np.uint32] = field(default_factory=_no_items)
@@ -88,6 +90,13 @@ class UserRecord:
     def size(self) -> int:
         """Entries in the bank."""
         return int(self.banks.size[0])
+
+    @property
+    def stamp(self) -> int:
+        """Version and checksum in one number: two stored records with one stamp are one and the same. A version alone
+        comes again where a store lost its last second, or forgot that it forgot. 0: nothing is known.
+        """
+        return self.version << 32 | self.checksum
 
     @property
     def newest_item(self) -> int:
@@ -327,6 +336,7 @@ def rekey(record: UserRecord, model_version: str, keys: Floats, state: Floats, c
         record,
         banks=fitted,
         version=record.version + 1,
+        checksum=0,
         model_version=model_version,
         state=np.asarray(state, "<f4"),
     )

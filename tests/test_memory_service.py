@@ -173,10 +173,13 @@ def test_two_writers_race_and_one_wins(valkey_url, go):
     record = UserRecord.new(DIM, rules)
     first, second = (apply([Change(record, plan(record, [Event(0, n, 1.0)]), np.ones((1, DIM)), np.ones(DIM),
                                    np.zeros(1, int))])[0] for n in (1, 2))  # fmt: skip
-    assert go(store.commit([("u", 0, first)])) == [True]
-    assert go(store.commit([("u", 0, second)])) == [False]
-    assert go(store.commit([("u", 1, second), ("v", 7, second)])) == [True, False]
-    assert go(store.versions(["u", "v"])) == [1, 0]
+    (stored,) = go(store.commit([("u", 0, first)]))
+    assert stored.stamp != first.stamp == 1 << 32
+    assert go(store.commit([("u", 0, second)])) == [None]
+    assert go(store.commit([("u", 1 << 32, second)])) == [None]  # the version alone is not enough
+    again, other = go(store.commit([("u", stored.stamp, second), ("v", 7 << 32, second)]))
+    assert (again.version, other) == (1, None)
+    assert go(store.stamps(["u", "v"])) == [again.stamp, 0]
     go(store.close())
 
 

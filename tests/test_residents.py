@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from memory_service.residents import NOBODY, SPARE, Residents, Wish
 from model.bank import Banks, select
-from model.events import UserRecord
+from model.events import Stacked, UserRecord
 from model.rules import unit
 from tests.synthetic import random_banks, small_config
 
@@ -110,10 +110,13 @@ def test_retrievals_are_counted_until_the_next_record():
     counted = np.arange(USERS) != 1
     slots = residents.slots(names())
     for _ in range(2):
-        residents.count(slots, found, counted, 77.0)
-    assert sorted(residents.accesses("u0")) == sorted((int(item), 2, 77.0) for item in found.entries.item[0])
+        residents.count(slots, found, counted, 1e9)
+    assert sorted(residents.accesses("u0")) == sorted((int(item), 2, 1e9) for item in found.entries.item[0])
     assert residents.accesses("u1") == residents.accesses("stranger") == []
-    residents.put(["u0"], records(banks, version=2)[:1], CLUSTERS)
+    before = residents.accesses("u0")
+    residents.put(["u0"], records(banks, version=2)[:1], CLUSTERS)  # read anew: another process wrote
+    assert sorted(residents.accesses("u0")) == sorted(before)
+    residents.put_fresh(["u0"], Stacked.of(records(banks, version=3)[:1]), CLUSTERS)  # written here
     assert residents.accesses("u0") == []
 
 
@@ -133,14 +136,6 @@ def test_who_is_dropped_leaves_nothing_behind():
     assert (residents.slots(["u3"])[0], len(residents)) == (NOBODY, USERS - 1)
     assert not residents.state[slot].any()
     assert residents.search(Wish(slot, np.ones((1, DIM), np.float32), np.array([5]), {})).entries.valid.sum() == 0
-
-
-def test_after_an_outage_nothing_is_taken_for_current():
-    residents, banks = filled()
-    residents.distrust()
-    assert residents.doubted[residents.slots(names())].all()
-    residents.put(["u0"], records(banks)[:1], CLUSTERS)
-    assert residents.doubted[residents.slots(["u0", "u1"])].tolist() == [False, True]
 
 
 @pytest.mark.parametrize("size", [0, 1, 10])
