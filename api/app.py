@@ -34,7 +34,7 @@ PROBLEM: dict[str, Any] = {
     "description": "What is wrong, with a stable `code` (RFC 9457)",
     "content": {MEDIA_TYPE: {"schema": face.Problem.model_json_schema()}},
 }
-ERRORS: dict[int | str, dict[str, Any]] = {400: PROBLEM, 413: PROBLEM, 422: PROBLEM, 503: PROBLEM}
+ERRORS: dict[int | str, dict[str, Any]] = {400: PROBLEM, 413: PROBLEM, 422: PROBLEM, 429: PROBLEM, 503: PROBLEM}
 UserId = Annotated[face.Identifier, Path(description="The caller's user id, percent-encoded.")]
 ItemId = Annotated[face.Identifier, Path(description="The caller's item id, percent-encoded.")]
 Limit = Annotated[int, Query(ge=1, le=1000)]

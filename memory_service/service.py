@@ -244,18 +244,19 @@ class MemoryService:
         kept = {name: self._recent[name] for name in names if name in self._recent}
         records = {name: one.record for name, one in kept.items()}
         rest = [name for name in names if name not in records]
-        with self._reaching(), self._watching() as changed:
-            look = await self.store.look(list(records), rest, [*records, *rest])
-            loaded = self.store.unpack(rest, look.records)
-            seen = zip(records, look.stamps, strict=True)
-            loaded |= await self.store.load([name for name, stamp in seen if records[name].stamp != stamp])
-        await self._know_items([record for record in loaded.values() if record is not None])
+        with self._watching() as changed:
+            with self._reaching():
+                look = await self.store.look(list(kept), rest, [*kept, *rest])
+                loaded = self.store.unpack(rest, look.records)
+                seen = zip(kept, look.stamps, strict=True)
+                loaded |= await self.store.load([name for name, stamp in seen if records[name].stamp != stamp])
+            await self._know_items([record for record in loaded.values() if record is not None])
         self._remove([name for name, record in loaded.items() if record is None and name not in changed])
         if self.collective is not None:
             new = ((name, record) for name, record in loaded.items() if record is not None and name not in changed)
             self.collective.put(new)
         records |= {name: record or self._new for name, record in loaded.items()}
-        stones = dict(zip([*(name for name in names if name not in rest), *rest], look.stones, strict=True))
+        stones = dict(zip([*kept, *rest], look.stones, strict=True))
         known = {name: Known(records[name], stones[name]) for name in names}
         for name, one in kept.items():
             if one.record is known[name].record and one.stone == known[name].stone:

@@ -418,3 +418,23 @@ def test_the_api_alone_fails_with_one_line(words, complaint):
 def test_a_problem_is_json_even_with_odd_characters(client):
     response = client.post("/recommend", content=json.dumps({"ü🦊": 1}).encode(), headers=JSON)
     assert response.json()["errors"][0]["field"] == "ü🦊"
+
+
+def test_interactions_beyond_the_limit_are_answered_429_and_nothing_of_them_is_kept(memory_url, run, stack):
+    app = create_api(ApiSettings(run=run, memory_url=memory_url, ingest_limit=5))
+    client = stack.enter_context(httpx2.Client(base_url=stack.enter_context(served(app))))
+    three = {"interactions": [{"user_id": "u", "item_id": f"i{n}", "timestamp": 1e9 + n} for n in range(1, 4)]}
+    with app.state.intake.admitted(3):  # as another request's, under way
+        refused = client.post("/memories", json=three)
+    assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
+    assert refused.json()["code"] == "ingestion_full"
+    assert client.get("/users/u/memory").status_code == 404
+    assert client.post("/memories", json=three).json()["accepted"] == 3
+    assert app.state.intake.under_way == 0
+
+
+def test_a_single_large_request_is_taken_where_nothing_else_is_written(memory_url, run, stack):
+    app = create_api(ApiSettings(run=run, memory_url=memory_url, ingest_limit=2))
+    client = stack.enter_context(httpx2.Client(base_url=stack.enter_context(served(app))))
+    three = {"interactions": [{"user_id": "u", "item_id": f"i{n}", "timestamp": 1e9 + n} for n in range(1, 4)]}
+    assert client.post("/memories", json=three).json()["accepted"] == 3

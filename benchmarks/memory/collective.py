@@ -1,7 +1,8 @@
 """The collective index over ML-1M's million entries: what it finds of what exact search finds, and how fast.
 
 Every interaction becomes an entry, keyed by the trained encoder's state before it; the index is the one that serves,
-with centroids made as training makes them. Asked with the last states of users, one core, their own entries left out.
+with centroids made as training makes them. Banks have 75 entries: who has more counts as several users. Asked with the
+last states of users, one core, the entries of their last bank left out.
 
     python -m benchmarks.memory.collective --run RUN --dataset data/ml-1m.txt.gz
 """
@@ -29,7 +30,7 @@ from model.rules import unit
 from model.training import collective_centroids
 
 K, ASKERS, BATCH = 20, 2000, 64
-USERS_A_PUT = 50
+BANKS_A_PUT = 500
 
 
 def measure(run: Path, dataset_file: Path) -> list[Measure]:
@@ -39,15 +40,16 @@ def measure(run: Path, dataset_file: Path) -> list[Measure]:
     begin = time.perf_counter()
     centroids = collective_centroids(dataset, recommender.encoder, recommender.config)
     print(f"{len(centroids)} lists in {time.perf_counter() - begin:.0f} s", flush=True)
-    rules = RulesConfig().model_copy(update={"capacity": int(np.diff(dataset.offsets).max())})
+    rules, bank = RulesConfig(), banks_of(dataset)
     index = CollectiveIndex(centroids, rules.capacity, rules.collective_probes)
     begin = time.perf_counter()
-    fill(index, dataset, keys, rules, centroids)
+    fill(index, dataset, keys, bank, rules, centroids)
     filled_s = time.perf_counter() - begin
     askers = np.random.default_rng(0).choice(dataset.users, ASKERS, replace=False)
     queries = keys[dataset.offsets[askers + 1] - 1].astype(np.float32)
-    found, seconds = asked(index, queries, askers)
-    recall = found_of(exact(dataset, keys, queries, askers), found)
+    last_bank = bank[dataset.offsets[askers + 1] - 1]
+    found, seconds = asked(index, queries, last_bank)
+    recall = found_of(exact(dataset, keys, bank, queries, last_bank), found)
     name = f"collective index, ML-1M, {len(index):,} entries, {len(centroids)} lists, {rules.collective_probes} probed"
     return [
         measured(f"{name}: recall@{K} against exact search", recall, "share", at_least=0.95),
@@ -56,16 +58,32 @@ def measure(run: Path, dataset_file: Path) -> list[Measure]:
     ]
 
 
-def fill(index: CollectiveIndex, dataset: Dataset, keys: np.ndarray, rules: RulesConfig, centroids: np.ndarray) -> None:
-    """Every user's interactions as a bank; an item taken again keeps the first key, so ids stay distinct."""
-    for at in range(0, dataset.users, USERS_A_PUT):
-        slots = np.arange(at, min(at + USERS_A_PUT, dataset.users))
+def banks_of(dataset: Dataset) -> np.ndarray:
+    """(N,) the bank of each interaction: a user's first 75, the next 75, and so on."""
+    owner, capacity = dataset.owners(), RulesConfig().capacity
+    position = np.arange(len(dataset)) - dataset.offsets[owner]
+    new = np.append(True, (np.diff(owner) > 0) | (position[1:] % capacity == 0))
+    return np.cumsum(new) - 1
+
+
+def fill(
+    index: CollectiveIndex,
+    dataset: Dataset,
+    keys: np.ndarray,
+    bank: np.ndarray,
+    rules: RulesConfig,
+    centroids: np.ndarray,
+) -> None:
+    """Every interaction as an entry of its bank."""
+    starts = np.searchsorted(bank, np.arange(bank[-1] + 2))
+    position = np.arange(len(dataset)) - dataset.offsets[dataset.owners()]
+    for at in range(0, len(starts) - 1, BANKS_A_PUT):
+        slots = np.arange(at, min(at + BANKS_A_PUT, len(starts) - 1))
         banks = Banks(len(slots), keys.shape[1], rules)
         for row, slot in enumerate(slots):
-            events = np.arange(dataset.offsets[slot], dataset.offsets[slot + 1])
+            events = np.arange(starts[slot], starts[slot + 1])
             banks.fields["item"][row, : len(events)] = dataset.items[events]
-            cell = cells(keys[events], events - dataset.offsets[slot], centroids)
-            banks.fields["cell"][row, : len(events)] = cell
+            banks.fields["cell"][row, : len(events)] = cells(keys[events], position[events], centroids)
             banks.key[row, : len(events)], banks.size[row] = keys[events], len(events)
         index.put(slots, banks)
 
@@ -84,14 +102,15 @@ def asked(index: CollectiveIndex, queries: np.ndarray, askers: np.ndarray) -> tu
     return found, float(np.median(rounds))
 
 
-def exact(dataset: Dataset, keys: np.ndarray, queries: np.ndarray, askers: np.ndarray) -> list[list[float]]:
-    """The K largest similarities to entries of others (those made before any item left out, as in the index)."""
-    owner = dataset.owners()
-    shared = np.arange(len(keys)) > dataset.offsets[owner]
+def exact(
+    dataset: Dataset, keys: np.ndarray, bank: np.ndarray, queries: np.ndarray, askers: np.ndarray
+) -> list[list[float]]:
+    """The K largest similarities to entries of other banks (made before any item: left out, as in the index)."""
+    shared = np.arange(len(keys)) > dataset.offsets[dataset.owners()]
     flat = faiss.IndexFlatIP(keys.shape[1])
     flat.add(np.ascontiguousarray(keys[shared], np.float32))
-    similarity, at = flat.search(queries, int(np.diff(dataset.offsets).max()) + K)
-    mine = owner[shared][at] == askers[:, None]
+    similarity, at = flat.search(queries, RulesConfig().capacity + K)
+    mine = bank[shared][at] == askers[:, None]
     return [row[~own][:K].tolist() for row, own in zip(similarity, mine, strict=True)]
 
 

@@ -257,9 +257,10 @@ async def ingestion(base: str, of: Checkpoint, url: str, users: int, scope: str)
         async def single(n: int) -> None:
             await writer.write([(made.user(int(rng.integers(users))), events(1, made.START + 2e7 + n, rng))])
 
+        await open_loop(single, 500, 2.0)
+        times = await open_loop(single, 500, SECONDS)  # before the floods, after which Redis rewrites its files
         streamed = await closed_loop(stream, 2) * 100
         filled = await closed_loop(backfill, 2) * 100
-        times = await open_loop(single, 500, SECONDS)
     bare = bare_client(url, [made.user(n) for n in range(min(users, 10_000))])
     name = f"durable ingestion through HTTP, 100 interactions a call, {scope}"
     one = f"single interactions, {CLIENTS} clients, 500 a second, {scope}"
