@@ -250,10 +250,11 @@ def memory_serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     redis_url: RedisOption = None,
     data_dir: DataDirOption = None,
+    device: Annotated[str | None, typer.Option(help="cpu, or cuda: banks are searched on the first GPU.")] = None,
 ) -> None:
     """Serve only the memory banks, for an api elsewhere."""
     options = {"--run": run, "--host": host, "--port": port, "--redis-url": redis_url, "--data-dir": data_dir}
-    _become("memory_service", options)
+    _become("memory_service", options | {"--device": device})
 
 
 @memory_app.command("export")
@@ -283,8 +284,10 @@ def _become(module: str, options: Mapping[str, object], *words: str) -> NoReturn
     """Go on as `python -m module`: the memory service is a program of its own, without torch."""
     import os
 
+    from api.supervisor import HUGE_PAGES
+
     words += tuple(word for name, value in options.items() if value is not None for word in (name, str(value)))
-    os.execv(sys.executable, [sys.executable, "-m", module, *words])
+    os.execve(sys.executable, [sys.executable, "-m", module, *words], HUGE_PAGES | os.environ)
 
 
 @app.command()

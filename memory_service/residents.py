@@ -181,8 +181,7 @@ class Residents:
         similarity, places = self.index.search(wish.slots, wish.queries, min(width + 1, self.rules.capacity))
         chosen = (places >= 0) & (similarity >= np.float32(self.rules.similarity_threshold))
         chosen &= np.arange(places.shape[1]) < wanted[:, None]
-        close = (similarity[:, :-1] - similarity[:, 1:] < TIE) & (places[:, 1:] >= 0)
-        careful = np.flatnonzero(close.any(axis=1))
+        careful = _tied(similarity, places)
         if len(careful) or wish.ignore:
             careful = np.union1d(careful, np.array(list(wish.ignore), np.int64))
             self._choose(wish, careful, wanted, similarity, places, chosen)
@@ -273,3 +272,12 @@ class Residents:
         self.index.drop(slots)
         self.size[slots], self.k[slots], self.entropy[slots] = 0, 0, rule.NEUTRAL
         self.state[slots], self._facts[slots], self._hits[slots] = 0, 0, 0
+
+
+def _tied(similarity: NDArray[np.float32], places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rows in which some neighbours are equal to 6 decimals. similarity and places: (B, K), best first."""
+    close = (similarity[:, :-1] - similarity[:, 1:] < TIE) & (places[:, 1:] >= 0)
+    rows = np.flatnonzero(close.any(axis=1))
+    rounded = np.round(similarity[rows].astype(np.float64), 6)
+    equal = (rounded[:, :-1] == rounded[:, 1:]) & (places[rows, 1:] >= 0)
+    return np.asarray(rows[equal.any(axis=1)], np.int64)

