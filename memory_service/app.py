@@ -13,6 +13,7 @@ fit, 429 too many calls at once, 503 Redis out of reach. 429 and 503 carry `Retr
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -47,6 +48,7 @@ from memory_service.store import Store, StoreUnavailable
 from memory_service.wire import BadRequest
 from model.checkpoint import load_checkpoint
 
+log = logging.getLogger(__name__)
 RETRY_AFTER_S = 1
 START_WAIT_S = 2.0
 """A small store is loaded before the first call; a large one while calls are answered, marked as degraded."""
@@ -91,12 +93,19 @@ def create_app(settings: MemorySettings) -> FastAPI:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     loading = asyncio.create_task(_load(app))
+    loading.add_done_callback(_report)
     with suppress(TimeoutError):
         await asyncio.wait_for(app.state.loaded.wait(), START_WAIT_S)  # calls may come from then on
     yield
     loading.cancel()
     await asyncio.gather(loading, return_exceptions=True)
     await app.state.service.close()
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    """Nobody waits for this task: what ends it must not go unseen."""
+    if not task.cancelled() and task.exception() is not None:
+        log.error("records are no longer loaded or compared with Redis", exc_info=task.exception())
 
 
 async def _load(app: FastAPI) -> None:
