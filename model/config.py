@@ -107,7 +107,7 @@ class RulesConfig(_Section):
     collective_k_base: float = Field(20.0, gt=0)
     collective_k_min: int = Field(10, ge=1)
     collective_k_max: int = Field(30, ge=1, le=100)
-    collective_probes: int = Field(16, ge=1, description="lists of the collective index that a search scans")
+    collective_probes: int = Field(64, ge=1, description="lists of the collective index that a search scans")
 
     @model_validator(mode="after")
     def _consistent(self) -> RulesConfig:

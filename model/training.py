@@ -29,8 +29,8 @@ from model.optimisation import Report, named_weights
 from model.replay import MemorySpace, state_requests
 
 LISTS_A_ROOT = 6
-"""Lists of the collective index over √N keys. Many small lists and few probes find more in the same time than √N
-lists (ML-1M, recall@20: 6000 lists, 16 probed: .957; 1000 lists, 32 probed: .965 at four times the work)."""
+"""Lists of the collective index over √N keys. Many small lists find more in the same time than √N lists: see
+`benchmarks/memory/lists.md`."""
 KEYS_A_LIST = 32
 """Keys that a centroid is trained on."""
 

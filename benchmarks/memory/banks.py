@@ -10,7 +10,7 @@ import numpy as np
 from memory_service.store import Store
 from model.bank import Banks
 from model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from model.config import Config, EncoderConfig
+from model.config import Config, EncoderConfig, RulesConfig, load_config
 from model.events import UserRecord
 from model.rules import unit
 
@@ -29,7 +29,8 @@ def checkpoint(folder: Path) -> Checkpoint:
     from model.fusion import MemoryFusion
     from model.optimisation import named_weights
 
-    config = Config(encoder=EncoderConfig(dim=DIM, layers=1, heads=2))
+    rules = RulesConfig(collective_probes=load_config("ml-1m").rules.collective_probes)
+    config = Config(encoder=EncoderConfig(dim=DIM, layers=1, heads=2), rules=rules)
     torch.manual_seed(0)
     rng, encoder = np.random.default_rng(0), SequenceEncoder(config.encoder, ITEMS)
     made = Checkpoint(

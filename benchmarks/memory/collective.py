@@ -40,7 +40,7 @@ def measure(run: Path, dataset_file: Path) -> list[Measure]:
     begin = time.perf_counter()
     centroids = collective_centroids(dataset, recommender.encoder, recommender.config)
     print(f"{len(centroids)} lists in {time.perf_counter() - begin:.0f} s", flush=True)
-    rules, bank = RulesConfig(), banks_of(dataset)
+    rules, bank = load_config("ml-1m").rules, banks_of(dataset)
     index = CollectiveIndex(centroids, rules.capacity, rules.collective_probes)
     begin = time.perf_counter()
     fill(index, dataset, keys, bank, rules, centroids)
