@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from memory_service.index import OwnIndex
 from memory_service.replica import Replicate, ReplicatedOwnIndex
 from model import rules as rule
-from model.bank import Entries, select
+from model.bank import Entries, select, tied
 from model.config import RulesConfig
 from model.events import Stacked, UserRecord
 from model.rules import Bools, Ints
@@ -29,8 +29,6 @@ SPARE = 4096
 """Slots beyond the limit: the users of calls under way, whose banks must all be here at once."""
 EVICT = 64
 """Banks, or this part of the limit, that go at once where room is wanted: looking for the least used takes a while."""
-TIE = 1.1e-6
-"""Similarities closer than this may be equal to 6 decimals."""
 FACTS = np.dtype([("item", "<u4"), ("quality", "<f4"), ("recency", "<f4"), ("rating", "<f4")])
 
 
@@ -85,11 +83,6 @@ class Residents:
 
     def __len__(self) -> int:
         return len(self._slot)
-
-    @property
-    def full(self) -> bool:
-        """Whether another bank would push one out."""
-        return len(self._slot) >= self.limit
 
     def find(self, users: Sequence[str]) -> NDArray[np.int64]:
         """(B,) slots of users, NOBODY for those who are not here; they count as used just now."""
@@ -181,7 +174,7 @@ class Residents:
         similarity, places = self.index.search(wish.slots, wish.queries, min(width + 1, self.rules.capacity))
         chosen = (places >= 0) & (similarity >= np.float32(self.rules.similarity_threshold))
         chosen &= np.arange(places.shape[1]) < wanted[:, None]
-        careful = _tied(similarity, places)
+        careful = tied(similarity, places >= 0)
         if len(careful) or wish.ignore:
             careful = np.union1d(careful, np.array(list(wish.ignore), np.int64))
             self._choose(wish, careful, wanted, similarity, places, chosen)
@@ -272,12 +265,3 @@ class Residents:
         self.index.drop(slots)
         self.size[slots], self.k[slots], self.entropy[slots] = 0, 0, rule.NEUTRAL
         self.state[slots], self._facts[slots], self._hits[slots] = 0, 0, 0
-
-
-def _tied(similarity: NDArray[np.float32], places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Rows in which some neighbours are equal to 6 decimals. similarity and places: (B, K), best first."""
-    close = (similarity[:, :-1] - similarity[:, 1:] < TIE) & (places[:, 1:] >= 0)
-    rows = np.flatnonzero(close.any(axis=1))
-    rounded = np.round(similarity[rows].astype(np.float64), 6)
-    equal = (rounded[:, :-1] == rounded[:, 1:]) & (places[rows, 1:] >= 0)
-    return np.asarray(rows[equal.any(axis=1)], np.int64)

@@ -19,6 +19,8 @@ from model.config import RulesConfig
 from model.rules import Bools, Floats, Ints
 
 KEY = np.dtype("<f2")
+TIE = 1.1e-6
+"""Similarities further apart than this are not equal to 6 decimals."""
 NOT_SHARED = -1
 """Cell of an entry that the collective scope leaves out."""
 
@@ -125,6 +127,18 @@ def select(similarity: Floats, valid: Bools, time: Floats, k: Ints, threshold: f
     slots = np.take_along_axis(newest_first, order, 1)
     chosen = np.take_along_axis(usable, slots, 1) & (np.arange(width) < np.asarray(k)[:, None])
     return np.where(chosen, slots, 0), chosen
+
+
+def tied(similarity: NDArray[np.float32], valid: Bools) -> NDArray[np.int64]:
+    """Rows in which neighbours are equal to 6 decimals, so that the order found is not yet the order chosen.
+
+    similarity (B, K): best first. valid (B, K): what was found at all.
+    """
+    close = (similarity[:, :-1] - similarity[:, 1:] < TIE) & valid[:, 1:]
+    rows = np.flatnonzero(close.any(axis=1))  # few: only these are rounded
+    rounded = np.round(similarity[rows].astype(np.float64), 6)
+    equal = (rounded[:, :-1] == rounded[:, 1:]) & valid[rows, 1:]
+    return np.asarray(rows[equal.any(axis=1)], np.int64)
 
 
 class Banks:

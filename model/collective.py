@@ -19,7 +19,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from model.bank import NOT_SHARED, Banks, Entries
+from model.bank import NOT_SHARED, Banks, Entries, tied
 from model.rules import Bools, Floats, Ints
 
 ITEM_BITS = 32
@@ -29,8 +29,6 @@ OWN_SHARE = 8
 FETCH_LIMIT = 2048
 """Most neighbours looked at for one query while its own entries and ties at the K-th place are resolved."""
 COLUMNS = {"item": np.uint32, "quality": np.float32, "recency": np.float32, "rating": np.float32}
-TIE = 1.1e-6
-"""Similarities closer than this may be equal to 6 decimals."""
 
 
 def cells(keys: Floats, positions: Ints, centroids: Floats) -> NDArray[np.int32]:
@@ -148,14 +146,13 @@ class CollectiveIndex:
         self, similarity: NDArray[np.float32], ids: NDArray[np.int64], k: Ints, width: int
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """The first k of each row, in order; the others are marked −1."""
-        close = (similarity[:, :-1] - similarity[:, 1:] < TIE) & (ids[:, 1:] >= 0)
-        tied = np.flatnonzero(close.any(axis=1))
+        rows = tied(similarity, ids >= 0)
         order = np.argsort(ids < 0, axis=1, kind="stable")  # as faiss found them, without the askers' own
-        if len(tied):
-            some = ids[tied]
-            rounded = np.where(some >= 0, -np.round(similarity[tied].astype(np.float64), 6), np.inf)
+        if len(rows):
+            some = ids[rows]
+            rounded = np.where(some >= 0, -np.round(similarity[rows].astype(np.float64), 6), np.inf)
             quality = self._at(some, "quality")
-            order[tied] = np.lexsort((-quality, some & ((1 << ITEM_BITS) - 1), rounded), axis=1)
+            order[rows] = np.lexsort((-quality, some & ((1 << ITEM_BITS) - 1), rounded), axis=1)
         order = order[:, :width]
         ids, similarity = np.take_along_axis(ids, order, 1), np.take_along_axis(similarity, order, 1)
         return similarity, np.where(np.arange(order.shape[1]) < k[:, None], ids, -1)
