@@ -1,46 +1,29 @@
-"""Routes of the REST API and what holds them together."""
+"""The REST API put together: what its parts share, and how long it lives."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from typing import Annotated, Any
 
 import torch
-from fastapi import APIRouter, FastAPI, Path, Query, Request, Response
-from fastapi.responses import JSONResponse, RedirectResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from fastapi import FastAPI
 
 from api import schemas as face
 from api.batching import MicroBatcher
 from api.engine import Engine
-from api.ingest import Intake, ingest
+from api.ingest import Intake
 from api.memory_client import MemoryClient
 from api.metrics import Metrics
-from api.problems import MEDIA_TYPE, BodyTooLarge, MemoryUnavailable, NotFound, install, problem
-from api.recommend import SCOPES, recommend
+from api.middleware import BodyLimit, CountRequests
+from api.problems import MemoryUnavailable, install
+from api.recommend import recommend
+from api.routes import router
 from api.settings import ApiSettings
-from memory_service.schemas import Item, RegisterRequest, UserMemory
 from model.recommender import Recommender
 
-BODY_LIMIT_BYTES = 4 * 2**20
 REFRESH_S = 5.0
 """How often changes that other api processes made to the catalogue are looked for."""
-
-PROBLEM: dict[str, Any] = {
-    "description": "What is wrong, with a stable `code` (RFC 9457)",
-    "content": {MEDIA_TYPE: {"schema": face.Problem.model_json_schema()}},
-}
-ERRORS: dict[int | str, dict[str, Any]] = {400: PROBLEM, 413: PROBLEM, 422: PROBLEM, 429: PROBLEM, 503: PROBLEM}
-UserId = Annotated[face.Identifier, Path(description="The caller's user id, percent-encoded.")]
-ItemId = Annotated[face.Identifier, Path(description="The caller's item id, percent-encoded.")]
-Limit = Annotated[int, Query(ge=1, le=1000)]
-Search = Annotated[str, Query(max_length=face.ID_LIMIT_BYTES)]
-
-router = APIRouter(responses=ERRORS)
 
 
 def create_app(settings: ApiSettings) -> FastAPI:
@@ -89,247 +72,3 @@ async def _refresh_catalogue(engine: Engine) -> None:
         with suppress(MemoryUnavailable):
             await engine.sync()
         await asyncio.sleep(REFRESH_S)
-
-
-class CountRequests:
-    """Counts answers by route and status, those that fail unforeseen included."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        status = 500
-
-        async def noting(message: Message) -> None:
-            nonlocal status
-            status = message.get("status", status)
-            await send(message)
-
-        try:
-            await self.app(scope, receive, noting)
-        finally:
-            path = getattr(scope.get("route"), "path", "unknown")
-            scope["app"].state.metrics.requests.labels(path, status).inc()
-
-
-class BodyLimit:
-    """Refuses bodies beyond the limit while they arrive, whatever their Content-Length says."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
-        refusal = problem(413, BodyTooLarge.code, BodyTooLarge.title, f"a body has at most {BODY_LIMIT_BYTES} bytes")
-        declared = dict(scope.get("headers") or []).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > BODY_LIMIT_BYTES:
-            await refusal(scope, receive, send)
-            return
-        received, refused = 0, False
-
-        async def limited() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > BODY_LIMIT_BYTES:
-                raise BodyTooLarge(f"a body has at most {BODY_LIMIT_BYTES} bytes")
-            return message
-
-        async def answered(message: Message) -> None:
-            nonlocal refused
-            if received <= BODY_LIMIT_BYTES:
-                await send(message)
-            elif not refused:  # whatever was made of the broken-off body, this is the reason
-                refused = True
-                await refusal(scope, receive, send)
-
-        await self.app(scope, limited, answered)
-
-
-# ------------------------------------------------------------------------------------------- recommend
-
-
-@router.post("/recommend", response_model=face.RecommendResponse, response_model_exclude_unset=True)
-async def recommend_one(body: face.RecommendRequest, request: Request) -> Response:
-    """The top-N for a user, a sequence of items, both, or nobody in particular."""
-    answers = await request.app.state.batcher.submit([body], request.is_disconnected)
-    return _json(answers[0])
-
-
-@router.post("/recommend/batch", response_model=face.RecommendBatchResponse, response_model_exclude_unset=True)
-async def recommend_batch(body: face.RecommendBatchRequest, request: Request) -> Response:
-    """The same for up to 256 requests."""
-    answers = await request.app.state.batcher.submit(body.requests, request.is_disconnected)
-    return _json(face.RecommendBatchResponse.model_construct(results=answers))
-
-
-def _json(answer: face.RecommendResponse | face.RecommendBatchResponse) -> Response:
-    return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
-
-
-# -------------------------------------------------------------------------------------------- memories
-
-
-@router.post("/memories")
-async def remember(body: face.IngestRequest, request: Request) -> face.IngestResponse:
-    """Keep interactions. What is acknowledged is durable and seen by the next recommendation."""
-    with request.app.state.intake.admitted(len(body.interactions)):
-        return await ingest(request.app.state.engine, body.interactions)
-
-
-@router.get("/users/{user_id:path}/memory", responses={404: PROBLEM})
-async def user_memory(user_id: UserId, request: Request) -> face.UserMemoryResponse:
-    """A user's memory bank, with qualities, entropy, clusters and K."""
-    engine: Engine = request.app.state.engine
-    found = await engine.memory.inspect(user_id)
-    if found is None:
-        raise NotFound("nothing is known about this user", "user_not_found")
-    await engine.know(found.catalogue_size)
-    return _bank(engine, found)
-
-
-def _bank(engine: Engine, found: UserMemory) -> face.UserMemoryResponse:
-    name = engine.catalogue.item_id
-    entries = [
-        face.MemoryEntry(
-            item_id=name(entry.item),
-            quality=entry.quality,
-            recency=entry.recency,
-            rating=entry.rating,
-            timestamp=entry.time,
-            frequency=entry.frequency,
-            access=entry.access,
-            last_access=entry.last_access or None,
-            cluster=entry.cluster if entry.cluster >= 0 else None,
-        )
-        for entry in found.entries
-    ]
-    return face.UserMemoryResponse(
-        user_id=found.user_id,
-        version=found.version,
-        model_version=found.model_version,
-        events=found.events,
-        bank_size=len(entries),
-        capacity=found.capacity,
-        pruned=found.pruned,
-        seen=found.seen,
-        share=found.share,
-        entropy=found.entropy,
-        k=found.k,
-        clusters={str(cluster): share for cluster, share in found.clusters.items()},
-        entries=entries,
-        log=[face.LogEntry(item_id=name(item), timestamp=when) for item, when in found.log],
-    )
-
-
-@router.delete("/users/{user_id:path}/memory")
-async def forget(user_id: UserId, request: Request) -> face.ForgetResponse:
-    """Forget a user: everything, for good. Late retries of old events do not bring them back."""
-    gone = await request.app.state.engine.memory.forget(user_id)
-    return face.ForgetResponse(user_id=user_id, existed=gone.existed)
-
-
-@router.get("/users")
-async def users(request: Request, prefix: Search = "", limit: Limit = 100) -> face.UsersResponse:
-    """User ids that begin with a prefix."""
-    return face.UsersResponse(users=list(await request.app.state.engine.memory.users(prefix, limit)))
-
-
-# ----------------------------------------------------------------------------------------------- items
-
-
-@router.get("/items")
-async def items(request: Request, query: Search = "", limit: Limit = 20) -> face.ItemsResponse:
-    """Items whose id or metadata contains the query."""
-    engine: Engine = request.app.state.engine
-    return face.ItemsResponse(items=[_item(engine, item) for item in engine.catalogue.find(query, limit)])
-
-
-@router.get("/items/{item_id:path}", responses={404: PROBLEM})
-async def item(item_id: ItemId, request: Request) -> face.ItemOut:
-    """One catalogue item."""
-    return _known_item(request.app.state.engine, item_id)
-
-
-@router.put("/items/{item_id:path}")
-async def put_item(item_id: ItemId, body: face.ItemPut, request: Request) -> face.ItemOut:
-    """Register an item, or replace all that is said about it."""
-    return await _change_item(request.app.state.engine, Item(item_id, body.metadata, body.hidden))
-
-
-@router.patch("/items/{item_id:path}", responses={404: PROBLEM})
-async def patch_item(item_id: ItemId, body: face.ItemPatch, request: Request) -> face.ItemOut:
-    """Change an item's metadata, or hide it from recommendations."""
-    engine: Engine = request.app.state.engine
-    await engine.sync()  # another process may have changed it since
-    now = _known_item(engine, item_id)
-    metadata = now.metadata | (body.metadata or {})
-    return await _change_item(engine, Item(item_id, metadata, now.hidden if body.hidden is None else body.hidden))
-
-
-async def _change_item(engine: Engine, item: Item) -> face.ItemOut:
-    await engine.memory.register(RegisterRequest([item], overwrite=True))
-    await engine.sync()
-    return _known_item(engine, item.item_id)
-
-
-def _known_item(engine: Engine, item_id: str) -> face.ItemOut:
-    number = engine.catalogue.number_of.get(item_id)
-    if number is None:
-        raise NotFound("this item is not in the catalogue", "item_not_found")
-    return _item(engine, engine.catalogue.items[number - 1])
-
-
-def _item(engine: Engine, item: Item) -> face.ItemOut:
-    known = item.item_id in engine.recommender.index_of
-    return face.ItemOut(item_id=item.item_id, metadata=item.metadata or {}, hidden=item.hidden, known_to_model=known)
-
-
-# ------------------------------------------------------------------------------------ model and probes
-
-
-@router.get("/model")
-async def model(request: Request) -> face.ModelResponse:
-    """The checkpoint that answers, and its configuration."""
-    recommender: Recommender = request.app.state.recommender
-    return face.ModelResponse(
-        model_version=recommender.version,
-        items=len(recommender.checkpoint.item_ids),
-        scopes=list(SCOPES),
-        config=recommender.config.model_dump(),
-    )
-
-
-@router.get("/health/live")
-async def live() -> dict[str, str]:
-    """The process answers."""
-    return {"status": "alive"}
-
-
-@router.get("/health/ready")
-async def ready(request: Request) -> JSONResponse:
-    """Recommendations with memory can be given: memory service and Redis answer, with the same model."""
-    engine: Engine = request.app.state.engine
-    begin = time.perf_counter()
-    try:
-        served = await engine.memory.ready()
-    except MemoryUnavailable as error:
-        return JSONResponse({"status": error.detail}, 503)
-    if served != engine.recommender.version:
-        return JSONResponse({"status": f"the memory service serves model {served}"}, 503)
-    return JSONResponse({"status": "ready", "model_version": served, "memory_s": time.perf_counter() - begin})
-
-
-@router.get("/metrics")
-async def metrics(request: Request) -> Response:
-    """Prometheus metrics."""
-    return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-
-@router.get("/", include_in_schema=False)
-async def home() -> RedirectResponse:
-    """Where a browser lands."""
-    return RedirectResponse("/docs")

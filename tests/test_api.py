@@ -10,8 +10,8 @@ from urllib.parse import quote
 import httpx2
 import pytest
 
-from api.app import BODY_LIMIT_BYTES
 from api.app import create_app as create_api
+from api.middleware import BODY_LIMIT_BYTES
 from api.settings import ApiSettings
 from api.supervisor import ServeError, data_dir_of, serve
 from memory_service.app import create_app as create_memory
