@@ -201,7 +201,7 @@ def _occurs(event: Event, item: Ints, time: Floats) -> bool:
 def _merge(record: UserRecord, accepted: list[Event], duplicates: list[int], forgotten: list[int]) -> Plan:
     """The log with the accepted events (in order of time) in their places, a late one behind those of the same time."""
     log, start, count = record.log_time, record.log_start, len(accepted)
-    oldest = log[0] if start > 0 else -np.inf
+    oldest = float(log[0]) if start > 0 else -np.inf
     old = sum(event.time < oldest for event in accepted)
     inside = accepted[old:]
     time = np.concatenate([log, np.array([event.time for event in inside], "<f8")])

@@ -129,6 +129,7 @@ def test_an_event_older_than_a_full_log_gets_the_first_state(new):
     assert record.log_start == 10
     planned = plan(record, events((20, 3.0), (21, 9999.0)))
     assert planned.job.positions.tolist() == [-1, LOG_LIMIT + 11]
+    assert type(planned.job.start) is int  # it goes over the wire
     assert planned.job.start == 11
     after = remember(record, events((20, 3.0), (21, 9999.0)))
     assert (after.events, len(after.log_item), after.log_start) == (LOG_LIMIT + 12, LOG_LIMIT, 12)
