@@ -182,7 +182,7 @@ def _add_probes(app: FastAPI) -> None:
         app.state.metrics.redis_up.set(1)
         if app.state.started:
             return JSONResponse({"status": "ready", **about})
-        collective = app.state.service.collective
+        collective = app.state.service.serving.collective
         loaded = f", {collective.users} users so far" if collective is not None else ""
         return JSONResponse({"status": f"loading from redis{loaded}", **about}, 503)
 
@@ -190,7 +190,7 @@ def _add_probes(app: FastAPI) -> None:
     async def metrics() -> Response:
         service = app.state.service
         app.state.metrics.resident.set(service.resident_users)
-        app.state.metrics.collective.set(len(service.collective or ()))
+        app.state.metrics.collective.set(len(service.serving.collective or ()))
         return Response(generate_latest(app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -1,13 +1,11 @@
-"""The item catalogue as this process knows it: numbers, ids and the model's clusters. Redis holds the truth."""
+"""The item catalogue as this process knows it: numbers and ids. Redis holds the truth."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from memory_service.schemas import CatalogueReply, Item, RegisterReply, RegisterRequest
 from memory_service.store import CatalogueItem, Store
@@ -19,20 +17,22 @@ REGISTER_BATCH = 2000
 class Catalogue:
     """Item ids and their numbers, kept in step with Redis. Numbers never change, so what is known stays true."""
 
-    def __init__(self, store: Store, checkpoint: Checkpoint) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
-        self._checkpoint = checkpoint
-        self._cluster_of = dict(zip(checkpoint.item_ids, checkpoint.item_clusters[1:].tolist(), strict=True))
         self._number_of: dict[str, int] = {}
-        self.size = 0
+        self.ids: list[str] = []
+        """Ids in order of their numbers, the first of which is 1."""
         self.revision = 0
-        self.clusters: NDArray[np.int32] = np.full(1, -1, np.int32)
-        """Item number → item cluster of the model; -1 for number 0 and for items that the model does not know."""
 
-    async def start(self) -> None:
-        """Register the model's items, with the metadata that its dataset had, and learn all numbers."""
-        about = self._checkpoint.metadata
-        items = [CatalogueItem(item, _json(about.get(item)), False) for item in self._checkpoint.item_ids]
+    @property
+    def size(self) -> int:
+        """Items known."""
+        return len(self.ids)
+
+    async def start(self, checkpoint: Checkpoint) -> None:
+        """Register a model's items, with the metadata that its dataset had, and learn all numbers."""
+        about = checkpoint.metadata
+        items = [CatalogueItem(item, _json(about.get(item)), False) for item in checkpoint.item_ids]
         for at in range(0, len(items), REGISTER_BATCH):
             await self._store.register(items[at : at + REGISTER_BATCH], overwrite=False)
         await self.sync()
@@ -44,7 +44,7 @@ class Catalogue:
             since = self.size + 1
             _, items = await self._store.catalogue(since)
             new = items[self.size + 1 - since :]  # another call may have learnt the first of them meanwhile
-            self._learn([item.item_id for item in new], range(self.size + 1, self.size + 1 + len(new)))
+            self._learn([item.item_id for item in new])
 
     async def numbers(self, item_ids: Iterable[str]) -> dict[str, int]:
         """Number of each item; items nobody has seen are registered."""
@@ -76,11 +76,9 @@ class Catalogue:
             ],
         )
 
-    def _learn(self, ids: Sequence[str], numbers: Iterable[int]) -> None:
-        self._number_of.update(zip(ids, numbers, strict=True))
-        clusters = [self._cluster_of.get(item, -1) for item in ids]
-        self.clusters = np.concatenate([self.clusters, np.array(clusters, np.int32)])
-        self.size += len(ids)
+    def _learn(self, ids: list[str]) -> None:
+        self._number_of.update(zip(ids, range(self.size + 1, self.size + 1 + len(ids)), strict=True))
+        self.ids += ids
 
 
 def _json(metadata: dict[str, object] | None) -> bytes:

@@ -18,14 +18,12 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from memory_service import wire
 from memory_service.catalogue import Catalogue
-from memory_service.collective import CollectiveScope
 from memory_service.merging import Merged
 from memory_service.replica import Replicate
-from memory_service.residents import NOBODY, Found, Residents, Wish
+from memory_service.residents import NOBODY
 from memory_service.schemas import (
     EventIn,
     Forgotten,
@@ -44,14 +42,11 @@ from memory_service.schemas import (
     WriteReply,
     WriteRequest,
 )
+from memory_service.space import Space
 from memory_service.store import Store, StoreUnavailable, Tombstone
-from memory_service.wire import BadRequest, Prepared, column
-from model import rules as rule
-from model.bank import Entries
+from memory_service.wire import BadRequest, Prepared
 from model.checkpoint import Checkpoint
-from model.collective import cells
-from model.events import Change, Plan, Stacked, UserRecord, apply_stacked, plan, rekey, rekey_job
-from model.rules import Floats, Ints
+from model.events import Plan, Stacked, UserRecord, apply_stacked, plan
 
 LOAD_USERS = 500
 """Users read and indexed at a time at start; other calls are answered in between."""
@@ -100,36 +95,36 @@ class MemoryService:
         replicate: Replicate | None = None,
     ) -> None:
         self.store = store
-        self.model_version = checkpoint.version
-        self.rules = checkpoint.config.rules
-        self.dim = checkpoint.config.encoder.width
-        self.centroids = checkpoint.index_centroids
-        self.catalogue = Catalogue(store, checkpoint)
-        self.residents = Residents(resident_users, self.dim, self.rules, self.model_version, replicate)
-        self.collective = CollectiveScope(checkpoint, replicate) if collective else None
+        self.catalogue = Catalogue(store)
+        self._checkpoint = checkpoint
+        self.serving = Space(checkpoint, self.catalogue, resident_users, collective, replicate)
         self._recent: OrderedDict[str, Known] = OrderedDict()
-        self._new = UserRecord.new(self.dim, self.rules)
         self._outage: asyncio.Task[None] | None = None
         self._watchers: list[set[str]] = []
         self._merged_plan = Merged(self._plan, lambda asked: asked.user.user_id)
         self._merged_write = Merged(self._write, lambda asked: asked.user.user_id)
 
     @property
+    def model_version(self) -> str:
+        """The model that is served."""
+        return self.serving.model_version
+
+    @property
     def resident_users(self) -> int:
         """Banks in memory."""
-        return len(self.residents)
+        return len(self.serving.residents)
 
     async def start(self) -> None:
         """Load the catalogue and the collective scope. Raises StoreUnavailable; may be called again."""
-        await self.catalogue.start()
+        await self.catalogue.start(self._checkpoint)
         await self.compare()
 
     async def compare(self) -> None:
         """Bring the collective scope to what is in Redis: all of it at start, later what other processes wrote or
         forgot, and what expired. Raises StoreUnavailable.
         """
-        if self.collective is not None:
-            await self.collective.compare(self.store.all_users(LOAD_USERS), self.store.stamps, self._read)
+        if self.serving.collective is not None:
+            await self.serving.collective.compare(self.store.all_users(LOAD_USERS), self.store.stamps, self._read)
 
     async def close(self) -> None:
         """Stop looking for Redis and close all connections to it."""
@@ -146,49 +141,18 @@ class MemoryService:
         self._check_users(request.users)
         if not request.users:
             raise BadRequest("no users")
-        degraded = self.collective is not None and not self.collective.ready
+        space, degraded = self.serving, self.serving.degraded
         try:
             damaged = await self._refresh(request.users)
             degraded = degraded or damaged
         except StoreUnavailable:
             degraded = True  # what is resident goes on answering, and the answer says so
-        slots = self.residents.find(request.users)
-        old = [user for user, is_old in zip(request.users, self.residents.stale[slots].tolist(), strict=True) if is_old]
-        reply = self._answer(request, np.where(self.residents.stale[slots], NOBODY, slots), degraded)
+        slots = space.residents.find(request.users)
+        stale = space.residents.stale[slots]
+        old = [user for user, is_old in zip(request.users, stale.tolist(), strict=True) if is_old]
+        reply = space.answer(request, np.where(stale, NOBODY, slots), degraded)
         reply.stale = await self._jobs(old)
         return reply
-
-    def _answer(self, request: RetrieveRequest, slots: NDArray[np.int64], degraded: bool) -> RetrieveReply:
-        banks = self.residents
-        entropy = self._entropy(request, slots)
-        queries = wire.queries(request, rule.unit(banks.state[slots]))
-        found = banks.search(Wish(slots, queries, wire.asked_k(request), wire.ignored(request)))
-        self._count(request, slots, found)
-        collective_k, others = self._others(request, queries, entropy)
-        return wire.retrieve_reply(self.catalogue.size, degraded, banks, slots, entropy, found, collective_k, others)
-
-    def _entropy(self, request: RetrieveRequest, slots: Ints) -> NDArray[np.float32]:
-        """(B,) diversity of each bank; where there is none, what the caller says."""
-        diversity = self.residents.entropy[slots]
-        if not request.entropy:
-            return diversity
-        given = column(request.entropy, "<f4", len(diversity), "entropy")
-        return np.where(self.residents.size[slots] > 0, diversity, np.clip(given, 0, 1)).astype(np.float32)
-
-    def _others(self, request: RetrieveRequest, queries: Floats, entropy: Floats) -> tuple[Ints, Entries]:
-        """Collective K and memories. Nobody can be asked about without a state or a query."""
-        k = rule.collective_k(entropy, self.rules)
-        k[~queries.any(axis=1)] = 0
-        k[wire.rows(request.alone, len(k), "alone")] = 0
-        if self.collective is None:
-            return np.zeros_like(k), Entries.empty(len(k))
-        return k, self.collective.search(queries, request.users, k)
-
-    def _count(self, request: RetrieveRequest, slots: Ints, found: Found) -> None:
-        """Remember which memories were retrieved, until the user's next write."""
-        counted = np.ones(len(slots), bool)
-        counted[wire.rows(request.uncounted, len(slots), "uncounted")] = False
-        self.residents.count(slots, found, counted, time.time())
 
     async def _jobs(self, users: Sequence[str]) -> list[StaleUser]:
         """What would bring these users to this model; nothing while Redis is out of reach."""
@@ -198,7 +162,7 @@ class MemoryService:
             records = await self.store.load_readable(list(dict.fromkeys(users)))
         except StoreUnavailable:
             return []
-        return [wire.stale_user(user, record) for user, record in records.items() if self._is_stale(record)]
+        return [wire.stale_user(user, record) for user, record in records.items() if self.serving.is_stale(record)]
 
     # -------------------------------------------------------------------------------------------- write
 
@@ -211,7 +175,7 @@ class MemoryService:
 
     async def _plan(self, asked: Sequence[Asked[UserEvents] | Asked[UserWrite]]) -> list[UserPlan]:
         known = await self._know([one.user.user_id for one in asked])
-        return [wire.plan_out(one, self._is_stale(one.record)) for one in await self._prepare(asked, known)]
+        return [wire.plan_out(one, self.serving.is_stale(one.record)) for one in await self._prepare(asked, known)]
 
     async def write(self, request: WriteRequest) -> WriteReply:
         """Write planned events with their keys, atomically per user, if nobody wrote in between.
@@ -228,8 +192,9 @@ class MemoryService:
         prepared = await self._prepare(asked, await self._know_planned([one.user for one in asked]))
         outdated = {row for row, one in enumerate(asked) if self._is_outdated(prepared[row], one.user)}
         rows = [row for row, one in enumerate(prepared) if row not in outdated and one.plan.accepted]
-        changes = self._changes([prepared[row] for row in rows], [asked[row].user for row in rows])
-        stored = await self._commit([prepared[row] for row in rows], apply_stacked(changes)) if rows else []
+        chosen = [prepared[row] for row in rows]
+        changes = self.serving.changes(chosen, [asked[row].user for row in rows], [*map(self._first_version, chosen)])
+        stored = await self._commit(chosen, apply_stacked(changes)) if rows else []
         written = {row: record for row, record in zip(rows, stored, strict=True) if record is not None}
         outdated.update(set(rows) - written.keys())
         again = [asked[row] for row in sorted(outdated)]
@@ -252,10 +217,9 @@ class MemoryService:
                 loaded |= await self.store.load([name for name, stamp in seen if records[name].stamp != stamp])
             await self._know_items([record for record in loaded.values() if record is not None])
         self._remove([name for name, record in loaded.items() if record is None and name not in changed])
-        if self.collective is not None:
-            new = ((name, record) for name, record in loaded.items() if record is not None and name not in changed)
-            self.collective.put(new)
-        records |= {name: record or self._new for name, record in loaded.items()}
+        new = ((name, record) for name, record in loaded.items() if record is not None and name not in changed)
+        self.serving.share(new)
+        records |= {name: record or self.serving.new for name, record in loaded.items()}
         stones = dict(zip([*kept, *rest], look.stones, strict=True))
         known = {name: Known(records[name], stones[name]) for name in names}
         for name, one in kept.items():
@@ -306,30 +270,8 @@ class MemoryService:
         """Whether the plan behind a write is not that of the present record. A forget between plan and first write
         shows in keys for more events than count now.
         """
-        forgotten = one.stone is not None and len(write.keys) > len(one.plan.accepted) * self.dim * 4
-        return one.record.version != write.version or self._is_stale(one.record) or forgotten
-
-    def _changes(self, prepared: list[Prepared], writes: list[UserWrite]) -> list[Change]:
-        counts = [len(one.plan.accepted) for one in prepared]
-        keys = [
-            column(write.keys, "<f4", count * self.dim, "keys") for write, count in zip(writes, counts, strict=True)
-        ]
-        every = np.concatenate([*keys, np.zeros(0, "<f4")]).reshape(-1, self.dim)
-        positions = np.concatenate([*(one.plan.job.positions for one in prepared), np.zeros(0, np.int64)])
-        listed = np.split(cells(every, positions, self.centroids), np.cumsum(counts)[:-1].astype(int))
-        return [
-            Change(
-                record=one.record,
-                plan=one.plan,
-                keys=own.reshape(-1, self.dim),
-                state=column(write.state, "<f4", self.dim, "state"),
-                cells=own_cells,
-                accesses=self.residents.accesses(one.user_id),
-                first_version=self._first_version(one),
-                model_version=self.model_version,
-            )
-            for one, write, own, own_cells in zip(prepared, writes, keys, listed[: len(counts)], strict=True)
-        ]
+        forgotten = one.stone is not None and len(write.keys) > len(one.plan.accepted) * self.serving.dim * 4
+        return one.record.version != write.version or self.serving.is_stale(one.record) or forgotten
 
     def _first_version(self, one: Prepared) -> int:
         """What the versions of a new record follow: those before a forget. Where banks expire, nothing is left of the
@@ -366,18 +308,11 @@ class MemoryService:
         return lost
 
     def _show(self, prepared: list[Prepared], stacked: Stacked) -> None:
-        """Let the next retrieval see what was just stored. Banks that nobody asked for push none out."""
+        """Let the next retrieval see what was just stored."""
         names = [one.user_id for one in prepared]
         new = zip(prepared, stacked.records, strict=True)
         self._keep({one.user_id: Known(record, one.stone) for one, record in new})
-        slots, versions = self.residents.slots(names), np.array([record.version for record in stacked.records])
-        here, room = slots != NOBODY, self.residents.limit - len(self.residents)
-        shown = np.where(here, self.residents.version[slots] <= versions, np.cumsum(~here) <= room)
-        rows = np.flatnonzero(shown).tolist()
-        if rows:
-            self.residents.put_fresh([names[row] for row in rows], stacked.take(rows), self.catalogue.clusters)
-        if self.collective is not None:
-            self.collective.put_written(names, stacked)
+        self.serving.show(names, stacked)
         self._note(names)
 
     async def rekey(self, request: RekeyRequest) -> RekeyReply:
@@ -389,11 +324,8 @@ class MemoryService:
         records: list[UserRecord] = []
         for user in request.users:
             record = known[user.user_id].record
-            if record.version == user.version and self._is_stale(record):
-                keys = column(user.keys, "<f4", record.size * self.dim, "keys").reshape(record.size, self.dim)
-                state = column(user.state, "<f4", self.dim, "state")
-                listed = cells(keys, rekey_job(record).positions, self.centroids)
-                records.append(rekey(record, self.model_version, keys, state, listed))
+            if record.version == user.version and self.serving.is_stale(record):
+                records.append(self.serving.rekeyed(record, user.keys, user.state))
                 prepared.append(Prepared(user.user_id, record, known[user.user_id].stone, plan(record, [])))
         stored = await self._commit(prepared, Stacked.of(records)) if records else []
         return RekeyReply([one.user_id for one, done in zip(prepared, stored, strict=True) if done is not None])
@@ -413,7 +345,7 @@ class MemoryService:
         record = known[user_id].record
         if record.version == 0:
             return None
-        return wire.user_memory(user_id, record, self.catalogue)
+        return wire.user_memory(user_id, record, self.serving.clusters)
 
     # ----------------------------------------------------------------------------------------- resident
 
@@ -430,16 +362,13 @@ class MemoryService:
         if len(set(names)) < len(names):
             raise BadRequest("a user is named twice")
 
-    def _is_stale(self, record: UserRecord) -> bool:
-        return record.version > 0 and record.model_version != self.model_version
-
     async def _refresh(self, users: Sequence[str]) -> bool:
         """Bring residents of these users to what Redis has; returns whether some record could not be read.
 
         One round trip compares the stamps of residents and loads the others. Other calls run while this one waits:
         whom they changed, and whoever is not at the stamp agreed on once nothing is awaited, is looked at again.
         """
-        self.residents.make_room()
+        self.serving.residents.make_room()
         agreed: dict[str, int] = {}
         pending, damaged = [name for name in dict.fromkeys(users) if name], False
         while pending:
@@ -465,14 +394,13 @@ class MemoryService:
         """Take over what was read: who is not there goes, who was loaded stays."""
         self._remove([name for name in names if agreed[name] == 0])
         new = {name: records[name] for name in names if name in records}
-        self.residents.put(list(new), list(new.values()), self.catalogue.clusters)
-        if self.collective is not None:
-            self.collective.put(new.items())
+        self.serving.put(new)
         self._note(new)
 
     def _stamps(self, names: list[str]) -> dict[str, int]:
         """Stamps of residents, 0 where there is none; they count as used."""
-        return dict(zip(names, self.residents.stamps(self.residents.find(names)), strict=True))
+        residents = self.serving.residents
+        return dict(zip(names, residents.stamps(residents.find(names)), strict=True))
 
     @contextmanager
     def _watching(self) -> Iterator[set[str]]:
@@ -492,9 +420,7 @@ class MemoryService:
         """The readable records of these users; as many as there is room for become residents."""
         records = await self.store.load_readable(names)
         await self._know_items(list(records.values()))
-        absent = [name for name, slot in zip(records, self.residents.slots(list(records)), strict=True) if not slot]
-        some = absent[: max(0, self.residents.limit - len(self.residents))]
-        self.residents.put(some, [records[name] for name in some], self.catalogue.clusters)
+        self.serving.fill(records)
         return records
 
     async def _know_items(self, records: Sequence[UserRecord]) -> None:
@@ -504,12 +430,10 @@ class MemoryService:
 
     def _remove(self, users: Sequence[str]) -> None:
         """Nothing is known about these users any more."""
-        self.residents.drop(users)
+        self.serving.drop(users)
         self._note(users)
         for user in users:
             self._recent.pop(user, None)
-            if self.collective is not None:
-                self.collective.drop(user)
 
     # ------------------------------------------------------------------------------------------- outage
 

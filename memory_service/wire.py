@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from memory_service.catalogue import Catalogue
 from memory_service.residents import Found, Residents
 from memory_service.schemas import (
     Columns,
@@ -162,10 +161,10 @@ def written_out(one: Prepared, record: UserRecord | None, retry: UserPlan | None
     )
 
 
-def user_memory(user_id: str, record: UserRecord, catalogue: Catalogue) -> UserMemory:
-    """A bank laid open."""
+def user_memory(user_id: str, record: UserRecord, clusters: Ints) -> UserMemory:
+    """A bank laid open; `clusters` maps item numbers to the item clusters of the record's model."""
     banks, rules = record.banks, record.banks.rules
-    cluster = banks.entry_clusters(catalogue.clusters)
+    cluster = banks.entry_clusters(clusters)
     worth, recency = banks.quality(), banks.recency()
     entropy = rule.entropy(worth, cluster, rules.clusters)
     shares = rule.cluster_shares(worth * banks.valid(), cluster, rules.clusters)[0]
@@ -183,7 +182,7 @@ def user_memory(user_id: str, record: UserRecord, catalogue: Catalogue) -> UserM
         entries=[_entry_out(banks, slot, worth, recency, cluster) for slot in range(record.size)],
         log=list(zip(record.log_item.tolist(), record.log_time.tolist(), strict=True)),
         seen=len(record.seen),
-        catalogue_size=catalogue.size,
+        catalogue_size=len(clusters) - 1,
     )
 
 

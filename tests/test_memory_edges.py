@@ -84,7 +84,7 @@ def pair(run, valkey_url, go):
 
 def test_items_registered_at_the_same_time_keep_their_numbers(run, valkey_url, go):
     one = service(run, valkey_url)
-    go(one.catalogue.start())
+    go(one.start())
     names = [f"new-{n}" for n in range(8)]
 
     async def together():
@@ -94,7 +94,7 @@ def test_items_registered_at_the_same_time_keep_their_numbers(run, valkey_url, g
 
     numbers, items = go(together())
     assert numbers == {item.item_id: n for n, item in enumerate(items, start=1) if item.item_id in numbers}
-    assert (one.catalogue.size, len(one.catalogue.clusters)) == (len(items), len(items) + 1)
+    assert (one.catalogue.size, len(one.serving.clusters)) == (len(items), len(items) + 1)
     go(one.store.close())
 
 

@@ -102,7 +102,7 @@ def test_comparing_with_redis_finds_what_others_wrote_forgot_or_let_expire(run, 
 
 
 async def _everybody(of: MemoryService):
-    query = np.ones(of.dim, "<f4") / np.sqrt(of.dim)
+    query = np.ones(of.serving.dim, "<f4") / np.sqrt(of.serving.dim)
     return await of.retrieve(
         RetrieveRequest(of.model_version, ["x"], query_rows=b"\0\0\0\0", queries=query.astype("<f4").tobytes())
     )
