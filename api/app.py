@@ -18,7 +18,7 @@ from api.metrics import Metrics
 from api.middleware import BodyLimit, CountRequests
 from api.problems import MemoryUnavailable, install
 from api.recommend import recommend
-from api.routes import router
+from api.routes import direct, router
 from api.settings import ApiSettings
 from model.recommender import Recommender
 
@@ -35,6 +35,7 @@ def create_app(settings: ApiSettings) -> FastAPI:
     recommender = Recommender.load(settings.run)
     app = FastAPI(title="RAMRec", description="Recommendations that remember.", lifespan=_lifespan)
     app.state.settings, app.state.recommender, app.state.metrics = settings, recommender, Metrics()
+    app.include_router(direct)
     app.include_router(router)
     install(app)
     app.add_middleware(BodyLimit)
@@ -54,8 +55,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         settings.batch_size,
         settings.batch_wait_s,
         settings.queue_limit,
-        metrics.seconds.labels("queue").observe,
+        metrics.waited,
         settings.patience_s,
+        settings.batch_lanes,
     )
     app.state.engine, app.state.batcher, app.state.intake = engine, batcher, Intake(settings.ingest_limit)
     batcher.start()

@@ -18,7 +18,7 @@ Answer = TypeVar("Answer")
 Gone = Callable[[], Awaitable[bool]]
 
 
-@dataclass
+@dataclass(slots=True)
 class _Waiting(Generic[Ask, Answer]):
     ask: Ask
     gone: Gone | None
@@ -27,8 +27,9 @@ class _Waiting(Generic[Ask, Answer]):
 
 
 class MicroBatcher(Generic[Ask, Answer]):
-    """Collects up to `size` requests. A batch waits for more, at most `wait_s`, only where the one before it held
-    several: a lone caller is answered at once.
+    """Collects up to `size` requests. Several batches (`lanes`) may be under way, so that one is computed while the
+    memory is asked for another. A batch waits for more, at most `wait_s`, only where the one before it held several:
+    a lone caller is answered at once.
 
     Requests whose caller has gone are dropped before any work is done for them: the future is cancelled, or after
     `patience_s` in the queue the connection turns out to be closed. An error of `work` reaches every caller of its
@@ -43,23 +44,26 @@ class MicroBatcher(Generic[Ask, Answer]):
         limit: int,
         observe_wait: Callable[[float], None],
         patience_s: float = PATIENCE_S,
+        lanes: int = 1,
     ) -> None:
         self._work, self._size, self._wait_s, self._observe = work, size, wait_s, observe_wait
-        self._patience_s = patience_s
+        self._patience_s, self._lanes = patience_s, lanes
         self._queue: asyncio.Queue[_Waiting[Ask, Answer]] = asyncio.Queue(limit)
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._collecting = asyncio.Lock()
         self._crowded = False
 
     def start(self) -> None:
         """Begin to answer. Call on the running event loop."""
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._run()) for _ in range(self._lanes)]
 
     async def stop(self) -> None:
         """Answer what was accepted, then end."""
         await self._queue.join()
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def submit(self, asks: Sequence[Ask], gone: Gone | None = None) -> list[Answer]:
         """The answers to one caller's requests. `gone` tells whether the caller has hung up.
@@ -74,11 +78,14 @@ class MicroBatcher(Generic[Ask, Answer]):
         waiting = [_Waiting[Ask, Answer](ask, gone, loop.create_future()) for ask in asks]
         for one in waiting:
             self._queue.put_nowait(one)
+        if len(waiting) == 1:
+            return [await waiting[0].answer]
         return await asyncio.gather(*(one.answer for one in waiting))
 
     async def _run(self) -> None:
         while True:
-            taken = await self._collect()
+            async with self._collecting:
+                taken = await self._collect()
             try:
                 await self._answer([one for one in taken if await self._wanted(one)])
             finally:
@@ -107,13 +114,13 @@ class MicroBatcher(Generic[Ask, Answer]):
     async def _answer(self, wanted: list[_Waiting[Ask, Answer]]) -> None:
         if not wanted:
             return
-        outcome = asyncio.create_task(self._work([one.ask for one in wanted]))
-        await asyncio.wait([outcome])
-        error = outcome.exception()
-        for n, one in enumerate(wanted):
-            if one.answer.done():  # cancelled meanwhile
-                continue
-            if error is not None:
-                one.answer.set_exception(error)
-            else:
-                one.answer.set_result(outcome.result()[n])
+        try:
+            answers = await self._work([one.ask for one in wanted])
+        except Exception as error:
+            for one in wanted:
+                if not one.answer.done():
+                    one.answer.set_exception(error)
+        else:
+            for one, answer in zip(wanted, answers, strict=True):
+                if not one.answer.done():  # cancelled meanwhile
+                    one.answer.set_result(answer)

@@ -90,11 +90,17 @@ class Indices:
         own = np.array([self._index_of.get(item, 0) for item in ids], np.int64)
         return np.where(own > 0, own, self.of(numbers))
 
-    def item_id(self, index: int, own: Sequence[str]) -> str:
-        """Id of an index; `own` are the model's items."""
-        if index < self._first:
-            return own[index - 1]
-        return self._catalogue.item_id(int(self._beyond[index - self._first]))
+    @property
+    def reaches_beyond(self) -> bool:
+        """Whether there are items that the model does not know."""
+        return len(self._beyond) > 0
+
+    def item_ids(self, indices: Ints, own: Sequence[str]) -> list[str]:
+        """Ids of indices (n,); `own` are the model's items."""
+        return [
+            own[index - 1] if index < self._first else self._catalogue.item_id(int(self._beyond[index - self._first]))
+            for index in indices.tolist()
+        ]
 
 
 def _mentions(item: Item, wanted: str) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 import numpy as np
@@ -36,22 +37,20 @@ class Engine:
         await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
         await self.memory.close()
 
-    async def compute(self, stage: str, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a piece of the model's work in its thread; its time counts for `stage`."""
-
-        def timed() -> T:
-            begin = time.perf_counter()
-            try:
-                return work(*args, **kwargs)
-            finally:
-                self.metrics.seconds.labels(stage).observe(time.perf_counter() - begin)
-
-        return await asyncio.get_running_loop().run_in_executor(self._thread, timed)
+    async def compute(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a piece of the model's work in its thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, partial(work, *args, **kwargs))
 
     async def encode(self, jobs: Sequence[Job | EncodeJob]) -> list[tuple[Floats, Floats]]:
         """Keys and last state of each job; jobs from the wire speak of catalogue numbers, others of model indices."""
         ready = [self._translated(job) if isinstance(job, Job) else job for job in jobs]
-        return list(await self.compute("encode", self.recommender.encode, ready))
+        return await self.compute(self._encode, ready)
+
+    def _encode(self, jobs: Sequence[EncodeJob]) -> list[tuple[Floats, Floats]]:
+        begin = time.perf_counter()
+        encoded = list(self.recommender.encode(jobs))
+        self.metrics.stage("encode", begin)
+        return encoded
 
     def _translated(self, job: Job) -> EncodeJob:
         wire = job.unpack()

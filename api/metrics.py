@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
+from api.schemas import MemoryUse
+
+STAGES = ("queue", "retrieve", "encode", "fuse", "score")
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
@@ -17,11 +22,13 @@ class Metrics:
         )
         self.seconds = Histogram(
             "ramrec_api_seconds",
-            "Time of a stage: queue, retrieve, encode, recommend",
+            "Time of a stage: a request's wait in the queue; a batch's retrieval, encoding, fusion and scoring",
             ["stage"],
             buckets=SECONDS,
             registry=self.registry,
         )
+        self._stages = {stage: self.seconds.labels(stage) for stage in STAGES}
+        self.waited = self._stages["queue"].observe
         self.sources = Counter("ramrec_api_answers", "Answers by source", ["source"], registry=self.registry)
         self.degraded = Counter("ramrec_api_degraded", "Answers without the memory asked for", registry=self.registry)
         self.interactions = Counter(
@@ -39,3 +46,18 @@ class Metrics:
             buckets=(0, 1, 2, 3, 5, 8, 10, 12, 15, 20, 30, 50, 100),
             registry=self.registry,
         )
+
+    def stage(self, name: str, begin: float) -> float:
+        """A batch was done with a stage that began at `begin` (of `time.perf_counter`); the time now."""
+        now = time.perf_counter()
+        self._stages[name].observe(now - begin)
+        return now
+
+    def answered(self, source: str, memory: MemoryUse, *, known: bool) -> None:
+        """A recommendation was given; `known`: to a user of whom something is remembered."""
+        self.sources.labels(source).inc()
+        if memory["degraded"]:
+            self.degraded.inc()
+        if known:
+            self.entropy.observe(memory["entropy"])
+            self.k.observe(memory["k"])

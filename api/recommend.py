@@ -19,7 +19,7 @@ from api.catalogue import Indices
 from api.engine import Engine
 from api.memory_client import Remembered
 from api.problems import MemoryUnavailable
-from api.schemas import Because, MemoryUse, Recommended, RecommendRequest, RecommendResponse, Scope, ScopeUse
+from api.schemas import Because, MemoryUse, Recommended, RecommendRequest, RecommendResponse, Scope
 from memory_service.schemas import RetrieveRequest
 from model import rules as rule
 from model.bank import Entries, Retrieved
@@ -29,6 +29,7 @@ from model.rules import Ints
 
 SCOPES: tuple[Scope, ...] = ("own", "collective")
 """Scopes that can be asked for."""
+NO_STATE: NDArray[np.float32] = np.zeros(0, np.float32)
 REASONS = 3
 """Memories named for each item when explaining, the largest part first; a negative part speaks against the item."""
 
@@ -40,10 +41,10 @@ class Asked:
     """
 
     request: RecommendRequest
-    sequence: NDArray[np.int64]
-    unknown_items: list[str]
+    sequence: NDArray[np.int64] = field(default_factory=lambda: NO_ITEMS)
+    unknown_items: list[str] = field(default_factory=list)
     state: NDArray[np.float32] | None = None
-    seen: NDArray[np.int64] = field(default_factory=lambda: NO_ITEMS)
+    seen: Ints = field(default_factory=lambda: NO_ITEMS)
     known: bool = False
     version: int = 0
 
@@ -63,11 +64,13 @@ async def recommend(engine: Engine, requests: Sequence[RecommendRequest]) -> lis
     await _encode_sequences(engine, asked)
     retrieved, degraded = await _remember(engine, asked)
     indices = Indices(engine.catalogue, engine.recommender.index_of, retrieved.collective.item)
-    ranked = await engine.compute("recommend", _rank, engine, asked, retrieved, indices)
-    return [_response(engine, asked, retrieved, indices, row, ranked[row], degraded) for row in range(len(asked))]
+    ranked = await engine.compute(_rank, engine, asked, retrieved, indices)
+    return _responses(engine, asked, retrieved, indices, ranked, degraded)
 
 
 def _resolve(engine: Engine, request: RecommendRequest) -> Asked:
+    if request.sequence is None and request.candidates is None:
+        return Asked(request)
     index_of = engine.recommender.index_of
     sequence = [index_of.get(item, 0) for item in request.sequence or ()]
     unknown = [item for item in (*(request.sequence or ()), *(request.candidates or ())) if item not in index_of]
@@ -95,10 +98,10 @@ async def _remember(engine: Engine, asked: Sequence[Asked]) -> tuple[Retrieved, 
     except MemoryUnavailable:
         return nothing, True
     finally:
-        engine.metrics.seconds.labels("retrieve").observe(time.perf_counter() - begin)
+        engine.metrics.stage("retrieve", begin)
     for n, row in enumerate(rows):
         if remembered.known[n]:
-            _learn(engine, asked[row], remembered, n)
+            _learn(asked[row], remembered, n)
     return _spread(nothing, remembered.retrieved, rows, asked), remembered.degraded
 
 
@@ -134,9 +137,9 @@ def _retrieve_request(engine: Engine, asked: Sequence[Asked], entropy: NDArray[n
     )
 
 
-def _learn(engine: Engine, one: Asked, remembered: Remembered, row: int) -> None:
+def _learn(one: Asked, remembered: Remembered, row: int) -> None:
     one.known, one.version = True, int(remembered.versions[row])
-    one.seen = remembered.seen[row].astype(np.int64)
+    one.seen = remembered.seen[row]
     if one.state is None:
         one.state = remembered.states[row]
 
@@ -155,117 +158,146 @@ def _nothing(engine: Engine, asked: Sequence[Asked]) -> Retrieved:
 def _spread(nothing: Retrieved, found: Retrieved, rows: Sequence[int], asked: Sequence[Asked]) -> Retrieved:
     """The rows that were asked about put in their places; scopes not wanted, or without a state, are left empty."""
 
-    def spread(into: NDArray[Any], values: NDArray[Any], kept: NDArray[np.bool_] | None = None) -> NDArray[Any]:
-        whole = np.zeros((len(asked), *values.shape[1:]), into.dtype)
+    own = np.array([asked[row].wants("own") for row in rows])
+    others = np.array([asked[row].state is not None for row in rows])
+    if len(rows) == len(asked) and own.all() and others.all():
+        return found
+
+    def spread(values: NDArray[Any], kept: NDArray[np.bool_] | None = None) -> NDArray[Any]:
+        whole = np.zeros((len(asked), *values.shape[1:]), values.dtype)
         whole[rows] = values if kept is None else np.where(kept.reshape(-1, *[1] * (values.ndim - 1)), values, 0)
         return whole
 
     def entries(found: Entries, kept: NDArray[np.bool_]) -> Entries:
-        return Entries(*(spread(getattr(found, name), getattr(found, name), kept) for name in Entries.COLUMNS))
+        return Entries(*(spread(getattr(found, name), kept) for name in Entries.COLUMNS))
 
-    own = np.array([asked[row].wants("own") for row in rows])
-    others = np.array([asked[row].state is not None for row in rows])
     entropy = nothing.entropy.copy()
     entropy[rows] = found.entropy
     return Retrieved(
         entropy=entropy,
-        k=spread(nothing.k, found.k, own),
-        bank_size=spread(nothing.bank_size, found.bank_size),
+        k=spread(found.k, own),
+        bank_size=spread(found.bank_size),
         own=entries(found.own, own),
         collective=entries(found.collective, others),
-        collective_k=spread(nothing.k, found.collective_k, others),
+        collective_k=spread(found.collective_k, others),
     )
 
 
 def _rank(engine: Engine, asked: Sequence[Asked], retrieved: Retrieved, indices: Indices) -> list[Ranked]:
     """Runs in the model's thread."""
-    recommender = engine.recommender
+    recommender, begin = engine.recommender, time.perf_counter()
+    queries = _queries(engine, asked, indices)
     scored = [row for row, one in enumerate(asked) if one.state is not None]
-    ranked: list[Ranked | None] = [None] * len(asked)
+    ranked: dict[int, Ranked] = {}
     if scored:
         own = replace(retrieved.own, item=engine.catalogue.indices(retrieved.own.item))
         others = replace(retrieved.collective, item=indices.of(retrieved.collective.item))
-        batch = replace(retrieved, own=own, collective=others).take(np.array(scored))
-        queries = [_query(engine, asked[row], indices) for row in scored]
-        explain = [asked[row].request.explain for row in scored]
-        for row, answer in zip(scored, recommender.recommend(queries, batch, explain), strict=True):
-            ranked[row] = answer
-    return [
-        answer or recommender.most_popular(_query(engine, asked[row], indices)) for row, answer in enumerate(ranked)
-    ]
+        batch = replace(retrieved, own=own, collective=others)
+        batch = batch if len(scored) == len(asked) else batch.take(np.array(scored))
+        chosen = [queries[row] for row in scored]
+        states = np.stack([query.state for query in chosen])
+        prediction = recommender.predict(states, batch, [query.seen for query in chosen])
+        begin = engine.metrics.stage("fuse", begin)
+        answers = recommender.rank(prediction, chosen, batch, [asked[row].request.explain for row in scored])
+        ranked = dict(zip(scored, answers, strict=True))
+    answered = [ranked.get(row) or recommender.most_popular(queries[row]) for row in range(len(asked))]
+    engine.metrics.stage("score", begin)
+    return answered
 
 
-def _query(engine: Engine, one: Asked, indices: Indices) -> Query:
+def _queries(engine: Engine, asked: Sequence[Asked], indices: Indices) -> list[Query]:
+    """What each request means to the model."""
+    hidden = indices.of(engine.catalogue.hidden)
+    seen = indices.of(np.concatenate([one.seen for one in asked]).astype(np.int64))
+    per_user = np.split(seen, np.cumsum([len(one.seen) for one in asked])[:-1])
+    return [_query(engine, one, had, hidden, indices) for one, had in zip(asked, per_user, strict=True)]
+
+
+def _query(engine: Engine, one: Asked, had: NDArray[np.int64], hidden: NDArray[np.int64], indices: Indices) -> Query:
     request = one.request
-    had = np.union1d(indices.named(request.sequence or ()), indices.of(one.seen))
-    barred = [indices.of(engine.catalogue.hidden), indices.named(request.exclude_items or ())]
+    if request.sequence:
+        had = np.union1d(had, indices.named(request.sequence))
+    barred = [hidden, had] if request.exclude_seen else [hidden]
+    if request.exclude_items:
+        barred.append(indices.named(request.exclude_items))
     return Query(
-        state=np.zeros(0, np.float32) if one.state is None else one.state,
-        seen=had[had <= engine.recommender.item_count],
-        excluded=np.concatenate([*barred, had] if request.exclude_seen else barred),
+        state=NO_STATE if one.state is None else one.state,
+        seen=had[had <= engine.recommender.item_count] if indices.reaches_beyond else had,
+        excluded=np.concatenate(barred),
         candidates=None if request.candidates is None else indices.named(request.candidates),
         top_n=request.top_n,
     )
 
 
-def _response(
+def _responses(
     engine: Engine,
     asked: Sequence[Asked],
     retrieved: Retrieved,
     indices: Indices,
-    row: int,
-    ranked: Ranked,
+    ranked: Sequence[Ranked],
     degraded: bool,
-) -> RecommendResponse:
-    one, ids = asked[row], engine.recommender.checkpoint.item_ids
-    because: Sequence[list[Because] | None] = [None] * len(ranked.items)
-    if one.request.explain:
-        because = _because(engine, retrieved, row, ranked)
-    _observe(engine, one, retrieved, row, degraded)
-    return RecommendResponse.model_construct(
-        recommendation_id=uuid4().hex,
-        user_id=one.request.user_id,
-        source=_source(one, retrieved, row),
-        items=[
-            _recommended(indices.item_id(int(index), ids), float(ranked.scores[n]), because[n])
-            for n, index in enumerate(ranked.items)
-        ],
-        memory=_memory_use(one, retrieved, row, ranked, degraded),
-        unknown_items=one.unknown_items,
-        model_version=engine.recommender.version,
-    )
+) -> list[RecommendResponse]:
+    """The answers, in the order of the requests."""
+    version, used = engine.recommender.version, _memory_use(asked, retrieved, degraded)
+    answers: list[RecommendResponse] = []
+    for row, (one, best, memory) in enumerate(zip(asked, ranked, used, strict=True)):
+        items = _items(engine, best, indices)
+        if one.request.explain:
+            memory["gate"], memory["copying"] = best.gate, best.copying
+            for item, because in zip(items, _because(engine, retrieved, row, best), strict=True):
+                item["because"] = because
+        source = _source(one, memory)
+        engine.metrics.answered(source, memory, known=one.known)
+        answers.append(
+            {
+                "recommendation_id": uuid4().hex,
+                "user_id": one.request.user_id,
+                "source": source,
+                "items": items,
+                "memory": memory,
+                "unknown_items": one.unknown_items,
+                "model_version": version,
+            }
+        )
+    return answers
 
 
-def _source(one: Asked, retrieved: Retrieved, row: int) -> Literal["memory", "encoder", "popularity"]:
+def _items(engine: Engine, ranked: Ranked, indices: Indices) -> list[Recommended]:
+    names = indices.item_ids(ranked.items, engine.recommender.checkpoint.item_ids)
+    return [{"item_id": name, "score": score} for name, score in zip(names, ranked.scores.tolist(), strict=True)]
+
+
+def _source(one: Asked, memory: MemoryUse) -> Literal["memory", "encoder", "popularity"]:
     """What answers a request: memory knows the user or gave memories of others; else the encoder, if it has a state."""
-    if one.known or retrieved.collective.valid[row].any():
+    if one.known or memory["collective"]["retrieved"]:
         return "memory"
     return "popularity" if one.state is None else "encoder"
 
 
-def _memory_use(one: Asked, retrieved: Retrieved, row: int, ranked: Ranked, degraded: bool) -> MemoryUse:
-    k = int(retrieved.k[row])
-    use = MemoryUse.model_construct(
-        entropy=float(retrieved.entropy[row]),
-        k=k,
-        bank_size=int(retrieved.bank_size[row]),
-        version=one.version,
-        own=ScopeUse.model_construct(k=k, retrieved=int(retrieved.own.valid[row].sum())),
-        collective=ScopeUse.model_construct(
-            k=int(retrieved.collective_k[row]), retrieved=int(retrieved.collective.valid[row].sum())
-        ),
-        degraded=degraded and one.asks_memory,
+def _memory_use(asked: Sequence[Asked], retrieved: Retrieved, degraded: bool) -> list[MemoryUse]:
+    """What memory contributed to each answer."""
+    columns = (
+        retrieved.entropy,
+        retrieved.k,
+        retrieved.bank_size,
+        retrieved.own.valid.sum(axis=1),
+        retrieved.collective_k,
+        retrieved.collective.valid.sum(axis=1),
     )
-    if one.request.explain:
-        use.gate, use.copying = ranked.gate, ranked.copying
-    return use
-
-
-def _recommended(item_id: str, score: float, because: list[Because] | None) -> Recommended:
-    item = Recommended.model_construct(item_id=item_id, score=score)
-    if because is not None:
-        item.because = because
-    return item
+    return [
+        {
+            "entropy": entropy,
+            "k": k,
+            "bank_size": size,
+            "version": one.version,
+            "own": {"k": k, "retrieved": own},
+            "collective": {"k": collective_k, "retrieved": others},
+            "degraded": degraded and one.asks_memory,
+        }
+        for one, entropy, k, size, own, collective_k, others in zip(
+            asked, *(column.tolist() for column in columns), strict=True
+        )
+    ]
 
 
 def _because(engine: Engine, retrieved: Retrieved, row: int, ranked: Ranked) -> list[list[Because]]:
@@ -275,14 +307,14 @@ def _because(engine: Engine, retrieved: Retrieved, row: int, ranked: Ranked) -> 
         strongest = sorted(ranked.influences, key=lambda one: -one.raises(n))[:REASONS]
         reasons.append(
             [
-                Because.model_construct(
-                    item_id=engine.catalogue.item_id(int(_entries(retrieved, one).item[row, one.entry])),
-                    scope=one.scope,
-                    similarity=float(_entries(retrieved, one).similarity[row, one.entry]),
-                    weight=one.weight,
-                    logit=float(one.part[n]),
-                    copied=float(one.copied[n]),
-                )
+                {
+                    "item_id": engine.catalogue.item_id(int(_entries(retrieved, one).item[row, one.entry])),
+                    "scope": one.scope,
+                    "similarity": float(_entries(retrieved, one).similarity[row, one.entry]),
+                    "weight": one.weight,
+                    "logit": float(one.part[n]),
+                    "copied": float(one.copied[n]),
+                }
                 for one in strongest
             ]
         )
@@ -291,13 +323,3 @@ def _because(engine: Engine, retrieved: Retrieved, row: int, ranked: Ranked) -> 
 
 def _entries(retrieved: Retrieved, one: Influence) -> Entries:
     return retrieved.own if one.scope == "own" else retrieved.collective
-
-
-def _observe(engine: Engine, one: Asked, retrieved: Retrieved, row: Ints | int, degraded: bool) -> None:
-    metrics = engine.metrics
-    metrics.sources.labels(_source(one, retrieved, int(row))).inc()
-    if degraded and one.asks_memory:
-        metrics.degraded.inc()
-    if one.known:
-        metrics.entropy.observe(float(retrieved.entropy[row]))
-        metrics.k.observe(int(retrieved.k[row]))

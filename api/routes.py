@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse, RedirectResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from api import schemas as face
+from api.direct import DirectRoute
 from api.engine import Engine
 from api.ingest import ingest
 from api.problems import MEDIA_TYPE, MemoryUnavailable, NotFound
@@ -28,27 +29,23 @@ Limit = Annotated[int, Query(ge=1, le=1000)]
 Search = Annotated[str, Query(max_length=face.ID_LIMIT_BYTES)]
 
 router = APIRouter(responses=ERRORS)
+direct = APIRouter(responses=ERRORS, route_class=DirectRoute)
 
 
 # ------------------------------------------------------------------------------------------- recommend
 
 
-@router.post("/recommend", response_model=face.RecommendResponse, response_model_exclude_unset=True)
-async def recommend_one(body: face.RecommendRequest, request: Request) -> Response:
+@direct.post("/recommend")
+async def recommend_one(body: face.RecommendRequest, request: Request) -> face.RecommendResponse:
     """The top-N for a user, a sequence of items, both, or nobody in particular."""
-    answers = await request.app.state.batcher.submit([body], request.is_disconnected)
-    return _json(answers[0])
+    answer: face.RecommendResponse = (await request.app.state.batcher.submit([body], request.is_disconnected))[0]
+    return answer
 
 
-@router.post("/recommend/batch", response_model=face.RecommendBatchResponse, response_model_exclude_unset=True)
-async def recommend_batch(body: face.RecommendBatchRequest, request: Request) -> Response:
+@direct.post("/recommend/batch")
+async def recommend_batch(body: face.RecommendBatchRequest, request: Request) -> face.RecommendBatchResponse:
     """The same for up to 256 requests."""
-    answers = await request.app.state.batcher.submit(body.requests, request.is_disconnected)
-    return _json(face.RecommendBatchResponse.model_construct(results=answers))
-
-
-def _json(answer: face.RecommendResponse | face.RecommendBatchResponse) -> Response:
-    return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
+    return {"results": await request.app.state.batcher.submit(body.requests, request.is_disconnected)}
 
 
 # -------------------------------------------------------------------------------------------- memories

@@ -22,6 +22,9 @@ class ApiSettings(BaseSettings):
     memory_timeout_s: float = Field(5.0, gt=0)
     batch_size: int = Field(64, ge=1, description="requests answered by one forward pass")
     batch_wait_s: float = Field(0.001, ge=0, description="how long a batch waits for more while there are many")
+    batch_lanes: int = Field(
+        2, ge=1, description="batches under way: one is computed while memory is asked for another"
+    )
     patience_s: float = Field(PATIENCE_S, ge=0, description="wait after which the connection is looked at")
     queue_limit: int = Field(2048, ge=256, description="waiting requests beyond which new ones are refused")
     ingest_limit: int = Field(10_000, ge=1, description="interactions being written beyond which more are answered 429")

@@ -88,6 +88,24 @@ class Fused:
 
 
 @dataclass(frozen=True)
+class ProjectedItems:
+    """What the projections of `MemoryFusion` make of every item and feature, ahead of any request: items
+    (items + 1, 2 d), row 0 the unknown item's; features (5, 2 d). A memory's key and value are its item's row plus its
+    features · features: exact, as both projections are linear. For serving, where the weights stand still.
+    """
+
+    items: Tensor
+    features: Tensor
+
+    def __call__(self, memories: MemoryTokens) -> tuple[Tensor, Tensor]:
+        """Keys and values, (B, K, d) each."""
+        rows = functional.embedding(memories.item, self.items)
+        both = torch.addmm(rows.flatten(0, 1), memories.features.flatten(0, 1), self.features).view_as(rows)
+        keys, values = both.chunk(2, dim=-1)
+        return keys, values
+
+
+@dataclass(frozen=True)
 class Copying:
     """What is copied from the collective memories: weights (B, K') adding up to 1 (0 without any), share (B, 1): λ."""
 
@@ -185,18 +203,31 @@ class MemoryFusion(nn.Module):
         apart = {id(one) for one in (*self.calibration(), *self.copy.parameters())}
         return (one for one in self.parameters() if id(one) not in apart)
 
-    def forward(self, state: Tensor, memories: MemoryTokens, item_table: Tensor) -> Fused:
-        """States (B, d) and their memories to fused states. `item_table` (items + 1, d) holds the values."""
+    def forward(self, state: Tensor, memories: MemoryTokens, items: Tensor | ProjectedItems) -> Fused:
+        """States (B, d) and their memories to fused states. items: the values (items + 1, d), or `project(values)`."""
         heads = self.config.heads
-        tokens = self._tokens(memories, item_table)
-        batch, count, dim = tokens.shape
+        keys, values = items(memories) if isinstance(items, ProjectedItems) else self._project(memories, items)
+        batch, count, dim = values.shape
         split = (batch, count, heads, dim // heads)
-        values = self.value(tokens).view(split)
-        weights = self._attention(state, self.key(tokens).view(split), memories)
+        values = values.reshape(split)
+        weights = self._attention(state, keys.reshape(split), memories)
         mixed = torch.einsum("bhk,bkhe->bhe", weights, values).reshape(batch, dim)
         recalled = self.out(mixed)
         gate = self._gate(state, recalled, memories)
         return Fused((1 - gate) * state + gate * recalled, gate, weights, values)
+
+    @torch.no_grad()
+    def project(self, item_table: Tensor) -> ProjectedItems:
+        """Keys and values of every item of the table (items + 1, d), for as long as the weights stand still."""
+        known = torch.cat([self.unknown[None], item_table[1:]]) + self.features.bias
+        both = (self.key, self.value)
+        items = torch.cat([part(known) for part in both], dim=1)
+        features = torch.cat([self.features.weight.T @ part.weight.T for part in both], dim=1)
+        return ProjectedItems(items, features.contiguous())
+
+    def _project(self, memories: MemoryTokens, item_table: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self._tokens(memories, item_table)
+        return self.key(tokens), self.value(tokens)
 
     def _tokens(self, memories: MemoryTokens, item_table: Tensor) -> Tensor:
         value = item_table[memories.item]
@@ -218,12 +249,14 @@ class MemoryFusion(nn.Module):
         opening = torch.sigmoid(self.gate(torch.cat([state, recalled, context], dim=1)))
         return opening * self.config.gate_max * memories.valid.any(dim=1, keepdim=True)
 
-    def copying(self, memories: MemoryTokens, log_p: Tensor, seen: Tensor) -> Copying:
-        """What is copied. log_p (B, items + 1): the model's own; seen (B, items + 1) bool: items that each user had."""
+    def copying(self, memories: MemoryTokens, logits: Tensor, log_z: Tensor, seen: Tensor) -> Copying:
+        """What is copied. logits (B, items + 1) and log_z (B, 1): the model's own; seen (B, items + 1) bool: items that
+        each user had.
+        """
         item = memories.item[:, memories.own :]
         if not item.shape[1]:
-            return Copying(log_p.new_zeros(len(log_p), 0), log_p.new_zeros(len(log_p), 1))
-        own_log_p = log_p.detach().gather(1, item).masked_fill(item == 0, 0.0)
+            return Copying(logits.new_zeros(len(logits), 0), logits.new_zeros(len(logits), 1))
+        own_log_p = (logits.detach().gather(1, item) - log_z.detach()).masked_fill(item == 0, 0.0)
         return self.copy(memories, own_log_p, self.repeat_bias * seen.gather(1, item))  # type: ignore[no-any-return]
 
     def entry_parts(self, fused: Fused) -> Tensor:

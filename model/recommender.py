@@ -18,7 +18,7 @@ from model.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from model.config import Config
 from model.encoder import SequenceEncoder, StateRequests, encode_states
 from model.events import EncodeJob
-from model.fusion import Copying, Fused, MemoryFusion, MemoryTokens
+from model.fusion import Copying, Fused, MemoryFusion, MemoryTokens, ProjectedItems
 from model.marks import mark
 from model.rules import Ints, unit
 
@@ -45,23 +45,30 @@ class Query:
 class Prediction:
     """P = (1 − λ)·exp(log_p) + λ·Σ_j c_j·1[item_j] for B queries.
 
-    log_p (B, items + 1): log-softmax of the fused state's logits with the repeat bias, −inf at 0; memories: what it was
-    made from; fused and copying: how.
+    logits (B, items + 1): the fused state's, with the repeat bias, −inf at 0; log_z (B, 1): log Σ exp of them;
+    memories: what it was made from; fused and copying: how.
     """
 
-    log_p: Tensor
+    logits: Tensor
+    log_z: Tensor
     memories: MemoryTokens
     fused: Fused
     copying: Copying
 
+    @property
+    def log_p(self) -> Tensor:
+        """log-softmax of the logits, (B, items + 1)."""
+        return self.logits - self.log_z
+
     def scores(self) -> Tensor:
         """log P of every item index, (B, width). Wider than the model's items where an unknown one was copied."""
         copied, weights = self.memories.copied, self.copying.weights * self.copying.share
-        model = self.log_p + torch.log1p(-self.copying.share)
+        model = self.logits + (torch.log1p(-self.copying.share) - self.log_z)
         if not copied.shape[1]:
             return model
         wider = max(0, int(copied.max()) + 1 - model.shape[1])
-        model = functional.pad(model, (0, wider), value=-torch.inf)
+        if wider:
+            model = functional.pad(model, (0, wider), value=-torch.inf)
         shares = torch.zeros_like(model).scatter_add_(1, copied, weights)
         shares[:, 0] = 0.0
         row, column = torch.nonzero(shares > 0, as_tuple=True)
@@ -70,25 +77,32 @@ class Prediction:
 
     def of(self, target: Tensor) -> Tensor:
         """log P of one item that the model knows for each query; target (B,). Differentiable."""
-        model = self.log_p.gather(1, target[:, None])[:, 0] + torch.log1p(-self.copying.share[:, 0])
+        model = (self.logits.gather(1, target[:, None]) - self.log_z + torch.log1p(-self.copying.share))[:, 0]
         same = self.memories.copied == target[:, None]
         copied = (self.copying.weights * self.copying.share * same).sum(dim=1)
         return torch.logaddexp(model, (copied + TINY).log())
 
 
 def predict(
-    fusion: MemoryFusion, table: Tensor, states: Tensor, memories: MemoryTokens, had: Tensor, calibrated: bool = True
+    fusion: MemoryFusion,
+    table: Tensor,
+    states: Tensor,
+    memories: MemoryTokens,
+    had: Tensor,
+    calibrated: bool = True,
+    projected: ProjectedItems | None = None,
 ) -> Prediction:
     """Fuse, score, copy. states (B, d or width); table: `encoder.table()`; had (B, items + 1) bool: items each user has
-    had. `calibrated` False leaves repeat bias and shift out, for comparison.
+    had. `calibrated` False leaves repeat bias and shift out, for comparison. `projected`: `fusion.project(table)`,
+    where the weights stand still.
     """
-    fused = fusion(states[:, : table.shape[1]], memories, table)
+    fused = fusion(states[:, : table.shape[1]], memories, projected or table)
     logits = fused.state @ table.T
     if calibrated:
         logits = logits + fusion.shift @ table.T + fusion.repeat_bias * had
     logits[:, 0] = -torch.inf
-    log_p = torch.log_softmax(logits, dim=1)
-    return Prediction(log_p, memories, fused, fusion.copying(memories, log_p, had))
+    log_z = torch.logsumexp(logits, dim=1, keepdim=True)
+    return Prediction(logits, log_z, memories, fused, fusion.copying(memories, logits, log_z, had))
 
 
 @dataclass(frozen=True)
@@ -110,8 +124,8 @@ class Influence:
 
 @dataclass(frozen=True)
 class Ranked:
-    """items (n,) int64 best first, scores (n,) float32 = log P; gate and copying (λ) in [0, 1]; copy_share (n,): how
-    much of each probability was copied; influences only when explained.
+    """items (n,) int64 best first, scores (n,) float32 = log P. Only when explained: gate and copying (λ) in [0, 1];
+    copy_share (n,): how much of each probability was copied; influences.
     """
 
     items: NDArray[np.int64]
@@ -132,6 +146,7 @@ class Recommender:
         self.item_count = len(checkpoint.item_ids)
         with torch.inference_mode():
             self.table = encoder.table().clone()
+            self.projected = self.fusion.project(self.table)
         self.index_of = {item: index for index, item in enumerate(checkpoint.item_ids, start=1)}
 
     @property
@@ -178,7 +193,7 @@ class Recommender:
         """Probabilities of every item after fusion, repeat bias and copying."""
         memories = MemoryTokens.of(retrieved, self.item_count)
         had = mark(seen, self.item_count + 1)
-        return predict(self.fusion, self.table, torch.from_numpy(states), memories, had)
+        return predict(self.fusion, self.table, torch.from_numpy(states), memories, had, projected=self.projected)
 
     def recommend(self, queries: Sequence[Query], retrieved: Retrieved, explain: Sequence[bool]) -> list[Ranked]:
         """The top-N of each query. `retrieved` holds model item indices; an item unknown to the model is 0 in the own
@@ -186,11 +201,15 @@ class Recommender:
         """
         states = np.stack([query.state for query in queries])
         prediction = self.predict(states, retrieved, [query.seen for query in queries])
-        scores = prediction.scores().numpy()
-        return [
-            self._ranked(prediction, retrieved, row, top_items(scores[row], query), scores[row], explain[row])
-            for row, query in enumerate(queries)
-        ]
+        return self.rank(prediction, queries, retrieved, explain)
+
+    @torch.inference_mode()
+    def rank(
+        self, prediction: Prediction, queries: Sequence[Query], retrieved: Retrieved, explain: Sequence[bool]
+    ) -> list[Ranked]:
+        """The second half of `recommend`: from the prediction for these queries to their top-N."""
+        best = top_items(prediction.scores().numpy(), queries)
+        return [self._ranked(prediction, retrieved, row, *best[row], explain[row]) for row in range(len(queries))]
 
     def _ranked(
         self,
@@ -201,12 +220,12 @@ class Recommender:
         scores: NDArray[np.float32],
         explain: bool,
     ) -> Ranked:
-        gate, share = float(prediction.fused.gate[row]), float(prediction.copying.share[row])
         if not explain:
-            return Ranked(items, scores[items], gate, share)
-        influences = self._influences(prediction, retrieved, row, items, scores[items])
+            return Ranked(items, scores)
+        gate, share = float(prediction.fused.gate[row]), float(prediction.copying.share[row])
+        influences = self._influences(prediction, retrieved, row, items, scores)
         copy_share = np.sum([one.copied for one in influences], axis=0) if influences else np.zeros(len(items), "f4")
-        return Ranked(items, scores[items], gate, share, copy_share, influences)
+        return Ranked(items, scores, gate, share, copy_share, influences)
 
     @torch.inference_mode()
     def _influences(
@@ -233,24 +252,41 @@ class Recommender:
         """The most taken items of the training data; `query.state` does not matter."""
         with np.errstate(divide="ignore"):
             log_share = np.log(self.checkpoint.popularity)
-        items = top_items(log_share, query)
-        return Ranked(items, log_share[items])
+        return Ranked(*top_items(log_share[None], [query])[0])
 
 
-def top_items(scores: NDArray[np.float32], query: Query) -> NDArray[np.int64]:
-    """Indices of the best `top_n` allowed items with a finite score, best first; ties go to the lower index."""
-    allowed = np.isfinite(scores)
-    if query.candidates is not None:
-        wanted = np.zeros_like(allowed)
-        wanted[query.candidates[query.candidates < len(scores)]] = True
-        allowed &= wanted
-    allowed[query.excluded[query.excluded < len(scores)]] = False
-    allowed[0] = False
-    pool = np.flatnonzero(allowed)
-    if len(pool) > query.top_n:
-        edge = np.partition(scores[pool], len(pool) - query.top_n)[len(pool) - query.top_n]
-        pool = pool[scores[pool] >= edge]
-    return pool[np.argsort(-scores[pool], kind="stable")][: query.top_n]
+def top_items(
+    scores: NDArray[np.float32], queries: Sequence[Query]
+) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """For each of B queries the best `top_n` allowed items with a finite score, best first, and their scores. Ties go
+    to the lower index. scores (B, width) are overwritten.
+    """
+    _bar(scores, queries)
+    most = min(max(query.top_n for query in queries), scores.shape[1] - 1)
+    if most < 1:
+        return [(NO_ITEMS, scores[0, :0])] * len(queries)
+    values, items = (found.numpy() for found in torch.topk(torch.from_numpy(scores), most + 1, dim=1))
+    for row in np.flatnonzero((values[:, :-1] == values[:, 1:]).any(axis=1)):
+        pool = np.flatnonzero(scores[row] >= values[row, -1])  # the tie may reach beyond what was taken
+        order = pool[np.argsort(-scores[row, pool], kind="stable")][: most + 1]
+        items[row], values[row] = order, scores[row, order]
+    count = np.minimum(np.isfinite(values).sum(axis=1), [query.top_n for query in queries]).tolist()
+    return [(items[row, :n], values[row, :n]) for row, n in enumerate(count)]
+
+
+def _bar(scores: NDArray[np.float32], queries: Sequence[Query]) -> None:
+    """Set what must not be returned to −inf."""
+    width = scores.shape[1]
+    scores[:, 0] = -np.inf
+    rows = np.repeat(np.arange(len(queries)), [len(query.excluded) for query in queries])
+    items = np.concatenate([query.excluded for query in queries])
+    inside = items < width
+    scores[rows[inside], items[inside]] = -np.inf
+    for row, query in enumerate(queries):
+        if query.candidates is not None:
+            wanted = np.zeros(width, bool)
+            wanted[query.candidates[query.candidates < width]] = True
+            scores[row, ~wanted] = -np.inf
 
 
 def _part(weights: dict[str, NDArray[Any]], prefix: str) -> dict[str, Tensor]:

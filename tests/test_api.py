@@ -326,7 +326,7 @@ INTERACTION = {"user_id": "u", "item_id": "i"}
         ("/recommend", {"user_id": "x" * 257}, 422, "invalid_request"),
         ("/recommend", {"user_id": "ü" * 129}, 422, "invalid_request"),
         ("/recommend", {"user_id": "a\0b"}, 422, "invalid_request"),
-        ("/recommend", b'{"user_id": "\\ud800"}', 422, "invalid_request"),
+        ("/recommend", b'{"user_id": "\\ud800"}', 400, "invalid_json"),
         ("/recommend", {"top_n": 0}, 422, "invalid_request"),
         ("/recommend", {"top_n": 1001}, 422, "invalid_request"),
         ("/recommend", {"top_n": 2.5}, 422, "invalid_request"),

@@ -47,7 +47,7 @@ EVENT = '{"interactions": [{"user_id": "u", "item_id": "i1", %s}]}'
     [
         ("POST", "/recommend", b'{"user_id": "\xff"}', 400, "invalid_json"),
         ("POST", "/recommend", b"[" * 100_000, 400, "invalid_json"),
-        ("POST", "/recommend", b'{"\\ud800": 1}', 422, "invalid_request"),
+        ("POST", "/recommend", b'{"\\ud800": 1}', 400, "invalid_json"),
         ("POST", "/recommend", b'{"filter": {}}', 422, "invalid_request"),
         ("POST", "/recommend", b'{"explain": 1}', 422, "invalid_request"),
         ("POST", "/recommend", b'{"top_n": true}', 422, "invalid_request"),
@@ -205,11 +205,14 @@ def test_an_error_reaches_all_of_its_batch_and_the_next_batch_is_answered(go):
 
 def test_a_closed_connection_is_noticed_through_the_whole_application(run, memory_url, stack):
     """While the model is busy two callers queue; the second hangs up and is never worked for."""
-    app, free = create_api(ApiSettings(run=run, memory_url=memory_url, batch_size=1, patience_s=0)), threading.Event()
+    app, free = (
+        create_api(ApiSettings(run=run, memory_url=memory_url, batch_size=1, batch_lanes=1, patience_s=0)),
+        threading.Event(),
+    )
 
     @app.get("/busy")
     async def busy() -> None:
-        await app.state.engine.compute("busy", free.wait)
+        await app.state.engine.compute(free.wait)
 
     url = stack.enter_context(served(app))
     client = stack.enter_context(httpx2.Client(base_url=url))

@@ -23,8 +23,8 @@ class Recorder:
         return [2 * ask for ask in asks]
 
 
-def batcher(work, size=4, limit=6) -> MicroBatcher[int, int]:
-    made: MicroBatcher[int, int] = MicroBatcher(work, size, 0.0, limit, lambda seconds: None, 60.0)
+def batcher(work, size=4, limit=6, lanes=1) -> MicroBatcher[int, int]:
+    made: MicroBatcher[int, int] = MicroBatcher(work, size, 0.0, limit, lambda seconds: None, 60.0, lanes)
     made.start()
     return made
 
@@ -47,6 +47,24 @@ def test_requests_that_wait_together_are_answered_together():
         work.free.set()
         assert await asyncio.gather(first, *rest) == [2, 4, 6, 8, 10, 12]
         assert work.batches == [[1], [2, 3, 4, 5], [6]]
+        await made.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_second_batch_goes_under_way_beside_the_first_and_a_third_does_not():
+    async def scenario():
+        work = Recorder()
+        made = batcher(work, lanes=2)
+        asked = []
+        for n in (1, 2, 3, 4):
+            asked.append(asyncio.create_task(ask(made, n)))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        assert work.batches == [[1], [2]]
+        work.free.set()
+        assert await asyncio.gather(*asked) == [2, 4, 6, 8]
+        assert work.batches == [[1], [2], [3, 4]]
         await made.stop()
 
     asyncio.run(scenario())

@@ -3,6 +3,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from model.bank import Entries, Retrieved
 from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -153,8 +155,30 @@ def test_popularity_ranks_by_share(recommender):
 
 def test_top_items_break_ties_by_index():
     scores = np.array([9.0, 1.0, 2.0, 2.0, -np.inf, 2.0], np.float32)
-    assert top_items(scores, Query(np.zeros(1, np.float32), top_n=2)).tolist() == [2, 3]
-    assert top_items(scores, Query(np.zeros(1, np.float32), top_n=9)).tolist() == [2, 3, 5, 1]
+    asked = [Query(np.zeros(1, np.float32), top_n=top_n) for top_n in (2, 9)]
+    two, all_ = top_items(np.stack([scores, scores]), asked)
+    assert two[0].tolist() == [2, 3]
+    assert all_[0].tolist() == [2, 3, 5, 1]
+    assert all_[1].tolist() == [2, 2, 2, 1]
+    assert top_items(scores[None].copy(), asked[:1])[0][0].tolist() == [2, 3]
+
+
+@given(st.data())
+def test_top_items_are_those_of_a_full_sort(data):
+    width, rows = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 3))
+    values = st.sampled_from([0.0, 1.0, 2.0, -np.inf])
+    scores = np.array([[data.draw(values) for _ in range(width)] for _ in range(rows)], np.float32)
+    some = st.lists(st.integers(0, width + 1), max_size=4).map(lambda items: np.array(items, np.int64))
+    asked = [
+        Query(np.zeros(1, np.float32), (), data.draw(some), data.draw(st.none() | some), data.draw(st.integers(1, 14)))
+        for _ in range(rows)
+    ]
+    for row, (items, found) in enumerate(top_items(scores.copy(), asked)):
+        barred, among = set(asked[row].excluded.tolist()), asked[row].candidates
+        pool = [i for i in range(1, width) if i not in barred and (among is None or i in among.tolist())]
+        wanted = sorted((i for i in pool if scores[row, i] > -np.inf), key=lambda i: (-scores[row, i], i))
+        assert items.tolist() == wanted[: asked[row].top_n]
+        assert found.tolist() == scores[row, items].tolist()
 
 
 def test_encode_gives_unit_keys_and_the_last_state(recommender):
