@@ -16,6 +16,7 @@ from api.ingest import Intake
 from api.memory_client import MemoryClient
 from api.metrics import Metrics
 from api.middleware import BodyLimit, CountRequests
+from api.openapi import document, operation_id
 from api.problems import MemoryUnavailable, install
 from api.recommend import recommend
 from api.routes import direct, router
@@ -33,7 +34,13 @@ def create_app(settings: ApiSettings) -> FastAPI:
         CheckpointError: no usable checkpoint in `settings.run`.
     """
     recommender = Recommender.load(settings.run)
-    app = FastAPI(title="RAMRec", description="Recommendations that remember.", lifespan=_lifespan)
+    app = FastAPI(
+        title="RAMRec",
+        description="Recommendations that remember.",
+        lifespan=_lifespan,
+        generate_unique_id_function=operation_id,
+    )
+    app.openapi = lambda: document(app)  # type: ignore[method-assign]
     app.state.settings, app.state.recommender, app.state.metrics = settings, recommender, Metrics()
     app.include_router(direct)
     app.include_router(router)

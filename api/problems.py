@@ -1,6 +1,7 @@
 """Errors as callers see them: RFC 9457 `application/problem+json` with a stable `code`.
 
     ApiProblem                 status, code, title
+    ├─ InvalidJson             400 invalid_json
     ├─ InvalidRequest          422 invalid_request (fields named), scope_unavailable
     ├─ NotFound                404 user_not_found, item_not_found
     ├─ BodyTooLarge            413 body_too_large
@@ -10,8 +11,8 @@
     ├─ MemoryUnavailable       503 memory_unavailable, Retry-After
     └─ CallerGone              499 caller_gone (nobody reads it; it shows in the metrics)
 
-Broken JSON is 400 `invalid_json`; unknown paths and methods are 404 `not_found` and 405 `method_not_allowed`;
-anything that should not happen is 500 `internal`, with no detail of the inside.
+Unknown paths and methods are 404 `not_found` and 405 `method_not_allowed`; anything that should not
+happen is 500 `internal`, with no detail of the inside.
 """
 
 from __future__ import annotations
@@ -37,6 +38,12 @@ class ApiProblem(Exception):  # noqa: N818 - the word of RFC 9457
     def __init__(self, detail: str, code: str | None = None, **extra: Any) -> None:
         super().__init__(detail)
         self.detail, self.code, self.extra = detail, code or self.code, extra
+
+
+class InvalidJson(ApiProblem):
+    """The body is no JSON."""
+
+    status, code, title = 400, "invalid_json", "Invalid JSON"
 
 
 class InvalidRequest(ApiProblem):
@@ -87,11 +94,16 @@ class CallerGone(ApiProblem):
     status, code, title = 499, "caller_gone", "Caller gone"
 
 
+def members(status: int, code: str, title: str, detail: str, **extra: Any) -> dict[str, Any]:
+    """A problem document."""
+    kind = f"urn:ramrec:problem:{code}"
+    return {"type": kind, "title": title, "status": status, "detail": detail, "code": code} | extra
+
+
 def problem(status: int, code: str, title: str, detail: str, **extra: Any) -> JSONResponse:
     """A problem document as a response."""
-    content = {"type": f"urn:ramrec:problem:{code}", "title": title, "status": status, "detail": detail, "code": code}
     headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else None
-    return JSONResponse(content | extra, status, headers, media_type=MEDIA_TYPE)
+    return JSONResponse(members(status, code, title, detail, **extra), status, headers, media_type=MEDIA_TYPE)
 
 
 def install(app: FastAPI) -> None:
@@ -105,7 +117,9 @@ def install(app: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         found = error.errors()
         if any(one["type"] == "json_invalid" for one in found):
-            return problem(400, "invalid_json", "Invalid JSON", str(found[0].get("ctx", {}).get("error", "no JSON")))
+            return problem(
+                400, InvalidJson.code, InvalidJson.title, str(found[0].get("ctx", {}).get("error", "no JSON"))
+            )
         fields = [{"field": _field(one["loc"]), "message": one["msg"]} for one in found]
         detail = "; ".join(f"{one['field']}: {one['message']}" for one in fields[:5])
         return problem(422, "invalid_request", "Invalid request", detail, errors=fields)

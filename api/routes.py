@@ -3,46 +3,55 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request, Response
-from fastapi.responses import JSONResponse, RedirectResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from api import schemas as face
 from api.direct import DirectRoute
 from api.engine import Engine
+from api.examples import FULL, INVALID, INVALID_BODY, INVALID_ID, NO_ITEM, NO_USER, NOT_KEPT, UNAVAILABLE
 from api.ingest import ingest
-from api.problems import MEDIA_TYPE, MemoryUnavailable, NotFound
+from api.openapi import failures
+from api.problems import MemoryUnavailable, NotFound
 from api.recommend import SCOPES
 from memory_service.schemas import Item, RegisterRequest, UserMemory
 from model.recommender import Recommender
 
-PROBLEM: dict[str, Any] = {
-    "description": "What is wrong, with a stable `code` (RFC 9457)",
-    "content": {MEDIA_TYPE: {"schema": face.Problem.model_json_schema()}},
-}
-ERRORS: dict[int | str, dict[str, Any]] = {400: PROBLEM, 413: PROBLEM, 422: PROBLEM, 429: PROBLEM, 503: PROBLEM}
-UserId = Annotated[face.Identifier, Path(description="The caller's user id, percent-encoded.")]
-ItemId = Annotated[face.Identifier, Path(description="The caller's item id, percent-encoded.")]
-Limit = Annotated[int, Query(ge=1, le=1000)]
-Search = Annotated[str, Query(max_length=face.ID_LIMIT_BYTES)]
+UserId = Annotated[
+    face.Identifier,
+    Path(description="The caller's user id, percent-encoded.", openapi_examples={"user": {"value": "196"}}),
+]
+ItemId = Annotated[
+    face.Identifier,
+    Path(description="The caller's item id, percent-encoded.", openapi_examples={"item": {"value": "50"}}),
+]
+Limit = Annotated[int, Query(ge=1, le=1000, description="The most that is listed.", examples=[10])]
+Prefix = Annotated[
+    str, Query(max_length=face.ID_LIMIT_BYTES, description="What the ids begin with; empty: all.", examples=["19"])
+]
+Search = Annotated[
+    str,
+    Query(max_length=face.ID_LIMIT_BYTES, description="Part of an id or of metadata; empty: all.", examples=["war"]),
+]
 
-router = APIRouter(responses=ERRORS)
-direct = APIRouter(responses=ERRORS, route_class=DirectRoute)
+router = APIRouter()
+direct = APIRouter(route_class=DirectRoute)
 
 
 # ------------------------------------------------------------------------------------------- recommend
 
 
-@direct.post("/recommend")
+@direct.post("/recommend", tags=["recommend"], responses=failures(*INVALID_BODY, FULL))
 async def recommend_one(body: face.RecommendRequest, request: Request) -> face.RecommendResponse:
     """The top-N for a user, a sequence of items, both, or nobody in particular."""
     answer: face.RecommendResponse = (await request.app.state.batcher.submit([body], request.is_disconnected))[0]
     return answer
 
 
-@direct.post("/recommend/batch")
+@direct.post("/recommend/batch", tags=["recommend"], responses=failures(*INVALID_BODY, FULL))
 async def recommend_batch(body: face.RecommendBatchRequest, request: Request) -> face.RecommendBatchResponse:
     """The same for up to 256 requests."""
     return {"results": await request.app.state.batcher.submit(body.requests, request.is_disconnected)}
@@ -51,14 +60,14 @@ async def recommend_batch(body: face.RecommendBatchRequest, request: Request) ->
 # -------------------------------------------------------------------------------------------- memories
 
 
-@router.post("/memories")
+@router.post("/memories", tags=["memory"], responses=failures(*INVALID_BODY, *NOT_KEPT))
 async def remember(body: face.IngestRequest, request: Request) -> face.IngestResponse:
     """Keep interactions. What is acknowledged is durable and seen by the next recommendation."""
     with request.app.state.intake.admitted(len(body.interactions)):
         return await ingest(request.app.state.engine, body.interactions)
 
 
-@router.get("/users/{user_id:path}/memory", responses={404: PROBLEM})
+@router.get("/users/{user_id:path}/memory", tags=["memory"], responses=failures(NO_USER, INVALID_ID, UNAVAILABLE))
 async def user_memory(user_id: UserId, request: Request) -> face.UserMemoryResponse:
     """A user's memory bank, with qualities, entropy, clusters and K."""
     engine: Engine = request.app.state.engine
@@ -103,15 +112,15 @@ def _bank(engine: Engine, found: UserMemory) -> face.UserMemoryResponse:
     )
 
 
-@router.delete("/users/{user_id:path}/memory")
+@router.delete("/users/{user_id:path}/memory", tags=["memory"], responses=failures(INVALID_ID, UNAVAILABLE))
 async def forget(user_id: UserId, request: Request) -> face.ForgetResponse:
     """Forget a user: everything, for good. Late retries of old events do not bring them back."""
     gone = await request.app.state.engine.memory.forget(user_id)
     return face.ForgetResponse(user_id=user_id, existed=gone.existed)
 
 
-@router.get("/users")
-async def users(request: Request, prefix: Search = "", limit: Limit = 100) -> face.UsersResponse:
+@router.get("/users", tags=["memory"], responses=failures(INVALID, UNAVAILABLE))
+async def users(request: Request, prefix: Prefix = "", limit: Limit = 100) -> face.UsersResponse:
     """User ids that begin with a prefix."""
     return face.UsersResponse(users=list(await request.app.state.engine.memory.users(prefix, limit)))
 
@@ -119,26 +128,26 @@ async def users(request: Request, prefix: Search = "", limit: Limit = 100) -> fa
 # ----------------------------------------------------------------------------------------------- items
 
 
-@router.get("/items")
+@router.get("/items", tags=["catalogue"], responses=failures(INVALID))
 async def items(request: Request, query: Search = "", limit: Limit = 20) -> face.ItemsResponse:
     """Items whose id or metadata contains the query."""
     engine: Engine = request.app.state.engine
     return face.ItemsResponse(items=[_item(engine, item) for item in engine.catalogue.find(query, limit)])
 
 
-@router.get("/items/{item_id:path}", responses={404: PROBLEM})
+@router.get("/items/{item_id:path}", tags=["catalogue"], responses=failures(NO_ITEM, INVALID_ID))
 async def item(item_id: ItemId, request: Request) -> face.ItemOut:
     """One catalogue item."""
     return _known_item(request.app.state.engine, item_id)
 
 
-@router.put("/items/{item_id:path}")
+@router.put("/items/{item_id:path}", tags=["catalogue"], responses=failures(*INVALID_BODY, UNAVAILABLE))
 async def put_item(item_id: ItemId, body: face.ItemPut, request: Request) -> face.ItemOut:
     """Register an item, or replace all that is said about it."""
     return await _change_item(request.app.state.engine, Item(item_id, body.metadata, body.hidden))
 
 
-@router.patch("/items/{item_id:path}", responses={404: PROBLEM})
+@router.patch("/items/{item_id:path}", tags=["catalogue"], responses=failures(*INVALID_BODY, NO_ITEM, UNAVAILABLE))
 async def patch_item(item_id: ItemId, body: face.ItemPatch, request: Request) -> face.ItemOut:
     """Change an item's metadata, or hide it from recommendations."""
     engine: Engine = request.app.state.engine
@@ -169,7 +178,7 @@ def _item(engine: Engine, item: Item) -> face.ItemOut:
 # ------------------------------------------------------------------------------------ model and probes
 
 
-@router.get("/model")
+@router.get("/model", tags=["model"])
 async def model(request: Request) -> face.ModelResponse:
     """The checkpoint that answers, and its configuration."""
     recommender: Recommender = request.app.state.recommender
@@ -181,13 +190,13 @@ async def model(request: Request) -> face.ModelResponse:
     )
 
 
-@router.get("/health/live")
-async def live() -> dict[str, str]:
+@router.get("/health/live", tags=["probes"])
+async def live() -> face.Alive:
     """The process answers."""
-    return {"status": "alive"}
+    return face.Alive(status="alive")
 
 
-@router.get("/health/ready")
+@router.get("/health/ready", tags=["probes"], response_model=face.Ready, responses={503: {"model": face.Unready}})
 async def ready(request: Request) -> JSONResponse:
     """Recommendations with memory can be given: memory service and Redis answer, with the same model."""
     engine: Engine = request.app.state.engine
@@ -201,7 +210,7 @@ async def ready(request: Request) -> JSONResponse:
     return JSONResponse({"status": "ready", "model_version": served, "memory_s": time.perf_counter() - begin})
 
 
-@router.get("/metrics")
+@router.get("/metrics", tags=["probes"], response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus metrics."""
     return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)

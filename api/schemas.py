@@ -9,7 +9,7 @@ import json
 from typing import Annotated, Any, Literal, NotRequired
 
 import msgspec
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 from typing_extensions import TypedDict
 
 ID_LIMIT_BYTES = 256
@@ -52,7 +52,8 @@ def _depth(value: Any) -> int:
     return 1 + max(map(_depth, value.values() if isinstance(value, dict) else value), default=0)
 
 
-Identifier = Annotated[str, AfterValidator(_identifier)]
+ID_SCHEMA = {"type": "string", "minLength": 1, "maxLength": ID_LIMIT_BYTES, "pattern": r"^[^\x00]*$"}
+Identifier = Annotated[str, AfterValidator(_identifier), WithJsonSchema(ID_SCHEMA)]
 Metadata = Annotated[dict[str, Any], AfterValidator(_metadata)]
 Scope = Literal["own", "collective"]
 
@@ -274,14 +275,47 @@ class ItemPatch(_Face):
     hidden: bool | None = None
 
 
+class FieldError(BaseModel):
+    """What is wrong with one field of a request."""
+
+    field: str
+    message: str
+
+
 class Problem(BaseModel):
-    """An error: `code` is stable, `detail` is for people."""
+    """An error (RFC 9457): `code` is stable, `detail` is for people. `errors`: the fields of an invalid request;
+    `committed`: users whose interactions were kept nevertheless.
+    """
 
     type: str
     title: str
     status: int
     detail: str
     code: str
+    errors: list[FieldError] = []
+    committed: list[str] = []
+
+
+class Ready(BaseModel):
+    """Recommendations with memory can be given; `memory_s` is what the question took."""
+
+    status: Literal["ready"]
+    model_version: str
+    memory_s: float
+
+
+class Unready(BaseModel):
+    """Why recommendations with memory cannot be given."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"status": "memory service: no answer in time"}]})
+
+    status: str
+
+
+class Alive(BaseModel):
+    """The process answers."""
+
+    status: Literal["alive"]
 
 
 class ModelResponse(BaseModel):

@@ -4,9 +4,9 @@
     GET, DELETE /v1/user?user_id=      a bank laid open; forget
     GET /v1/users?prefix=&limit=
     GET /v1/catalogue?since=, POST /v1/catalogue
-    GET /health/live, /health/ready, /metrics
+    GET /health/live, /health/ready, /metrics, /openapi.json
 
-Errors are `Problem`: 400 no msgpack of the right shape, 404, 409 another model, 413 too large, 422 columns that do not
+Errors are `Problem`: 400 no msgpack of the right shape, 404, 405, 409 another model, 413 too large, 422 columns that do not
 fit, 429 too many calls at once, 503 Redis out of reach. 429 and 503 carry `Retry-After`.
 """
 
@@ -27,9 +27,11 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from memory_service.metrics import Metrics
+from memory_service.openapi import document
 from memory_service.record import RecordError
 from memory_service.replica import on_cuda
 from memory_service.schemas import (
@@ -79,11 +81,13 @@ def create_app(settings: MemorySettings) -> FastAPI:
     store = Store(settings.redis_url, checkpoint.config.rules, settings.redis_timeout_s, idle_s)
     replicate = on_cuda() if settings.device == "cuda" else None
     service = MemoryService(store, checkpoint, settings.resident_users, settings.collective, replicate)
-    app = FastAPI(title="RAMRec memory service", lifespan=_lifespan, openapi_url=None)
+    app = FastAPI(title="RAMRec memory service", lifespan=_lifespan, docs_url=None, redoc_url=None)
+    app.openapi = lambda: document(app)  # type: ignore[method-assign]
     app.state.service, app.state.metrics, app.state.settings = service, Metrics(), settings
     app.state.started, app.state.loaded = False, asyncio.Event()  # whether catalogue and collective scope are loaded
     for error, (status, code) in STATUS.items():
         app.add_exception_handler(error, _handler(status, code))
+    app.add_exception_handler(HTTPException, _unrouted)
     _add_calls(app, service, app.state.metrics)
     _add_probes(app)
     app.add_middleware(Doorkeeper, metrics=app.state.metrics, settings=settings)
@@ -262,6 +266,13 @@ def _handler(status: int, code: str) -> Callable[[Request, Any], Awaitable[Respo
         return _problem(status, code, str(error))
 
     return handle
+
+
+async def _unrouted(request: Request, error: Any) -> Response:
+    """No such path, or a method that it does not have."""
+    answer = _problem(error.status_code, f"http_{error.status_code}", f"{request.method} {request.url.path}")
+    answer.headers.update(error.headers or {})
+    return answer
 
 
 def _problem(status: int, code: str, detail: str) -> Response:
