@@ -6,8 +6,8 @@
     GET /v1/catalogue?since=, POST /v1/catalogue
     GET /health/live, /health/ready, /metrics, /openapi.json
 
-Errors are `Problem`: 400 no msgpack of the right shape, 404, 405, 409 another model, 413 too large, 422 columns that do not
-fit, 429 too many calls at once, 503 Redis out of reach. 429 and 503 carry `Retry-After`.
+Errors are `Problem`: 400 no msgpack of the right shape, 404, 405, 409 another model, 413 too large, 422 columns that
+do not fit, 429 too many calls at once, 503 Redis out of reach. 429 and 503 carry `Retry-After`.
 """
 
 from __future__ import annotations

@@ -181,6 +181,12 @@ def test_a_query_without_its_parameter_is_a_problem_too(run, valkey_url, stack):
     assert msgspec.msgpack.decode(response.content, type=Problem).code == "invalid_query"
 
 
+def test_unknown_paths_and_methods_are_problems_too(run, valkey_url, stack):
+    client = stack.enter_context(opened(run, valkey_url))
+    for response, code in [(client.get("/v2/retrieve"), "http_404"), (client.get("/v1/retrieve"), "http_405")]:
+        assert msgspec.msgpack.decode(response.content, type=Problem).code == code
+
+
 def test_a_redis_out_of_memory_refuses_writes_with_503(run, valkey_url, stack):
     client: TestClient = stack.enter_context(opened(run, valkey_url))
     version = load_checkpoint(run).version
