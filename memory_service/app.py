@@ -80,7 +80,8 @@ def create_app(settings: MemorySettings) -> FastAPI:
     idle_s = round((settings.idle_days or 0) * 86400)
     store = Store(settings.redis_url, checkpoint.config.rules, settings.redis_timeout_s, idle_s)
     replicate = on_cuda() if settings.device == "cuda" else None
-    service = MemoryService(store, checkpoint, settings.resident_users, settings.collective, replicate)
+    collective = settings.collective_users if settings.collective else 0
+    service = MemoryService(store, checkpoint, settings.resident_users, collective, replicate)
     app = FastAPI(title="RAMRec memory service", lifespan=_lifespan, docs_url=None, redoc_url=None)
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
     app.state.service, app.state.metrics, app.state.settings = service, Metrics(), settings

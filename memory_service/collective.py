@@ -24,11 +24,15 @@ COMPARE_USERS = 500
 
 
 class CollectiveScope:
-    """All sharing users' entries of one model. One thread."""
+    """All sharing users' entries of one model. One thread.
 
-    def __init__(self, checkpoint: Checkpoint, replicate: Replicate | None = None) -> None:
+    An entry is given away only where, the asker not counted, at least `users` sharing users hold its item.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, users: int = 1, replicate: Replicate | None = None) -> None:
         rules = checkpoint.config.rules
         self.model_version = checkpoint.version
+        self._least = users
         layout = (checkpoint.index_centroids, rules.capacity, rules.collective_probes)
         self._index = ReplicatedCollectiveIndex(*layout, replicate) if replicate else CollectiveIndex(*layout)
         self._slot: dict[str, int] = {}
@@ -119,7 +123,7 @@ class CollectiveScope:
     def search(self, queries: Floats, askers: list[str], k: Ints) -> Entries:
         """The k most similar entries of others for each query (B, d); askers (B): whose own are left out; k (B,)."""
         slots = np.array([self._slot.get(user, -1) for user in askers], np.int64)
-        return self._index.search(queries, slots, k)
+        return self._index.search(queries, slots, k, self._least)
 
     def _shares(self, record: UserRecord) -> bool:
         return record.share and record.model_version == self.model_version

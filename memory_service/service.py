@@ -91,7 +91,7 @@ class MemoryService:
         store: Store,
         checkpoint: Checkpoint,
         resident_users: int,
-        collective: bool = True,
+        collective: int = 1,
         replicate: Replicate | None = None,
     ) -> None:
         self.store = store

@@ -35,6 +35,9 @@ class MemorySettings(BaseSettings):
         "cpu", description="where banks are searched; cuda: on copies on the first GPU"
     )
     collective: bool = Field(True, description="whether users' entries are searched for others at all")
+    collective_users: int = Field(
+        2, ge=1, description="others who must hold an item before memories of it are given to anybody"
+    )
     compare_s: float = Field(
         60.0, gt=0, description="how often the collective scope is compared with what other processes did to Redis"
     )

@@ -27,14 +27,16 @@ from model.rules import Floats, Ints
 
 
 class Space:
-    """Banks and collective index of one model."""
+    """Banks and collective index of one model. `collective`: how many others must hold an item before memories of it
+    are given to anybody; 0: others' memories are not kept at all.
+    """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         catalogue: Catalogue,
         resident_users: int,
-        collective: bool = True,
+        collective: int = 1,
         replicate: Replicate | None = None,
     ) -> None:
         self.model_version = checkpoint.version
@@ -43,7 +45,7 @@ class Space:
         self.new = UserRecord.new(self.dim, self.rules)
         """The record of a user of whom nothing is known."""
         self.residents = Residents(resident_users, self.dim, self.rules, self.model_version, replicate)
-        self.collective = CollectiveScope(checkpoint, replicate) if collective else None
+        self.collective = CollectiveScope(checkpoint, collective, replicate) if collective else None
         self._centroids = checkpoint.index_centroids
         self._catalogue = catalogue
         self._cluster_of = dict(zip(checkpoint.item_ids, checkpoint.item_clusters[1:].tolist(), strict=True))

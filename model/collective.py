@@ -2,7 +2,8 @@
 
 `IndexIVFScalarQuantizer` fp16; the lists are the cells of the checkpoint's centroids, kept with every entry, so nothing
 is trained or assigned here. Changes are visible to the next search, and what is dropped is gone. Entries come out as
-(item, similarity, weights) and never say whose they are. Evaluation and the memory service use this one class.
+(item, similarity, weights) and never say whose they are; those of items that too few hold can be left out. Evaluation
+and the memory service use this one class.
 Not safe for changes beside a search (faiss returns garbage silently): callers keep to one thread.
 """
 
@@ -59,6 +60,7 @@ class CollectiveIndex:
         self._index = empty_index(centroids, probes)
         self._columns = {name: np.zeros((0, capacity), kind) for name, kind in COLUMNS.items()}
         self._mark = np.zeros((0, capacity), np.uint64)  # what is in the index for each entry; 0: nothing
+        self._holders = np.zeros(1, np.int32)  # slots whose banks hold each item number; of number 0 it says nothing
 
     def __len__(self) -> int:
         """Entries that can be found."""
@@ -78,6 +80,7 @@ class CollectiveIndex:
         mark = np.where(shared, _marks(banks.key[:, :width], entries.item[:, :width], cell), np.uint64(0))
         added, gone = _changes(mark, self._mark[slots])
         self._remove(slots, gone)
+        self._count(self._columns["item"][slots], entries.item[:, :width])
         for name in COLUMNS:
             self._columns[name][slots] = getattr(entries, name)[:, :width]
         self._mark[slots] = mark
@@ -92,8 +95,17 @@ class CollectiveIndex:
         slots = np.asarray(slots, np.int64)
         slots = slots[slots < len(self._mark)]
         self._remove(slots, self._mark[slots] > 0)
+        items = self._columns["item"][slots]
+        self._count(items, np.zeros_like(items))
         for values in (*self._columns.values(), self._mark):
             values[slots] = 0
+
+    def _count(self, before: Ints, after: Ints) -> None:
+        """Banks (B, C) hold other items than before; 0 is none."""
+        self._holders = _at_least(self._holders, int(after.max(initial=0)) + 1)
+        changed = before != after
+        np.subtract.at(self._holders, before[changed], 1)
+        np.add.at(self._holders, after[changed], 1)
 
     def _remove(self, slots: Ints, gone: Bools) -> None:
         row, place = np.nonzero(gone)
@@ -120,12 +132,13 @@ class CollectiveIndex:
     def _remove_from(index: Any, ids: NDArray[np.int64]) -> None:
         index.remove_ids(faiss.IDSelectorArray(len(ids), faiss.swig_ptr(ids)))
 
-    def search(self, queries: Floats, askers: Ints, k: Ints) -> Entries:
+    def search(self, queries: Floats, askers: Ints, k: Ints, users: int = 1) -> Entries:
         """The k most similar entries of others for each query, best first; fewer only if there are fewer in the lists
         scanned. Similarities are compared to 6 decimals; ties go by item, then quality, so that no slot shows.
 
         Args:
             queries: (B, d) unit length. askers: (B,) slots whose own entries are left out, −1 = none. k: (B,).
+            users: entries of items that fewer others hold are left out.
         """
         queries = np.ascontiguousarray(queries, np.float32)
         wanted, askers = np.asarray(k, np.int64), np.asarray(askers, np.int64)
@@ -136,11 +149,23 @@ class CollectiveIndex:
         while len(pending) and len(self):
             similarity, ids = self._nearest(queries[pending], fetch)
             ids[ids >> ITEM_BITS == askers[pending, None]] = -1
+            if users > 1:
+                ids[self._too_few(ids, askers[pending], users)] = -1
             settled = _settled(similarity, ids, wanted[pending]) | (fetch >= FETCH_LIMIT)
             rows = pending[settled]
             best[rows], who[rows] = self._best(similarity[settled], ids[settled], wanted[rows], width)
             pending, fetch = pending[~settled], fetch * 4
         return self._entries(best, who)
+
+    def _too_few(self, ids: NDArray[np.int64], askers: Ints, users: int) -> Bools:
+        """(B, K) whether fewer than `users`, the asker not counted, hold the item."""
+        items = np.where(ids >= 0, ids & ((1 << ITEM_BITS) - 1), 0)
+        holders = self._holders[items]
+        few = holders < users
+        here = (askers >= 0) & (askers < len(self._mark))
+        row, column = np.nonzero((holders == users) & here[:, None])  # the asker makes the difference
+        few[row, column] = (self._columns["item"][askers[row]] == items[row, column][:, None]).any(axis=1)
+        return few
 
     def _best(
         self, similarity: NDArray[np.float32], ids: NDArray[np.int64], k: Ints, width: int
@@ -182,6 +207,11 @@ class CollectiveIndex:
             missing = max(missing, len(self._mark))  # doubling keeps growth cheap
             self._columns = {name: _lengthened(values, missing) for name, values in self._columns.items()}
             self._mark = _lengthened(self._mark, missing)
+
+
+def _at_least(values: NDArray[Any], length: int) -> NDArray[Any]:
+    """At least so long, with zeros at the end; doubling keeps growth cheap."""
+    return values if len(values) >= length else np.pad(values, (0, max(length - len(values), len(values))))
 
 
 def _lengthened(values: NDArray[Any], rows: int) -> NDArray[Any]:

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model.bank import NOT_SHARED, Banks, stack_banks
 from model.collective import CollectiveIndex, cells
@@ -15,13 +17,13 @@ CENTROIDS = unit(RNG.normal(size=(LISTS, DIM)))
 QUERIES = unit(RNG.normal(size=(30, DIM)))
 
 
-def banks(seed: int = 0, events: int = 20, items: int = 40) -> Banks:
-    rng, made = np.random.default_rng(seed), Banks(USERS, DIM, RULES)
+def banks(seed: int = 0, events: int = 20, items: int = 40, users: int = USERS) -> Banks:
+    rng, made = np.random.default_rng(seed), Banks(users, DIM, RULES)
     for position in range(events):
-        keys = unit(rng.normal(size=(USERS, DIM)))
-        cell = cells(keys, np.full(USERS, position), CENTROIDS)
-        rating = rng.integers(1, 6, USERS).astype(np.float32)
-        made.write(np.arange(USERS), rng.integers(1, items, USERS), keys, np.full(USERS, 60.0 * position), rating, cell)
+        keys = unit(rng.normal(size=(users, DIM)))
+        cell = cells(keys, np.full(users, position), CENTROIDS)
+        rating = rng.integers(1, 6, users).astype(np.float32)
+        made.write(np.arange(users), rng.integers(1, items, users), keys, np.full(users, 60.0 * position), rating, cell)
     return made
 
 
@@ -31,9 +33,11 @@ def index_of(made: Banks) -> CollectiveIndex:
     return index
 
 
-def brute_force(made: Banks, query: np.ndarray, asker: int, k: int) -> np.ndarray:
+def brute_force(made: Banks, query: np.ndarray, asker: int, k: int, users: int = 1) -> np.ndarray:
+    item, others = made.fields["item"], np.arange(len(made)) != asker
+    holders = np.bincount(item[made.valid() & others[:, None]], minlength=int(item.max()) + 1)
     similarity = made.key.astype(np.float32) @ query
-    similarity[~made.valid() | (made.fields["cell"] == NOT_SHARED)] = -np.inf
+    similarity[~made.valid() | (made.fields["cell"] == NOT_SHARED) | (holders[item] < users)] = -np.inf
     if asker >= 0:
         similarity[asker] = -np.inf
     return np.sort(similarity.ravel())[::-1][:k]
@@ -52,6 +56,30 @@ def test_finds_what_brute_force_finds_without_the_askers_own():
         for place in range(k[row]):
             hit = np.isclose(keys, found.similarity[row, place], atol=1e-5)
             assert found.item[row, place] in made.fields["item"][others][hit]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    steps=st.lists(st.tuples(st.sampled_from(["put", "drop"]), st.integers(0, 11)), max_size=12),
+    users=st.integers(1, 5),
+)
+def test_what_too_few_others_hold_is_left_out_whatever_changed_before(steps, users):
+    """Banks come and go; an item counts once a bank, one's own does not, and one that nobody may find does."""
+    index, there = CollectiveIndex(CENTROIDS, RULES.capacity, LISTS), {}
+    for seed, (what, slot) in enumerate([*(("put", slot) for slot in range(8)), *steps]):
+        if what == "put":
+            there[slot] = banks(seed, events=16, items=60, users=1)
+            index.put(np.array([slot]), there[slot])
+        else:
+            index.drop(np.array([slot]))
+            there[slot] = Banks(1, DIM, RULES)
+    made = stack_banks([there.get(slot, Banks(1, DIM, RULES)) for slot in range(12)])
+    askers = np.append(np.arange(12), np.full(18, -1))
+    found = index.search(QUERIES, askers, np.full(30, 100), users)
+    for row in range(30):
+        wanted = brute_force(made, QUERIES[row], askers[row], 100, users)
+        wanted = wanted[np.isfinite(wanted)]
+        assert np.allclose(found.similarity[row, found.valid[row]], wanted, atol=1e-5)
 
 
 def test_own_entries_and_ties_do_not_crowd_others_out():

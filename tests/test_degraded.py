@@ -79,7 +79,9 @@ def valkey(tmp_path) -> Iterator[Valkey]:
 
 
 def impatient(run, valkey: Valkey, **more) -> TestClient:
-    return TestClient(create_app(MemorySettings(run=run, redis_url=valkey.url, redis_timeout_s=TIMEOUT_S, **more)))
+    return TestClient(
+        create_app(MemorySettings(run=run, redis_url=valkey.url, redis_timeout_s=TIMEOUT_S, collective_users=1, **more))
+    )
 
 
 @pytest.fixture

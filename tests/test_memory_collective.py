@@ -28,6 +28,10 @@ def caller(run, valkey_url, stack) -> Caller:
     return Caller(stack.enter_context(opened(run, valkey_url)), load_checkpoint(run).version)
 
 
+SECRET = 31
+"""Catalogue number of the first item that the model (30 items) does not know."""
+
+
 def took_all(*items: str):
     return [took(n, item) for n, item in enumerate(items)]
 
@@ -50,6 +54,20 @@ def test_a_write_is_found_by_others_at_once_and_never_by_its_user(caller):
     assert sorted(others(caller.retrieve("", query_rows=b"\0\0\0\0", queries=vectors("x", 1)))) == [2, 3]
     assert others(asking(caller, "b", alone=[0])) == []
     assert others(caller.retrieve("nobody")) == []  # no state to ask with
+
+
+def test_what_one_user_took_is_told_to_nobody_until_others_took_it_too(run, valkey_url, stack):
+    caller = Caller(stack.enter_context(opened(run, valkey_url, collective_users=2)), load_checkpoint(run).version)
+    caller.remember("a", *took_all("i1", "i2", "secret"))
+    caller.remember("b", *took_all("i2", "i3"))
+    assert others(asking(caller, "c")) == [2]  # b took it, too, though not in a context to be found
+    assert others(asking(caller, "a")) == others(asking(caller, "b")) == []  # beside themselves one user has i2
+    caller.remember("d", *took_all("i9", "secret"))
+    assert sorted(others(asking(caller, "c"))) == [2, SECRET, SECRET]
+    caller.forget("d")
+    assert others(asking(caller, "c")) == [2]
+    again = Caller(stack.enter_context(opened(run, valkey_url, collective_users=2)), caller.model_version)
+    assert others(asking(again, "c")) == [2]
 
 
 def test_collective_k_follows_entropy_and_an_unknown_users_is_the_callers(caller):

@@ -93,7 +93,10 @@ def took(index: int, item_id: str, timestamp: float | None = None, **more) -> Ev
 
 
 def opened(run, url, **more) -> TestClient:
-    return TestClient(create_app(MemorySettings(run=run, redis_url=url, redis_timeout_s=5, **more)))
+    """A memory service that gives everything away unless told otherwise: few users would share little."""
+    return TestClient(
+        create_app(MemorySettings(**{"run": run, "redis_url": url, "redis_timeout_s": 5, "collective_users": 1} | more))
+    )
 
 
 @pytest.fixture
