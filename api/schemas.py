@@ -9,7 +9,7 @@ import json
 from typing import Annotated, Any, Literal, NotRequired
 
 import msgspec
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, with_config
 from typing_extensions import TypedDict
 
 ID_LIMIT_BYTES = 256
@@ -58,6 +58,58 @@ Metadata = Annotated[dict[str, Any], AfterValidator(_metadata)]
 Scope = Literal["own", "collective"]
 
 
+Number = Annotated[int, Field(ge=-(2**63), lt=2**64)] | float
+"""What metadata can hold."""
+Text = Annotated[str, Field(max_length=1024)]
+Operand = bool | Number | Text
+Operands = Annotated[list[Operand], Field(min_length=1, max_length=1000)]
+Bound = Number | Text
+
+
+@with_config(ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
+class Condition(TypedDict, total=False):
+    """What an attribute of an item has to be; all that is named must hold. A list stands for its elements: `eq` and `any`
+    want one of them to be the value or among the values, `all` wants every value, `ne` and `none` want none; one element
+    must lie inside all of `gt`, `gte`, `lt`, `lte` (numbers, or texts by code point). An item without the attribute (or
+    with null) fulfils only `ne`, `none` and `exists: false`. Truth values, numbers and texts never equal each other.
+    """
+
+    eq: Operand
+    ne: Operand
+    any: Operands
+    all: Operands
+    none: Operands
+    gt: Bound
+    gte: Bound
+    lt: Bound
+    lte: Bound
+    exists: bool
+
+
+def _operators(value: Any) -> Any:
+    """Refuse unknown operators with a list of those there are."""
+    known = Condition.__annotations__
+    if isinstance(value, dict) and (unknown := [str(name) for name in value if name not in known]):
+        raise ValueError(f"{unknown[0][:50]!r} is no operator; there are {', '.join(known)}")
+    return value
+
+
+def _condition(value: Condition) -> Condition:
+    if not value:
+        raise ValueError(f"a condition names at least one of {', '.join(Condition.__annotations__)}")
+    bounds: list[Any] = [bound for name, bound in value.items() if name in ("gt", "gte", "lt", "lte")]
+    if len({isinstance(bound, str) for bound in bounds}) > 1:
+        raise ValueError("bounds are all numbers or all texts")
+    return value
+
+
+Filter = Annotated[
+    dict[Identifier, Annotated[Condition, BeforeValidator(_operators), AfterValidator(_condition)]],
+    Field(max_length=16, examples=[{"genres": {"any": ["Comedy"]}, "year": {"gte": 1990}}]),
+]
+"""Attribute of the item metadata → condition."""
+
+
 class _Face(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -73,6 +125,7 @@ class RecommendRequest(_Face):
     exclude_seen: bool = True
     exclude_items: Annotated[list[Identifier], Field(max_length=10_000)] | None = None
     candidates: Annotated[list[Identifier], Field(max_length=10_000)] | None = None
+    filter: Filter | None = None
     k: Annotated[int, Field(ge=1, le=100)] | None = None
     scopes: Annotated[list[Scope], Field(max_length=2)] | None = None
     ignore_memories: Annotated[list[Identifier], Field(max_length=1000)] | None = None
