@@ -1,13 +1,15 @@
-"""The api's mirror of the item catalogue: numbers ↔ ids ↔ model indices, metadata, hidden items."""
+"""The api's mirror of the item catalogue: numbers ↔ ids ↔ model indices, metadata, hidden items, filters."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Sequence
-from typing import Any
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
+from api.filters import Filters, extended
 from memory_service.schemas import CatalogueReply, Item
 from model.rules import Ints
 
@@ -23,7 +25,8 @@ class CatalogueMirror:
         """Catalogue number → model item index; 0 where the model does not know the item."""
         self.hidden: NDArray[np.int64] = np.zeros(0, np.int64)
         """Catalogue numbers of hidden items."""
-        self.revision = -1
+        self.filters = Filters()
+        self.revision = 0
 
     @property
     def size(self) -> int:
@@ -31,21 +34,24 @@ class CatalogueMirror:
         return len(self.items)
 
     def take(self, reply: CatalogueReply) -> None:
-        """Learn from a listing: of everything (`since` 1), or of what follows the last number known.
+        """Learn from a listing of what follows the last number known, and of what changed before.
 
         The model's thread reads the arrays meanwhile: they are replaced, never changed.
         """
-        assert reply.since in (1, self.size + 1), (reply.since, self.size)
-        if reply.since == 1:
-            self.items, self.number_of = [], {}
-            self.model_index, self.hidden = np.zeros(1, np.int64), np.zeros(0, np.int64)
-        indices = [self._index_of.get(item.item_id, 0) for item in reply.items]
-        hidden = [number for number, item in enumerate(reply.items, start=reply.since) if item.hidden]
-        self.number_of |= {item.item_id: number for number, item in enumerate(reply.items, start=reply.since)}
-        self.items += reply.items
-        self.model_index = np.concatenate([self.model_index, np.array(indices, np.int64)])
-        self.hidden = np.concatenate([self.hidden, np.array(hidden, np.int64)])
+        assert reply.since == self.size + 1, (reply.since, self.size)
         self.revision = reply.revision
+        told = [*(reply.changed or ()), *enumerate(reply.items, start=reply.since)]
+        if not told:
+            return
+        self.items += reply.items
+        for number, item in reply.changed or ():
+            self.items[number - 1] = item
+        self.number_of |= {item.item_id: number for number, item in told}
+        indices = [self._index_of.get(item.item_id, 0) for item in reply.items]
+        self.model_index = np.concatenate([self.model_index, np.array(indices, np.int64)])
+        before = np.setdiff1d(self.hidden, [number for number, _ in told])
+        self.hidden = np.union1d(before, np.array([number for number, item in told if item.hidden], np.int64))
+        self.filters.runs = extended(self.filters.runs, self.items, [number - 1 for number, _ in reply.changed or ()])
 
     def item_id(self, number: int) -> str:
         """Id of a catalogue number."""
@@ -59,11 +65,17 @@ class CatalogueMirror:
         """Numbers of those ids that are known."""
         return [self.number_of[item] for item in item_ids if item in self.number_of]
 
-    def find(self, query: str, limit: int) -> list[Item]:
-        """Items whose id or any text in their metadata contains the query, whatever the case."""
-        wanted = query.casefold()
-        found = (item for item in self.items if wanted in item.item_id.casefold() or _mentions(item, wanted))
-        return [item for item, _ in zip(found, range(limit), strict=False)]
+    async def find(self, query: str, limit: int) -> list[Item]:
+        """Items whose id or any text in their metadata contains the query, whatever the case. Others get their turn
+        meanwhile.
+        """
+        found: list[Item] = []
+        for run in self.filters.runs:
+            found += islice(run.mentioning(query.casefold()), limit - len(found))
+            if len(found) == limit:
+                break
+            await asyncio.sleep(0)
+        return found
 
 
 class Indices:
@@ -101,8 +113,3 @@ class Indices:
             own[index - 1] if index < self._first else self._catalogue.item_id(int(self._beyond[index - self._first]))
             for index in indices.tolist()
         ]
-
-
-def _mentions(item: Item, wanted: str) -> bool:
-    values: Iterable[Any] = (item.metadata or {}).values()
-    return any(isinstance(value, str) and wanted in value.casefold() for value in values)

@@ -73,13 +73,19 @@ class Engine:
                     await self._fetch_catalogue()
 
     async def sync(self) -> None:
-        """Fetch new catalogue items, and all of them where metadata or hidden flags changed."""
+        """Fetch what is new in the catalogue and what changed in it."""
         async with self._syncing:
             await self._fetch_catalogue()
 
     async def _fetch_catalogue(self) -> None:
-        reply = await self.memory.catalogue(self.catalogue.size + 1)
-        if reply.revision != self.catalogue.revision:
-            reply = await self.memory.catalogue(1)
-        if reply.items or reply.revision != self.catalogue.revision:
-            self.catalogue.take(reply)
+        mirror = self.catalogue
+        while True:
+            reply = await self.memory.catalogue(mirror.size + 1, mirror.revision)
+            if reply.changed is None or reply.catalogue_size < mirror.size:
+                # more changed than is remembered, or it is another catalogue: all anew, beside the one in use
+                mirror = CatalogueMirror(self.recommender.index_of)
+                continue
+            mirror.take(reply)
+            if mirror.size >= reply.catalogue_size or not reply.items:
+                break
+        self.catalogue = mirror

@@ -125,9 +125,10 @@ class MemoryClient:
         params = {"prefix": prefix, "limit": str(limit)}
         return _there(await self._call("GET", "/v1/users", Users, params=params)).users
 
-    async def catalogue(self, since: int) -> CatalogueReply:
-        """Catalogue items from a number on."""
-        return _there(await self._call("GET", "/v1/catalogue", CatalogueReply, params={"since": str(since)}))
+    async def catalogue(self, since: int, revision: int) -> CatalogueReply:
+        """Catalogue items from a number on, and what changed of those before since a revision."""
+        params = {"since": str(since), "revision": str(revision)}
+        return _there(await self._call("GET", "/v1/catalogue", CatalogueReply, params=params))
 
     async def register(self, request: RegisterRequest) -> RegisterReply:
         """Register or change items."""

@@ -132,7 +132,7 @@ async def users(request: Request, prefix: Prefix = "", limit: Limit = 100) -> fa
 async def items(request: Request, query: Search = "", limit: Limit = 20) -> face.ItemsResponse:
     """Items whose id or metadata contains the query."""
     engine: Engine = request.app.state.engine
-    return face.ItemsResponse(items=[_item(engine, item) for item in engine.catalogue.find(query, limit)])
+    return face.ItemsResponse(items=[_item(engine, item) for item in await engine.catalogue.find(query, limit)])
 
 
 @router.get("/items/{item_id:path}", tags=["catalogue"], responses=failures(NO_ITEM, INVALID_ID))

@@ -68,10 +68,11 @@ Bound = Number | Text
 
 @with_config(ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 class Condition(TypedDict, total=False):
-    """What an attribute of an item has to be; all that is named must hold. A list stands for its elements: `eq` and `any`
-    want one of them to be the value or among the values, `all` wants every value, `ne` and `none` want none; one element
-    must lie inside all of `gt`, `gte`, `lt`, `lte` (numbers, or texts by code point). An item without the attribute (or
-    with null) fulfils only `ne`, `none` and `exists: false`. Truth values, numbers and texts never equal each other.
+    """What an attribute of an item has to be; all that is named must hold. A list stands for its elements: `eq` and
+    `any` want one of them to be the value or among the values, `all` wants every value, `ne` and `none` want none; one
+    element must lie inside all of `gt`, `gte`, `lt`, `lte` (numbers, or texts by code point). An item without the
+    attribute (or with null) fulfils only `ne`, `none` and `exists: false`. Truth values, numbers and texts never equal
+    each other.
     """
 
     eq: Operand
@@ -125,7 +126,6 @@ class RecommendRequest(_Face):
     exclude_seen: bool = True
     exclude_items: Annotated[list[Identifier], Field(max_length=10_000)] | None = None
     candidates: Annotated[list[Identifier], Field(max_length=10_000)] | None = None
-    filter: Filter | None = None
     k: Annotated[int, Field(ge=1, le=100)] | None = None
     scopes: Annotated[list[Scope], Field(max_length=2)] | None = None
     ignore_memories: Annotated[list[Identifier], Field(max_length=1000)] | None = None

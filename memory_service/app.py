@@ -3,7 +3,7 @@
     POST /v1/retrieve, /v1/plan, /v1/write, /v1/rekey
     GET, DELETE /v1/user?user_id=      a bank laid open; forget
     GET /v1/users?prefix=&limit=
-    GET /v1/catalogue?since=, POST /v1/catalogue
+    GET /v1/catalogue?since=&revision=, POST /v1/catalogue
     GET /health/live, /health/ready, /metrics, /openapi.json
 
 Errors are `Problem`: 400 no msgpack of the right shape, 404, 405, 409 another model, 413 too large, 422 columns that
@@ -52,6 +52,8 @@ from model.checkpoint import load_checkpoint
 
 log = logging.getLogger(__name__)
 RETRY_AFTER_S = 1
+FAR = 2**53
+"""Beyond any catalogue number and revision, and within what Redis can count."""
 START_WAIT_S = 2.0
 """A small store is loaded before the first call; a large one while calls are answered, marked as degraded."""
 STATUS: dict[type[Exception], tuple[int, str]] = {
@@ -163,8 +165,8 @@ def _add_calls(app: FastAPI, service: MemoryService, metrics: Metrics) -> None:
         return _answer(Users(await service.store.users(prefix, max(1, min(limit, 1000)))))
 
     @app.get("/v1/catalogue")
-    async def catalogue(since: int = 1) -> Response:
-        return _answer(await service.catalogue.listing(max(1, since)))
+    async def catalogue(since: int = 1, revision: int = 0) -> Response:
+        return _answer(await service.catalogue.listing(max(1, min(since, FAR)), max(-FAR, min(revision, FAR))))
 
     @app.post("/v1/catalogue")
     async def register(request: Request) -> Response:

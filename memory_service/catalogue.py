@@ -12,6 +12,8 @@ from memory_service.store import CatalogueItem, Store
 from model.checkpoint import Checkpoint
 
 REGISTER_BATCH = 2000
+LISTED = 10_000
+"""Items in one listing: more would hold up everybody else."""
 
 
 class Catalogue:
@@ -42,9 +44,8 @@ class Catalogue:
         size, self.revision = await self._store.catalogue_state()
         if size > self.size:
             since = self.size + 1
-            _, items = await self._store.catalogue(since)
-            new = items[self.size + 1 - since :]  # another call may have learnt the first of them meanwhile
-            self._learn([item.item_id for item in new])
+            ids = await self._store.item_ids(since)
+            self._learn(ids[self.size + 1 - since :])  # another call may have learnt the first of them meanwhile
 
     async def numbers(self, item_ids: Iterable[str]) -> dict[str, int]:
         """Number of each item; items nobody has seen are registered."""
@@ -64,21 +65,26 @@ class Catalogue:
         await self.sync()
         return RegisterReply(numbers, self.size, self.revision)
 
-    async def listing(self, since: int) -> CatalogueReply:
-        """Items from number `since` on, with metadata and hidden flags."""
-        revision, items = await self._store.catalogue(since)
+    async def listing(self, since: int, revision: int = 0) -> CatalogueReply:
+        """Items from number `since` on, with metadata and hidden flags, and what changed of those before."""
+        now, changed = await self._store.changed(revision, since) if since > 1 else (0, {})
+        listed_at, items = await self._store.catalogue(since, LISTED)
+        size, _ = await self._store.catalogue_state()
         return CatalogueReply(
             since,
-            revision,
-            [
-                Item(item.item_id, msgspec.json.decode(item.about) if item.about else None, item.hidden)
-                for item in items
-            ],
+            now if since > 1 else listed_at,
+            list(map(_item, items)),
+            size,
+            None if changed is None else [(number, _item(item)) for number, item in changed.items()],
         )
 
     def _learn(self, ids: list[str]) -> None:
         self._number_of.update(zip(ids, range(self.size + 1, self.size + 1 + len(ids)), strict=True))
         self.ids += ids
+
+
+def _item(item: CatalogueItem) -> Item:
+    return Item(item.item_id, msgspec.json.decode(item.about) if item.about else None, item.hidden)
 
 
 def _json(metadata: dict[str, object] | None) -> bytes:

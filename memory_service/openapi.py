@@ -217,10 +217,15 @@ CALLS = (
         "get",
         "/v1/catalogue",
         "catalogue",
-        "Catalogue items from a number on, with metadata and hidden flags",
-        CatalogueReply(1682, 3, [Item("alien", {"title": "Alien", "year": 1979})]),
+        "Catalogue items from a number on, with metadata and hidden flags, and what changed of those before",
+        CatalogueReply(
+            1682, 3, [Item("alien", {"title": "Alien", "year": 1979})], 1682, [(50, Item("50", None, True))]
+        ),
         (INVALID_QUERY, UNAVAILABLE),
-        query=(_parameter("since", {"type": "integer", "default": 1}, "The first number, at least 1.", example=1682),),
+        query=(
+            _parameter("since", {"type": "integer", "default": 1}, "The first number, at least 1.", example=1682),
+            _parameter("revision", {"type": "integer", "default": 0}, "Changes since then are told.", example=2),
+        ),
     ),
     Call(
         "post",

@@ -277,13 +277,16 @@ class Item(msgspec.Struct):
 
 
 class CatalogueReply(msgspec.Struct):
-    """Items from number `since` on, in order of their numbers (the first item has number 1), and the revision
-    that counts changes of metadata and hidden flags.
+    """Items from number `since` on, in order of their numbers (the first item has number 1): as many as one listing
+    holds, of `catalogue_size`. `revision` counts changes of metadata and hidden flags; `changed`: items before `since`,
+    with their numbers, that changed since the revision asked with; None where that was too long ago to be known.
     """
 
     since: int
     revision: int
     items: list[Item]
+    catalogue_size: int
+    changed: list[tuple[int, Item]] | None = []
 
 
 class RegisterRequest(msgspec.Struct):

@@ -8,7 +8,8 @@
     ramrec:catalogue:{items}:id       list of item ids in order of their numbers
     ramrec:catalogue:{items}:about    hash item id → JSON metadata
     ramrec:catalogue:{items}:hidden   set of hidden item ids
-    ramrec:catalogue:{items}:revision counts changes of metadata and hidden flags
+    ramrec:catalogue:{items}:revision counts changes of metadata and hidden flags of items that were there before
+    ramrec:catalogue:{items}:changes  list of the numbers of the items changed, one a revision, newest first, 10,000
 
 Errors of the Redis client are translated here: callers see `StoreUnavailable`.
 """
@@ -50,9 +51,10 @@ COMMIT_USERS = 64
 Command = tuple[bytes | str | int, ...]
 log = logging.getLogger(__name__)
 
-NUMBERS, IDS, ABOUT, HIDDEN, REVISION = (
-    f"ramrec:catalogue:{{items}}:{name}" for name in ("number", "id", "about", "hidden", "revision")
-)
+CATALOGUE = NUMBERS, IDS, ABOUT, HIDDEN, REVISION, CHANGES = [
+    f"ramrec:catalogue:{{items}}:{name}" for name in ("number", "id", "about", "hidden", "revision", "changes")
+]
+CHANGES_KEPT = 10_000
 
 STAMPS = """
 local found = {}
@@ -90,10 +92,11 @@ return 1
 """
 
 REGISTER = """
-local overwrite, changed, numbers = ARGV[1] == '1', false, {}
-for i = 2, #ARGV, 3 do
-  local id, about, hidden = ARGV[i], ARGV[i + 1], ARGV[i + 2]
+local overwrite, numbers = ARGV[1] == '1', {}
+for i = 3, #ARGV, 3 do
+  local id, about, hidden, changed = ARGV[i], ARGV[i + 1], ARGV[i + 2], false
   local number = redis.call('HGET', KEYS[1], id)
+  local known = number
   if not number then
     number = redis.call('RPUSH', KEYS[2], id)
     redis.call('HSET', KEYS[1], id, number)
@@ -107,11 +110,23 @@ for i = 2, #ARGV, 3 do
     redis.call(hidden == '1' and 'SADD' or 'SREM', KEYS[4], id)
     changed = true
   end
+  if changed and known then
+    redis.call('INCR', KEYS[5])
+    redis.call('LPUSH', KEYS[6], number)
+  end
 end
-if changed then redis.call('INCR', KEYS[5]) end
+redis.call('LTRIM', KEYS[6], 0, ARGV[2] - 1)
 return numbers
 """
 """Register items atomically: new ones get the next number; metadata is set where there is none, or on overwrite."""
+
+CHANGED = """
+local revision = tonumber(redis.call('GET', KEYS[1]) or '0')
+local behind = revision - ARGV[1]
+if behind < 0 or behind > redis.call('LLEN', KEYS[2]) then return {revision} end
+return {revision, behind > 0 and redis.call('LRANGE', KEYS[2], 0, behind - 1) or {}}
+"""
+"""The revision and the numbers of the items that changed since another one, where that is still known."""
 
 
 class StoreUnavailable(RuntimeError):  # noqa: N818 - a state of the store, not of the call
@@ -282,35 +297,52 @@ class Store:
 
     async def register(self, items: Iterable[CatalogueItem], *, overwrite: bool) -> list[int]:
         """Catalogue numbers of items, registering those that are new."""
-        args: list[Any] = ["1" if overwrite else "0"]
+        args: list[Any] = ["1" if overwrite else "0", CHANGES_KEPT]
         for item in items:
             args += [item.item_id, item.about, "1" if item.hidden else "0"]
-        if len(args) == 1:
+        if len(args) == 2:
             return []
-        script = self._script(REGISTER, [NUMBERS, IDS, ABOUT, HIDDEN, REVISION], args)
-        numbers: list[int] = (await self._send([script]))[0]
+        numbers: list[int] = (await self._send([self._script(REGISTER, CATALOGUE, args)]))[0]
         return numbers
 
-    async def hide(self, item_ids: Sequence[str]) -> None:
-        """Keep items out of recommendations."""
-        if item_ids:
-            async with self._pipeline() as pipe:
-                pipe.sadd(HIDDEN, *item_ids)
-                pipe.incr(REVISION)
-                await pipe.execute()
-
-    async def catalogue(self, since: int) -> tuple[int, list[CatalogueItem]]:
-        """Revision, and the items numbered from `since` on."""
+    async def catalogue(self, since: int, limit: int | None = None) -> tuple[int, list[CatalogueItem]]:
+        """Revision, and the items numbered from `since` on, at most `limit`."""
         async with self._pipeline() as pipe:
             pipe.get(REVISION)
+            pipe.lrange(IDS, since - 1, -1 if limit is None else since + limit - 2)
+            revision, ids = await pipe.execute()
+        return int(revision or 0), await self._items(ids)
+
+    async def item_ids(self, since: int) -> list[str]:
+        """Ids of the items numbered from `since` on."""
+        async with self._pipeline() as pipe:
             pipe.lrange(IDS, since - 1, -1)
-            pipe.smembers(HIDDEN)
-            revision, ids, hidden = await pipe.execute()
-            about: list[Any] = await self._redis.hmget(ABOUT, ids) if ids else []
-        items = [
-            CatalogueItem(item.decode(), text or b"", item in hidden) for item, text in zip(ids, about, strict=True)
+            return [item.decode() for item in (await pipe.execute())[0]]
+
+    async def changed(self, revision: int, below: int) -> tuple[int, dict[int, CatalogueItem] | None]:
+        """Revision, and the items numbered below `below` that changed since an earlier one; None: too long ago."""
+        now, *numbers = (await self._send([self._script(CHANGED, [REVISION, CHANGES], [revision])]))[0]
+        if not numbers:
+            return now, None
+        wanted = sorted({int(number) for number in numbers[0] if int(number) < below})
+        async with self._pipeline() as pipe:
+            for number in wanted:
+                pipe.lindex(IDS, number - 1)
+            ids = await pipe.execute()
+        return now, dict(zip(wanted, await self._items(ids), strict=True))
+
+    async def _items(self, ids: list[bytes]) -> list[CatalogueItem]:
+        """What is known of items."""
+        if not ids:
+            return []
+        async with self._pipeline() as pipe:
+            pipe.hmget(ABOUT, ids)
+            pipe.smismember(HIDDEN, ids)
+            about, hidden = await pipe.execute()
+        return [
+            CatalogueItem(item.decode(), text or b"", bool(flag))
+            for item, text, flag in zip(ids, about, hidden, strict=True)
         ]
-        return int(revision or 0), items
 
     async def catalogue_state(self) -> tuple[int, int]:
         """How many items there are, and the revision."""
@@ -364,7 +396,7 @@ class Store:
             raise StoreUnavailable(str(error)) from error
 
 
-SHA = {text: sha1(text.encode()).hexdigest() for text in (STAMPS, COMMIT, FORGET, REGISTER)}
+SHA = {text: sha1(text.encode()).hexdigest() for text in (STAMPS, COMMIT, FORGET, REGISTER, CHANGED)}
 
 
 def _tombstone(data: bytes | None) -> Tombstone | None:

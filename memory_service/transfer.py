@@ -137,7 +137,7 @@ async def export(store: Store) -> AsyncIterator[bytes]:
         done.update(wanted)
         for name, record in (await store.load_readable(wanted)).items():
             if record.newest_item > len(ids):
-                ids += [item.item_id for item in (await store.catalogue(len(ids) + 1))[1]]
+                ids += await store.item_ids(len(ids) + 1)
             yield _line(Line(user=_user_line(name, record, ids)))
 
 
@@ -156,7 +156,7 @@ async def load(store: Store, lines: Iterable[bytes], overwrite: bool) -> Counter
             [CatalogueItem(i.item_id, b"" if bytes(i.about) == b"null" else bytes(i.about), i.hidden) for i in items],
             overwrite=False,
         )
-        await store.hide([item.item_id for item in items if item.hidden])
+        await store.register([CatalogueItem(item.item_id, b"", True) for item in items if item.hidden], overwrite=True)
         users = [line.user for line in read if line.user is not None]
         outcome.update(await _take(store, list({user.user_id: user for user in users}.values()), overwrite))
     return outcome

@@ -280,19 +280,20 @@ def test_columns_that_do_not_fit_are_recognised(stack, go):
     go(scene())
 
 
-def test_the_catalogue_mirror_grows_step_by_step_and_starts_anew_on_a_full_listing():
+def test_the_catalogue_mirror_grows_and_changes_step_by_step():
     mirror = CatalogueMirror({"a": 1, "b": 2})
-    mirror.take(CatalogueReply(1, 0, [Item("a")]))
+    mirror.take(CatalogueReply(1, 0, [Item("a")], 3))
     before = mirror.model_index
-    mirror.take(CatalogueReply(2, 0, [Item("new"), Item("b", None, True)]))
+    mirror.take(CatalogueReply(2, 0, [Item("new"), Item("b", None, True)], 3))
     assert before.tolist() == [0, 1]  # the model's thread may still be reading it
     assert mirror.model_index.tolist() == [0, 1, 0, 2]
     assert mirror.number_of == {"a": 1, "new": 2, "b": 3}
     assert mirror.hidden.tolist() == [3]
-    mirror.take(CatalogueReply(1, 1, [Item("b"), Item("a", None, True)]))
-    assert mirror.indices(np.array([[1, 2]])).tolist() == [[2, 1]]
-    assert mirror.numbers(["a", "new"]) == [2]
-    assert (mirror.hidden.tolist(), mirror.revision) == ([2], 1)
+    assert mirror.indices(np.array([[1, 3]])).tolist() == [[1, 2]]
+    mirror.take(CatalogueReply(4, 2, [Item("c")], 4, [(1, Item("a", {"n": 1}, True)), (3, Item("b"))]))
+    assert mirror.numbers(["a", "no", "c"]) == [1, 4]
+    assert [item.metadata for item in mirror.items] == [{"n": 1}, None, None, None]
+    assert (mirror.hidden.tolist(), mirror.revision) == ([1], 2)
 
 
 # ------------------------------------------------------------------------------------- ramrec serve

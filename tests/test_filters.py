@@ -1,17 +1,12 @@
 """Metadata filters: the language, the masks against a look at every item, and the whole way through the service."""
 
-import asyncio
-from itertools import islice
-
-import httpx2
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from api.filters import KEPT, Filters, extended
-from api.schemas import Condition, Filter
+from api.schemas import Filter
 from memory_service.schemas import Item
 
 FILMS = [
@@ -76,7 +71,7 @@ SOME = st.lists(VALUE, min_size=1, max_size=3)
 CONDITION = st.fixed_dictionaries(
     {},
     optional={"eq": VALUE, "ne": VALUE, "any": SOME, "all": SOME, "none": SOME, "exists": st.booleans()}
-    | {name: NUMBER_OR_TEXT for name in ("gt", "gte", "lt", "lte")},
+    | dict.fromkeys(("gt", "gte", "lt", "lte"), NUMBER_OR_TEXT),
 )
 COMPARE = {
     "gt": lambda value, bound: value > bound,
