@@ -11,6 +11,7 @@ from fastapi import FastAPI
 
 from api import schemas as face
 from api.batching import MicroBatcher
+from api.direct import DirectCalls
 from api.engine import Engine
 from api.ingest import Intake
 from api.memory_client import MemoryClient
@@ -45,6 +46,7 @@ def create_app(settings: ApiSettings) -> FastAPI:
     app.include_router(direct)
     app.include_router(router)
     install(app)
+    app.add_middleware(DirectCalls, router=direct)
     app.add_middleware(BodyLimit)
     app.add_middleware(CountRequests)
     return app

@@ -75,7 +75,7 @@ class MicroBatcher(Generic[Ask, Answer]):
         if self._queue.qsize() + len(asks) > self._queue.maxsize:
             raise Overloaded(f"{self._queue.qsize()} of at most {self._queue.maxsize} requests are waiting already")
         loop = asyncio.get_running_loop()
-        waiting = [_Waiting[Ask, Answer](ask, gone, loop.create_future()) for ask in asks]
+        waiting: list[_Waiting[Ask, Answer]] = [_Waiting(ask, gone, loop.create_future()) for ask in asks]
         for one in waiting:
             self._queue.put_nowait(one)
         if len(waiting) == 1:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.problems import BodyTooLarge, problem
 
 BODY_LIMIT_BYTES = 4 * 2**20
+LIMIT = f"a body has at most {BODY_LIMIT_BYTES} bytes"
 
 
 class CountRequests:
@@ -41,10 +43,8 @@ class BodyLimit:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        refusal = problem(413, BodyTooLarge.code, BodyTooLarge.title, f"a body has at most {BODY_LIMIT_BYTES} bytes")
-        declared = dict(scope.get("headers") or []).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > BODY_LIMIT_BYTES:
-            await refusal(scope, receive, send)
+        if scope["type"] == "http" and _declared_bytes(scope) > BODY_LIMIT_BYTES:
+            await _too_large()(scope, receive, send)
             return
         received, refused = 0, False
 
@@ -53,7 +53,7 @@ class BodyLimit:
             message = await receive()
             received += len(message.get("body", b""))
             if received > BODY_LIMIT_BYTES:
-                raise BodyTooLarge(f"a body has at most {BODY_LIMIT_BYTES} bytes")
+                raise BodyTooLarge(LIMIT)
             return message
 
         async def answered(message: Message) -> None:
@@ -62,6 +62,17 @@ class BodyLimit:
                 await send(message)
             elif not refused:  # whatever was made of the broken-off body, this is the reason
                 refused = True
-                await refusal(scope, receive, send)
+                await _too_large()(scope, receive, send)
 
         await self.app(scope, limited, answered)
+
+
+def _declared_bytes(scope: Scope) -> int:
+    for name, value in scope["headers"]:
+        if name == b"content-length":
+            return int(value) if value.isdigit() else 0
+    return 0
+
+
+def _too_large() -> Response:
+    return problem(413, BodyTooLarge.code, BodyTooLarge.title, LIMIT)

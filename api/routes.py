@@ -10,7 +10,6 @@ from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from api import schemas as face
-from api.direct import DirectRoute
 from api.engine import Engine
 from api.examples import FULL, INVALID, INVALID_BODY, INVALID_ID, NO_ITEM, NO_USER, NOT_KEPT, UNAVAILABLE
 from api.ingest import ingest
@@ -38,7 +37,8 @@ Search = Annotated[
 ]
 
 router = APIRouter()
-direct = APIRouter(route_class=DirectRoute)
+direct = APIRouter()
+"""Calls that `api.direct` answers."""
 
 
 # ------------------------------------------------------------------------------------------- recommend

@@ -176,7 +176,7 @@ class CollectiveIndex:
         if len(rows):
             some = ids[rows]
             rounded = np.where(some >= 0, -np.round(similarity[rows].astype(np.float64), 6), np.inf)
-            quality = self._at(some, "quality")
+            quality = self._facts(some)["quality"]
             order[rows] = np.lexsort((-quality, some & ((1 << ITEM_BITS) - 1), rounded), axis=1)
         order = order[:, :width]
         ids, similarity = np.take_along_axis(ids, order, 1), np.take_along_axis(similarity, order, 1)
@@ -184,22 +184,23 @@ class CollectiveIndex:
 
     def _entries(self, similarity: NDArray[np.float32], ids: NDArray[np.int64]) -> Entries:
         valid = ids >= 0
-        real = {name: self._at(ids, name) for name in COLUMNS if name != "item"}
         return Entries(
             item=np.where(valid, ids & ((1 << ITEM_BITS) - 1), 0),
             similarity=np.where(valid, similarity, np.float32(0)),
             valid=valid,
-            **real,
+            **self._facts(ids),
         )
 
-    def _at(self, ids: NDArray[np.int64], name: str) -> NDArray[Any]:
-        """A column's values for ids (B, K); 0 where the id is −1."""
-        found = np.zeros(ids.shape, COLUMNS[name])
-        row, column = np.nonzero(ids >= 0)
-        slots, items = ids[row, column] >> ITEM_BITS, ids[row, column] & ((1 << ITEM_BITS) - 1)
-        place = np.argmax(self._columns["item"][slots] == items[:, None], axis=1)
-        found[row, column] = self._columns[name][slots, place]
-        return found
+    def _facts(self, ids: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """What stands beside the keys of ids (B, K), by column; 0 where the id is −1."""
+        valid, capacity = ids >= 0, self._mark.shape[1]
+        known = ids[valid]
+        slots, items = known >> ITEM_BITS, (known & ((1 << ITEM_BITS) - 1)).astype(np.uint32)
+        place = slots * capacity + np.argmax(self._columns["item"].take(slots, axis=0) == items[:, None], axis=1)
+        facts = {name: np.zeros(ids.shape, kind) for name, kind in COLUMNS.items() if name != "item"}
+        for name, values in facts.items():
+            values[valid] = self._columns[name].reshape(-1).take(place)
+        return facts
 
     def _grow(self, slots: int) -> None:
         missing = slots - len(self._mark)
