@@ -3,13 +3,17 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check format install bench-quality bench-memory clean
+.PHONY: quickstart test conformance check format install bench-quality bench-memory clean
 
 quickstart: $(BIN)/.ready
 	$(BIN)/ramrec quickstart $(if $(ML_100K),--source $(ML_100K))
 
 test: $(BIN)/.ready-dev
 	$(BIN)/pytest
+
+# The generated calls of tests/test_conformance.py, ten times as many.
+conformance: $(BIN)/.ready-dev
+	RAMREC_TEST_EXAMPLES=500 $(BIN)/pytest tests/test_conformance.py
 
 check: $(BIN)/.ready-dev
 	$(BIN)/ruff format --check .

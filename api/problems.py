@@ -23,9 +23,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_S = 1
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 HTTP_CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
 """400: FastAPI's word for a body that is no JSON text at all (not UTF-8, nested too deeply)."""
 
@@ -129,11 +131,23 @@ def install(app: FastAPI) -> None:
         code = HTTP_CODES.get(error.status_code, f"http_{error.status_code}")
         answer = problem(error.status_code, code, str(error.detail), f"{request.method} {request.url.path}")
         answer.headers.update(error.headers or {})
+        if error.status_code == 405:  # the framework names the methods of one route, not all of this path
+            answer.headers["Allow"] = ", ".join(_methods(request))
         return answer
 
     @app.exception_handler(Exception)
     async def internal(request: Request, error: Exception) -> JSONResponse:
         return problem(500, ApiProblem.code, ApiProblem.title, "see the log of the api")
+
+
+def _methods(request: Request) -> list[str]:
+    """The methods that the path of a request has."""
+    routes = request.app.routes
+    return [
+        method
+        for method in METHODS
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes)
+    ]
 
 
 def _field(place: tuple[int | str, ...]) -> str:

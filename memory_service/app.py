@@ -28,6 +28,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from memory_service.metrics import Metrics
@@ -274,7 +275,11 @@ def _handler(status: int, code: str) -> Callable[[Request, Any], Awaitable[Respo
 async def _unrouted(request: Request, error: Any) -> Response:
     """No such path, or a method that it does not have."""
     answer = _problem(error.status_code, f"http_{error.status_code}", f"{request.method} {request.url.path}")
-    answer.headers.update(error.headers or {})
+    if error.status_code == 405:  # the framework names the methods of one route, not all of this path
+        scopes = {method: {**request.scope, "method": method} for method in ("GET", "POST", "DELETE")}
+        routes = request.app.routes
+        has = [name for name, scope in scopes.items() if any(r.matches(scope)[0] is Match.FULL for r in routes)]
+        answer.headers["Allow"] = ", ".join(has)
     return answer
 
 

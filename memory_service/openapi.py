@@ -292,7 +292,7 @@ def _precise(schema: Any) -> Any:
     if schema.get("contentEncoding") == "base64":
         rest = {key: value for key, value in schema.items() if key != "contentEncoding"}
         return {**rest, "format": "binary"}
-    wide = {"format": "int64", "minimum": -(2**63), "maximum": 2**63 - 1} if schema.get("type") == "integer" else {}
+    wide = {"minimum": -(2**63), "maximum": 2**64 - 1} if schema.get("type") == "integer" else {}
     return {**wide, **{key: _precise(value) for key, value in schema.items()}}
 
 

@@ -13,7 +13,15 @@ import redis
 from starlette.testclient import TestClient
 
 from memory_service.embedded import EmbeddedError, embedded_valkey
-from memory_service.schemas import PlanRequest, Problem, RetrieveRequest, UserEvents, UserWrite, WriteRequest
+from memory_service.schemas import (
+    CatalogueReply,
+    PlanRequest,
+    Problem,
+    RetrieveRequest,
+    UserEvents,
+    UserWrite,
+    WriteRequest,
+)
 from memory_service.service import MemoryService
 from memory_service.store import Store, StoreUnavailable
 from model.checkpoint import load_checkpoint
@@ -183,8 +191,15 @@ def test_a_query_without_its_parameter_is_a_problem_too(run, valkey_url, stack):
 
 def test_unknown_paths_and_methods_are_problems_too(run, valkey_url, stack):
     client = stack.enter_context(opened(run, valkey_url))
-    for response, code in [(client.get("/v2/retrieve"), "http_404"), (client.get("/v1/retrieve"), "http_405")]:
+    for response, code in [(client.get("/v2/retrieve"), "http_404"), (client.put("/v1/user"), "http_405")]:
         assert msgspec.msgpack.decode(response.content, type=Problem).code == code
+    assert response.headers["Allow"] == "GET, DELETE"
+
+
+def test_a_catalogue_number_beyond_all_is_beyond_the_end(run, valkey_url, stack):
+    response = stack.enter_context(opened(run, valkey_url)).get("/v1/catalogue", params={"since": 10**30})
+    assert response.status_code == 200
+    assert msgspec.msgpack.decode(response.content, type=CatalogueReply).items == []
 
 
 def test_a_redis_out_of_memory_refuses_writes_with_503(run, valkey_url, stack):
