@@ -21,6 +21,7 @@ from model.events import EncodeJob
 from model.fusion import Copying, Fused, MemoryFusion, MemoryTokens, ProjectedItems
 from model.marks import mark
 from model.rules import Ints, unit
+from model.shortlist import EXACT_ITEMS, SCORED, WIDER, Shortlist, allowed, shortlist
 
 TINY = 1e-30
 NO_ITEMS: NDArray[np.int64] = np.zeros(0, np.int64)
@@ -137,16 +138,28 @@ class Ranked:
 
 
 class Recommender:
-    """A trained model ready to answer. Not thread-safe: one thread at a time."""
+    """A trained model ready to answer. Not thread-safe: one thread at a time.
 
-    def __init__(self, checkpoint: Checkpoint, encoder: SequenceEncoder, fusion: MemoryFusion) -> None:
+    Above `exact_items` items a FAISS index says which are worth scoring (`model.item_index`).
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, encoder: SequenceEncoder, fusion: MemoryFusion, exact_items: int = EXACT_ITEMS
+    ) -> None:
         self.checkpoint = checkpoint
         self.encoder = encoder.eval()
         self.fusion = fusion.eval()
         self.item_count = len(checkpoint.item_ids)
         with torch.inference_mode():
             self.table = encoder.table().clone()
+        self.index, self.projected = None, None
+        if self.item_count > exact_items:
+            from model.item_index import ItemIndex  # FAISS is loaded where it is needed
+
+            self.index = ItemIndex(self.table.numpy())
+        else:
             self.projected = self.fusion.project(self.table)
+        self._by_popularity = _taken_first(np.arange(self.item_count + 1), checkpoint.popularity)
         self.index_of = {item: index for index, item in enumerate(checkpoint.item_ids, start=1)}
 
     @property
@@ -189,9 +202,15 @@ class Recommender:
         return [(unit(one[:-1]), one[-1]) for one in per_job]
 
     @torch.inference_mode()
-    def predict(self, states: NDArray[np.float32], retrieved: Retrieved, seen: Sequence[Ints]) -> Prediction:
-        """Probabilities of every item after fusion, repeat bias and copying."""
+    def predict(
+        self, states: NDArray[np.float32], retrieved: Retrieved, seen: Sequence[Ints]
+    ) -> Prediction | Shortlist:
+        """Probabilities after fusion, repeat bias and copying: of every item, or above `exact_items` of those that
+        matter.
+        """
         memories = MemoryTokens.of(retrieved, self.item_count)
+        if self.index is not None:
+            return shortlist(self.fusion, self.index, self.table, torch.from_numpy(states), memories, seen)
         had = mark(seen, self.item_count + 1)
         return predict(self.fusion, self.table, torch.from_numpy(states), memories, had, projected=self.projected)
 
@@ -205,15 +224,22 @@ class Recommender:
 
     @torch.inference_mode()
     def rank(
-        self, prediction: Prediction, queries: Sequence[Query], retrieved: Retrieved, explain: Sequence[bool]
+        self,
+        prediction: Prediction | Shortlist,
+        queries: Sequence[Query],
+        retrieved: Retrieved,
+        explain: Sequence[bool],
     ) -> list[Ranked]:
         """The second half of `recommend`: from the prediction for these queries to their top-N."""
-        best = top_items(prediction.scores().numpy(), queries)
+        if isinstance(prediction, Shortlist):
+            best = [prediction.best(row, query) for row, query in enumerate(queries)]
+        else:
+            best = top_items(prediction.scores().numpy(), queries)
         return [self._ranked(prediction, retrieved, row, *best[row], explain[row]) for row in range(len(queries))]
 
     def _ranked(
         self,
-        prediction: Prediction,
+        prediction: Prediction | Shortlist,
         retrieved: Retrieved,
         row: int,
         items: NDArray[np.int64],
@@ -229,7 +255,12 @@ class Recommender:
 
     @torch.inference_mode()
     def _influences(
-        self, prediction: Prediction, retrieved: Retrieved, row: int, items: Ints, scores: NDArray[np.float32]
+        self,
+        prediction: Prediction | Shortlist,
+        retrieved: Retrieved,
+        row: int,
+        items: Ints,
+        scores: NDArray[np.float32],
     ) -> list[Influence]:
         fused = prediction.fused
         one = Fused(*(getattr(fused, name)[row : row + 1] for name in ("state", "gate", "weights", "values")))
@@ -250,9 +281,23 @@ class Recommender:
 
     def most_popular(self, query: Query) -> Ranked:
         """The most taken items of the training data; `query.state` does not matter."""
-        with np.errstate(divide="ignore"):
-            log_share = np.log(self.checkpoint.popularity)
-        return Ranked(*top_items(log_share[None], [query])[0])
+        popularity, pool = self.checkpoint.popularity, self._by_popularity
+        if query.candidates is not None and len(query.candidates) <= SCORED:
+            named = np.unique(query.candidates[query.candidates <= self.item_count])
+            pool = _taken_first(named, popularity[named])
+        looked_at = query.top_n + len(query.excluded)
+        while True:
+            first = pool[:looked_at]
+            items = first[allowed(first, query)][: query.top_n]
+            if len(items) == query.top_n or looked_at >= len(pool):
+                return Ranked(items, np.log(popularity[items]))
+            looked_at *= WIDER
+
+
+def _taken_first(items: Ints, taken: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Items that were taken at all, the most taken first; ties go to the first in order."""
+    order = np.argsort(-taken, kind="stable")
+    return np.asarray(items[order[taken[order] > 0]], np.int64)
 
 
 def top_items(

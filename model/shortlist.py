@@ -1,0 +1,152 @@
+"""Prediction in a catalogue that is too large to score whole: only the items that may matter are scored.
+
+Those are what the index finds nearest to the fused state, and what repeat bias or copies may lift: the items that the
+user had and those that others took. Their scores are exact but for log Z, which the index estimates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.fusion import Copying, Fused, MemoryFusion, MemoryTokens
+from model.rules import Bools, Ints
+
+if TYPE_CHECKING:
+    from model.item_index import ItemIndex
+    from model.recommender import Query
+
+EXACT_ITEMS = 100_000
+"""The largest catalogue whose items are all scored: up to here that takes no longer than the index."""
+FETCH = 2000
+"""Items fetched for each query; where too few of them are allowed, WIDER times as many, up to FETCH_LIMIT."""
+WIDER, FETCH_LIMIT = 4, 32_000
+SCORED = 32_768
+"""Candidates up to this number are scored one by one; among more the index searches first."""
+
+
+@dataclass(frozen=True)
+class Shortlist:
+    """P as in `Prediction`, for the items that are asked about.
+
+    directions (B, d): their products with the item table are the logits, but for the repeat bias; near (B, n): the
+    items that the index found, best first; seen: what each user had; log_z (B,); fused and copying: how.
+    """
+
+    index: ItemIndex
+    directions: NDArray[np.float32]
+    near: NDArray[np.int64]
+    seen: Sequence[Ints]
+    log_z: NDArray[np.float32]
+    repeat_bias: float
+    memories: MemoryTokens
+    fused: Fused
+    copying: Copying
+
+    def best(self, row: int, query: Query) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The `top_n` allowed items with the largest scores, best first, and the scores. Ties go to the lower index."""
+        items = np.unique(self._pool(row, query)).astype(np.int64)
+        items = items[allowed(items, query)]
+        scores = self.scores(row, items)
+        order = np.argsort(-scores, kind="stable")
+        order = order[np.isfinite(scores[order])][: query.top_n]
+        return items[order], scores[order]
+
+    def scores(self, row: int, items: Ints) -> NDArray[np.float32]:
+        """log P of items (n,), ascending, for one query; −inf for one that the model never saw and nobody copies."""
+        known, share = items <= self.index.items, self.copying.share[row].numpy()
+        logits = self.index.logits(self.directions[row], np.where(known, items, 0))
+        logits += np.float32(self.repeat_bias) * np.isin(items, self.seen[row])
+        model = np.where(known, logits - self.log_z[row] + np.log1p(-share), -np.inf)
+        with np.errstate(divide="ignore"):
+            copied = np.log(self._copied(row, items) * share)
+            scores: NDArray[np.float32] = np.logaddexp(model, copied).astype(np.float32)
+        return scores
+
+    def _copied(self, row: int, items: Ints) -> NDArray[np.float32]:
+        """What share of the copies each item has."""
+        taken, weights = self.memories.copied[row].numpy(), self.copying.weights[row].numpy()
+        shares = np.zeros(len(items), np.float32)
+        place = np.searchsorted(items, taken)
+        place[place == len(items)] = 0
+        same = items[place] == taken if len(items) else np.zeros(len(taken), bool)
+        np.add.at(shares, place[same], weights[same])
+        return shares
+
+    def _pool(self, row: int, query: Query) -> Ints:
+        """Items with the best `top_n` allowed ones among them."""
+        if query.candidates is not None and len(query.candidates) <= SCORED:
+            return query.candidates
+        lifted, near = np.concatenate([self.seen[row], self.memories.copied[row].numpy()]), self.near[row]
+        while not self._suffices(row, near, query):
+            if len(near) * WIDER > FETCH_LIMIT:
+                everything = np.arange(1, self.index.items + 1)
+                return np.concatenate([lifted, everything if query.candidates is None else query.candidates])
+            near = self.index.nearest(self.directions[row : row + 1], len(near) * WIDER)[0][0]
+        return np.concatenate([lifted, near])
+
+    def _suffices(self, row: int, near: Ints, query: Query) -> bool:
+        """Whether enough may be returned of what was fetched before any gap; what the user had may fall behind."""
+        if len(near) >= self.index.items:
+            return True
+        first = near[: self.index.complete(len(near))]
+        fresh = allowed(first, query) & ~np.isin(first, self.seen[row])
+        return int(np.count_nonzero(fresh)) >= query.top_n
+
+
+@torch.inference_mode()
+def shortlist(
+    fusion: MemoryFusion, index: ItemIndex, table: Tensor, states: Tensor, memories: MemoryTokens, seen: Sequence[Ints]
+) -> Shortlist:
+    """Fuse, search, copy: `recommender.predict` where not every item is scored. seen: what each user had."""
+    fused = fusion(states[:, : table.shape[1]], memories, table)
+    directions, bias = (fused.state + fusion.shift).numpy(), float(fusion.repeat_bias)
+    near, products = index.nearest(directions, FETCH)
+    had = [np.unique(items[items > 0]) for items in seen]
+    log_z = _log_z(index, directions, near, products, had, bias)
+    copying = _copying(fusion, table, torch.from_numpy(directions), torch.from_numpy(log_z), memories, had)
+    return Shortlist(index, directions, near, had, log_z, bias, memories, fused, copying)
+
+
+def _log_z(
+    index: ItemIndex,
+    directions: NDArray[np.float32],
+    near: NDArray[np.int64],
+    products: NDArray[np.float32],
+    had: Sequence[Ints],
+    bias: float,
+) -> NDArray[np.float32]:
+    """log Z, (B,), of logits where the items that each user had bear the bias."""
+    lift = np.stack([np.isin(*row) for row in zip(near, had, strict=True)]).astype(np.float32) * np.float32(bias)
+    log_z = index.log_z(directions, products, products + lift)
+    for row, items in enumerate(had):
+        farther = np.setdiff1d(items, near[row, : index.complete(near.shape[1])])
+        share = float(np.exp(index.logits(directions[row], farther) - log_z[row]).sum())
+        log_z[row] += np.log1p(min(share, 1.0) * np.expm1(bias))
+    return log_z
+
+
+def _copying(
+    fusion: MemoryFusion, table: Tensor, directions: Tensor, log_z: Tensor, memories: MemoryTokens, seen: Sequence[Ints]
+) -> Copying:
+    """`MemoryFusion.copying` from the logits of the memories' items alone."""
+    item = memories.item[:, memories.own :]
+    if not item.shape[1]:
+        return Copying(log_z.new_zeros(len(item), 0), log_z.new_zeros(len(item), 1))
+    had = np.stack([np.isin(row, had) for row, had in zip(item.numpy(), seen, strict=True)])
+    repeat = fusion.repeat_bias * torch.from_numpy(had)
+    log_p = torch.einsum("bkd,bd->bk", table[item], directions) + repeat - log_z[:, None]
+    copying: Copying = fusion.copy(memories, log_p.masked_fill(item == 0, 0.0), repeat)
+    return copying
+
+
+def allowed(items: Ints, query: Query) -> Bools:
+    """(n,) which of the items may be returned."""
+    left = (items > 0) & ~np.isin(items, query.excluded)
+    return left if query.candidates is None else left & np.isin(items, query.candidates)

@@ -1,0 +1,200 @@
+"""Large catalogues: what the index finds and the shortlist scores, held against scoring everything."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from model.bank import Retrieved
+from model.item_index import ItemIndex
+from model.recommender import Query, Recommender
+from model.shortlist import FETCH
+from tests.synthetic import random_checkpoint, random_memories, small_config
+
+ITEMS = 20_000
+DIM = 16
+ROWS = 8
+
+
+@pytest.fixture(scope="module")
+def exact() -> Recommender:
+    return Recommender.of(random_checkpoint(items=ITEMS))
+
+
+@pytest.fixture(scope="module")
+def quick(exact) -> Recommender:
+    """The same model, with an index."""
+    return Recommender(exact.checkpoint, exact.encoder, exact.fusion, exact_items=1000)
+
+
+@pytest.fixture(scope="module")
+def memories() -> Retrieved:
+    return random_memories(ROWS, 20, ITEMS)
+
+
+def queries(seed: int = 0, **fields: object) -> list[Query]:
+    rng = np.random.default_rng(seed)
+    states = rng.normal(size=(ROWS, DIM)).astype(np.float32)
+    return [Query(state, **{"seen": rng.integers(1, ITEMS + 1, 60), "top_n": 100} | fields) for state in states]
+
+
+def unlike(exact: Recommender, quick: Recommender, asked: list[Query], memories: Retrieved) -> float:
+    """The largest difference of a score; the items have to be the same ones in the same order, but for ties."""
+    none, worst = [False] * len(asked), 0.0
+    for wanted, found in zip(*(one.recommend(asked, memories, none) for one in (exact, quick)), strict=True):
+        assert len(wanted.items) == len(found.items)
+        worst = max(worst, float(np.abs(wanted.scores - found.scores).max(initial=0)))
+        moved = wanted.items != found.items
+        assert np.allclose(wanted.scores[moved], found.scores[moved], atol=2e-3)
+    return worst
+
+
+def clustered(items: int, dim: int, seed: int = 0) -> np.ndarray:
+    """Unit vectors around centres, as long as cosine scores make them; row 0 is padding."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(200, dim))
+    table = centres[rng.integers(0, 200, items + 1)] + 0.7 * rng.normal(size=(items + 1, dim))
+    table *= 3.78 / np.linalg.norm(table, axis=1, keepdims=True)
+    table[0] = 0
+    return table.astype(np.float32)
+
+
+def log_z(index: ItemIndex, asked: np.ndarray) -> np.ndarray:
+    products = index.nearest(asked, FETCH)[1]
+    return index.log_z(asked, products, products)
+
+
+@pytest.mark.parametrize("dim", [64, 48, 15])
+def test_the_index_finds_the_nearest_and_knows_their_products(dim):
+    table, asked = clustered(ITEMS, dim), clustered(50, dim, seed=1)[1:]
+    found, products = ItemIndex(table).nearest(asked, FETCH)
+    every = asked @ table[1:].T
+    wanted = np.argsort(-every, axis=1)[:, :100] + 1
+    recall = np.mean([len(np.intersect1d(*rows)) / 100 for rows in zip(wanted, found[:, :100], strict=True)])
+    assert recall >= 0.99
+    assert np.allclose(products, np.take_along_axis(every, found - 1, 1), atol=1e-4)
+    assert (np.diff(products, axis=1) <= 0).all()
+    assert found.min() > 0
+
+
+def test_log_z_is_estimated_closely_and_exactly_where_the_sample_is_everything(monkeypatch):
+    table, asked = clustered(ITEMS, 64), clustered(50, 64, seed=1)[1:]
+    exact = np.log(np.exp((asked @ table[1:].T).astype(np.float64)).sum(axis=1))
+    index = ItemIndex(table)
+    assert np.abs(log_z(index, asked) - exact).max() < 1e-3
+    monkeypatch.setattr("model.item_index.SAMPLED", 4000)
+    index = ItemIndex(table)
+    errors = log_z(index, asked) - exact
+    assert np.abs(errors).max() < 0.1
+    assert abs(errors.mean()) < 0.02
+
+
+def test_items_that_are_all_alike_count_in_full(monkeypatch):
+    monkeypatch.setattr("model.item_index.SAMPLED", 4000)
+    table = np.tile(clustered(1, DIM)[1], (ITEMS + 1, 1))
+    index = ItemIndex(table)
+    assert log_z(index, table[:1])[0] == pytest.approx(table[0] @ table[0] + np.log(ITEMS), abs=1e-4)
+
+
+def test_answers_are_those_of_scoring_everything(exact, quick, memories):
+    assert quick.index is not None
+    assert exact.index is None
+    assert unlike(exact, quick, queries(), memories) < 1e-3
+
+
+def test_without_memories_too(exact, quick):
+    assert unlike(exact, quick, queries(), Retrieved.nothing(np.full(ROWS, 0.5, np.float32))) < 1e-3
+
+
+def test_scores_with_cosine_and_sketch():
+    checkpoint = random_checkpoint(small_config({"score": "cosine", "sketch": 8}), items=ITEMS)
+    exact = Recommender.of(checkpoint)
+    quick = Recommender(checkpoint, exact.encoder, exact.fusion, exact_items=1000)
+    asked = [replace(one, state=np.tile(one.state, 2)[: DIM + 8]) for one in queries()]
+    assert unlike(exact, quick, asked, random_memories(ROWS, 20, ITEMS)) < 1e-3
+
+
+@pytest.mark.parametrize("bias", [-30.0, 30.0])
+def test_items_that_the_user_had_bear_the_repeat_bias(exact, quick, memories, monkeypatch, bias):
+    monkeypatch.setattr(exact.fusion.repeat_bias, "data", exact.fusion.repeat_bias.new_tensor(bias))
+    near = exact.recommend(queries(top_n=700), memories, [False] * ROWS)
+    asked = [replace(one, seen=best.items[:400]) for one, best in zip(queries(top_n=20), near, strict=True)]
+    assert unlike(exact, quick, asked, memories) < 5e-3
+
+
+def test_exclusions_leave_the_list_full(exact, quick, memories):
+    near = exact.recommend(queries(top_n=1000), memories, [False] * ROWS)
+    asked = [replace(one, excluded=best.items) for one, best in zip(queries(), near, strict=True)]
+    assert unlike(exact, quick, asked, memories) < 1e-3
+    answers = quick.recommend(asked, memories, [False] * ROWS)
+    assert all(len(answer.items) == 100 for answer in answers)
+
+
+def test_far_more_exclusions_than_are_ever_fetched(exact, quick, memories):
+    excluded = np.random.default_rng(0).permutation(ITEMS)[: ITEMS - 150] + 1
+    assert unlike(exact, quick, queries(excluded=excluded), memories) < 1e-3
+
+
+@pytest.mark.parametrize("scored", [32_768, 100])
+@pytest.mark.parametrize("count", [5, 300, 15_000])
+def test_candidates_are_the_only_ones_returned(exact, quick, memories, monkeypatch, scored, count):
+    monkeypatch.setattr("model.shortlist.SCORED", scored)
+    candidates = np.append(np.random.default_rng(1).permutation(ITEMS)[:count], [0, ITEMS + 9])
+    asked = queries(candidates=candidates, excluded=candidates[:3])
+    assert unlike(exact, quick, asked, memories) < 1e-3
+    for answer in quick.recommend(asked, memories, [False] * ROWS):
+        assert set(answer.items) <= set(candidates[3:-1])
+        assert len(answer.items) >= min(100, count - 3)
+
+
+def test_a_long_list(exact, quick, memories):
+    assert unlike(exact, quick, queries(top_n=1000), memories) < 1e-3
+    assert unlike(exact, quick, queries(top_n=ITEMS + 5), memories) < 1e-3
+
+
+def test_copies_lift_items_from_anywhere_and_those_the_model_never_saw(exact, quick, memories):
+    unknown = replace(memories, collective=replace(memories.collective, item=memories.collective.item.copy()))
+    unknown.collective.item[:, 0] = ITEMS + 5
+    assert unlike(exact, quick, queries(), unknown) < 1e-3
+    for row, answer in enumerate(quick.recommend(queries(top_n=ITEMS), unknown, [False] * ROWS)):
+        assert set(unknown.collective.item[row][unknown.collective.valid[row]]) <= set(answer.items)
+
+
+def test_explanations_add_up_as_where_everything_is_scored(exact, quick, memories):
+    for wanted, found in zip(
+        *(one.recommend(queries(top_n=5), memories, [True] * ROWS) for one in (exact, quick)), strict=True
+    ):
+        assert found.items.tolist() == wanted.items.tolist()
+        assert found.gate == pytest.approx(wanted.gate, abs=1e-5)
+        assert found.copying == pytest.approx(wanted.copying, abs=1e-4)
+        assert np.allclose(found.copy_share, wanted.copy_share, atol=1e-3)
+        for mine, theirs in zip(found.influences, wanted.influences, strict=True):
+            assert np.allclose(mine.part, theirs.part, atol=1e-5)
+
+
+def test_a_batch_answers_like_its_requests_alone_and_again(quick, memories):
+    asked = queries()
+    together, again = (quick.recommend(asked, memories, [False] * ROWS) for _ in range(2))
+    for row, answer in enumerate(together):
+        alone = quick.recommend([asked[row]], memories.take(slice(row, row + 1)), [False])[0]
+        assert alone.items.tolist() == answer.items.tolist() == again[row].items.tolist()
+        assert np.allclose(alone.scores, answer.scores, atol=1e-5)
+        assert answer.scores.tolist() == again[row].scores.tolist()
+
+
+def test_another_index_of_the_same_model_answers_the_same(exact, quick, memories):
+    other = Recommender(exact.checkpoint, exact.encoder, exact.fusion, exact_items=1000)
+    for a, b in zip(*(one.recommend(queries(), memories, [False] * ROWS) for one in (quick, other)), strict=True):
+        assert a.items.tolist() == b.items.tolist()
+        assert a.scores.tolist() == b.scores.tolist()
+
+
+@pytest.mark.parametrize("candidates", [None, np.array([0, 7, 3, 5, ITEMS + 2]), np.arange(40, ITEMS)])
+def test_popularity_looks_as_far_as_it_must(quick, monkeypatch, candidates):
+    monkeypatch.setattr("model.recommender.SCORED", 100)
+    query = Query(np.zeros(DIM, np.float32), excluded=np.array([2, 3, 50]), candidates=candidates, top_n=6)
+    wanted = [item for item in range(1, ITEMS) if item not in (2, 3, 50)]
+    wanted = [item for item in wanted if candidates is None or item in candidates][:6]
+    answer = quick.most_popular(query)
+    assert answer.items.tolist() == wanted
+    assert np.allclose(answer.scores, np.log(quick.checkpoint.popularity[wanted]))
