@@ -27,6 +27,8 @@ ID_BYTES = 256
 """Longest user or item id, as on the wire."""
 LATEST_S = 1e11
 """Timestamps from here on (the year 5138) are taken for milliseconds and refused, as the API does."""
+RATING_LIMIT = 1e9
+"""Largest size of a rating, as on the wire."""
 FORMATS = "a RecBole folder with a .inter file, .inter, .csv, .csv.gz, .parquet, or a sequence file (.txt, .txt.gz)"
 
 
@@ -62,15 +64,12 @@ def read_interactions(path: str | Path, config: DatasetConfig | None = None) -> 
         DatasetError: no such path, unknown format, missing or repeated column, missing or over-long id, a
             number or time that cannot be read, or an empty file.
     """
-    path, config = Path(path), config or DatasetConfig()
-    if not path.exists():
-        raise DatasetError(f"{path}: no such file or folder")
-    file = _atomic_file(path) if path.is_dir() else path
-    kind = _kind(file)
+    file, config = log_file(path), config or DatasetConfig()
+    kind = kind_of(file)
     if kind == ".parquet":
-        log = _from_table(_read_parquet(file, config), config)
+        log = from_table(_read_parquet(file, config), config)
     elif kind in (".csv", ".inter"):
-        log = _from_table(_read_delimited(file, config), config)
+        log = from_table(_read_delimited(file, config), config)
     elif kind in ("", ".txt", ".seq"):
         log = _read_sequences(file)
     else:
@@ -80,11 +79,19 @@ def read_interactions(path: str | Path, config: DatasetConfig | None = None) -> 
     return log
 
 
+def log_file(path: str | Path) -> Path:
+    """The file that holds the interactions: the path itself, or a RecBole folder's .inter file."""
+    path = Path(path)
+    if not path.exists():
+        raise DatasetError(f"{path}: no such file or folder")
+    return _atomic_file(path) if path.is_dir() else path
+
+
 # --- tables: .inter, CSV, Parquet ---
 
 
 @dataclass(frozen=True)
-class _Table:
+class Table:
     """Wanted columns of a file as Arrow arrays; `place` says where a row (from 0) is in the file."""
 
     file: Path
@@ -93,10 +100,12 @@ class _Table:
     metadata: Metadata = field(default_factory=dict)
 
     def fault(self, row: int, column: str, what: str) -> DatasetError:
+        """The error to raise about a value."""
         return DatasetError(f"{self.file}: {self.place(row)}, column '{column}': {what}")
 
 
-def _from_table(table: _Table, config: DatasetConfig) -> Interactions:
+def from_table(table: Table, config: DatasetConfig) -> Interactions:
+    """The interactions in a table. Raises DatasetError, see `read_interactions`."""
     user, user_ids = _codes(table, config.user_column)
     item, item_ids = _codes(table, config.item_column)
     time = _times(table, config.time_column) if config.time_column in table.columns else None
@@ -104,7 +113,7 @@ def _from_table(table: _Table, config: DatasetConfig) -> Interactions:
     return Interactions(user, item, user_ids, item_ids, time, rating, table.metadata)
 
 
-def _codes(table: _Table, column: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+def _codes(table: Table, column: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     import pyarrow as pa
 
     try:
@@ -117,27 +126,32 @@ def _codes(table: _Table, column: str) -> tuple[NDArray[np.int64], tuple[str, ..
     codes = np.concatenate([chunk.indices.to_numpy(zero_copy_only=False) for chunk in encoded.chunks])
     ids = tuple(encoded.chunk(0).dictionary.to_pylist())
     for code, name in enumerate(ids):
-        if problem := _id_problem(name):
+        if problem := id_problem(name):
             raise table.fault(int((codes == code).argmax()), column, problem)
     return codes.astype(np.int64), ids
 
 
-def _id_problem(name: str) -> str:
+def id_problem(name: str) -> str:
+    """What is wrong with an id; "" if nothing is."""
     if not name.strip():
         return "missing id"
+    if "\0" in name:
+        return "an id holds no NUL"
     size = len(name.encode())
     return f"id of {size} bytes, at most {ID_BYTES} are allowed: {name[:20]}…" if size > ID_BYTES else ""
 
 
-def _ratings(table: _Table, column: str) -> NDArray[np.float32]:
+def _ratings(table: Table, column: str) -> NDArray[np.float32]:
     ratings = _reals(table, column, _number)
-    infinite = np.isinf(ratings)
-    if infinite.any():
-        raise table.fault(int(infinite.argmax()), column, "rating is not finite")
+    wrong = np.abs(ratings) > RATING_LIMIT
+    if wrong.any():
+        row = int(wrong.argmax())
+        what = "rating is not finite" if np.isinf(ratings[row]) else f"rating beyond ±{RATING_LIMIT:.0e}"
+        raise table.fault(row, column, what)
     return ratings.astype(np.float32)
 
 
-def _times(table: _Table, column: str) -> NDArray[np.float64]:
+def _times(table: Table, column: str) -> NDArray[np.float64]:
     import pyarrow as pa
 
     instants = _instants(table.columns[column])
@@ -178,7 +192,7 @@ def _is_text(kind: Any) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
-def _reals(table: _Table, column: str, parse: Callable[[str], float]) -> NDArray[np.float64]:
+def _reals(table: Table, column: str, parse: Callable[[str], float]) -> NDArray[np.float64]:
     """A column as float64, NaN where it is empty. Only what Arrow cannot convert goes through `parse`."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -193,7 +207,7 @@ def _reals(table: _Table, column: str, parse: Callable[[str], float]) -> NDArray
         return _parse_all(table, column, parse)
 
 
-def _parse_all(table: _Table, column: str, parse: Callable[[str], float]) -> NDArray[np.float64]:
+def _parse_all(table: Table, column: str, parse: Callable[[str], float]) -> NDArray[np.float64]:
     values = table.columns[column].to_pylist()
     reals = np.full(len(values), np.nan)
     for row, text in enumerate(values):
@@ -224,7 +238,7 @@ def _moment(text: str) -> float:
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
-def _wanted(file: Path, place: str, names: Sequence[str], config: DatasetConfig) -> list[str]:
+def wanted_columns(file: Path, place: str, names: Sequence[str], config: DatasetConfig) -> list[str]:
     """The columns to read. Time and rating may be absent unless the config gives them a name of its own."""
     default = DatasetConfig()
     optional = {default.time_column, default.rating_column}
@@ -243,56 +257,67 @@ def _check_header(file: Path, place: str, names: Sequence[str], needed: Sequence
         raise DatasetError(f"{file}: {place}column '{missing[0]}' is missing (columns: {there})")
 
 
-def _read_parquet(file: Path, config: DatasetConfig) -> _Table:
+def _read_parquet(file: Path, config: DatasetConfig) -> Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(file) as source:
-            wanted = _wanted(file, "", source.schema_arrow.names, config)
+            wanted = wanted_columns(file, "", source.schema_arrow.names, config)
             table = source.read(columns=wanted)
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(f"{file}: cannot be read as Parquet: {error}") from error
-    return _Table(file, {name: table[name] for name in wanted}, lambda row: f"row {row + 1}")
+    return Table(file, {name: table[name] for name in wanted}, lambda row: f"row {row + 1}")
 
 
-def _read_delimited(file: Path, config: DatasetConfig) -> _Table:
+def _read_delimited(file: Path, config: DatasetConfig) -> Table:
     """Wanted columns of a CSV or .inter file, as strings."""
     import pyarrow as pa
     from pyarrow import csv as pacsv
 
-    line, names = _header(file)
-    wanted = _wanted(file, f"line {line}: ", names, config)
-    atomic = _is_atomic(file)
+    names, options = delimited_layout(file, config)
     try:
-        table = pacsv.read_csv(
-            file,
-            pacsv.ReadOptions(column_names=names, skip_rows=line),
-            pacsv.ParseOptions(
-                delimiter=_delimiter(file), quote_char=False if atomic else '"', newlines_in_values=not atomic
-            ),
-            pacsv.ConvertOptions(include_columns=wanted, column_types=dict.fromkeys(wanted, pa.string())),
-        )
+        table = pacsv.read_csv(file, *options)
     except (pa.ArrowException, OSError) as error:
-        _diagnose(file, names)
+        diagnose(file, names)
         raise DatasetError(f"{file}: cannot be read: {error}") from error
+    wanted = table.column_names
     metadata = _read_metadata(file.with_suffix(".item"), config) if file.suffix == ".inter" else {}
-    return _Table(file, {name: table[name] for name in wanted}, lambda row: f"line {_line_of(file, row)}", metadata)
+    return Table(file, {name: table[name] for name in wanted}, lambda row: f"line {line_of(file, row)}", metadata)
 
 
-def _kind(file: Path) -> str:
+def delimited_layout(file: Path, config: DatasetConfig) -> tuple[list[str], tuple[Any, Any, Any]]:
+    """Column names of a CSV or .inter file, and what makes pyarrow read the wanted ones of them as strings."""
+    import pyarrow as pa
+    from pyarrow import csv as pacsv
+
+    line, names = _header(file)
+    wanted = wanted_columns(file, f"line {line}: ", names, config)
+    atomic = _is_atomic(file)
+    return names, (
+        pacsv.ReadOptions(column_names=names, skip_rows=line),
+        pacsv.ParseOptions(
+            delimiter=_delimiter(file), quote_char=False if atomic else '"', newlines_in_values=not atomic
+        ),
+        pacsv.ConvertOptions(include_columns=wanted, column_types=dict.fromkeys(wanted, pa.string())),
+    )
+
+
+def kind_of(file: Path) -> str:
+    """The suffix that says how to read a file, without `.gz`."""
     return Path(file.name.lower().removesuffix(".gz")).suffix
 
 
 def _is_atomic(file: Path) -> bool:
-    return _kind(file) != ".csv"
+    return kind_of(file) != ".csv"
 
 
 def _delimiter(file: Path) -> str:
     return "\t" if _is_atomic(file) else ","
 
 
-def _open(file: Path) -> gzip.GzipFile | BinaryIO:
+def open_log(file: Path) -> gzip.GzipFile | BinaryIO:
+    """A file as bytes, decompressed if it is a .gz."""
     return gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb")
 
 
@@ -304,7 +329,7 @@ def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
     before = 0
     quoting: Literal[0, 3] = csv.QUOTE_NONE if _is_atomic(file) else csv.QUOTE_MINIMAL
     try:
-        with _open(file) as binary:
+        with open_log(file) as binary:
             texts = (line.decode("utf-8", "surrogateescape").removeprefix("\ufeff") for line in binary)
             reader = csv.reader(texts, delimiter=_delimiter(file), quoting=quoting)
             for fields in reader:
@@ -323,12 +348,12 @@ def _header(file: Path) -> tuple[int, list[str]]:
     return line, [name.split(":")[0].strip() if _is_atomic(file) else name.strip() for name in names]
 
 
-def _line_of(file: Path, row: int) -> int:
+def line_of(file: Path, row: int) -> int:
     """Line of a data row (from 0); blank lines and quoted line breaks make it differ from row + 2."""
     return next(line for number, (line, _) in enumerate(_rows(file)) if number == row + 1)
 
 
-def _diagnose(file: Path, names: Sequence[str]) -> None:
+def diagnose(file: Path, names: Sequence[str]) -> None:
     """Raise for the first line that Arrow cannot read, or if there is none but the header."""
     rows = 0
     for line, fields in _rows(file):
@@ -368,7 +393,7 @@ def _read_metadata(file: Path, config: DatasetConfig) -> Metadata:
     for line, texts in rows:
         if len(texts) != len(names):
             raise DatasetError(f"{file}: line {line}: {len(texts)} columns, but the header has {len(names)}")
-        problem = "a second time" if texts[key] in metadata else _id_problem(texts[key])
+        problem = "a second time" if texts[key] in metadata else id_problem(texts[key])
         if problem:
             raise DatasetError(f"{file}: line {line}, column '{names[key]}': item {texts[key][:40]!r}: {problem}")
         metadata[texts[key]] = {
@@ -406,7 +431,7 @@ def _finite(text: str) -> float:
 def _read_sequences(file: Path) -> Interactions:
     """`user item item …`, one user a line, oldest first. Blank lines are skipped."""
     try:
-        with _open(file) as source:
+        with open_log(file) as source:
             lines = source.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except (OSError, EOFError, zlib.error) as error:
         raise DatasetError(f"{file}: cannot be read: {error}") from error
@@ -425,7 +450,7 @@ def _read_sequences(file: Path) -> Interactions:
 
 
 def _take_user(file: Path, line: int, tokens: list[bytes], users: dict[str, int]) -> None:
-    user = _decode(file, line, "user", tokens[0])
+    user = decode_id(file, line, "user", tokens[0])
     if user in users:
         raise DatasetError(f"{file}: line {line}, column 'user': {user!r} has a line already, line {users[user]}")
     if len(tokens) == 1:
@@ -435,17 +460,18 @@ def _take_user(file: Path, line: int, tokens: list[bytes], users: dict[str, int]
 
 def _item_id(file: Path, lines: list[bytes], token: bytes) -> str:
     try:
-        return _decode(file, 0, "item", token)
+        return decode_id(file, 0, "item", token)
     except DatasetError:
         line = next(number for number, line in enumerate(lines, 1) if token in line.split()[1:])
-        return _decode(file, line, "item", token)
+        return decode_id(file, line, "item", token)
 
 
-def _decode(file: Path, line: int, column: str, token: bytes) -> str:
+def decode_id(file: Path, line: int, column: str, token: bytes) -> str:
+    """An id of a sequence file; `column` says whose. Raises DatasetError."""
     try:
         name = token.decode()
     except UnicodeDecodeError:
         raise DatasetError(f"{file}: line {line}, column '{column}': not UTF-8: {token[:20]!r}") from None
-    if problem := _id_problem(name):
+    if problem := id_problem(name):
         raise DatasetError(f"{file}: line {line}, column '{column}': {problem}")
     return name
