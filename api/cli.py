@@ -292,15 +292,42 @@ def _become(module: str, options: Mapping[str, object], *words: str) -> NoReturn
 
 @app.command()
 def ingest(
-    file: Annotated[Path, typer.Option(help="Interactions in any format that `ramrec train` reads.")],
+    file: Annotated[
+        Path,
+        typer.Option(
+            help="JSON lines (.jsonl, each line an interaction as in POST /memories), CSV, Parquet, RecBole folder or "
+            ".inter, or sequence file; all but Parquet also as .gz."
+        ),
+    ],
     url: Annotated[str, typer.Option(help="Base URL of the REST API.")] = "http://127.0.0.1:8000",
+    key: Annotated[str | None, typer.Option(envvar="RAMREC_KEY", help="API key with the scope `ingest`.")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="As for `ramrec train`: its [dataset] section names the columns of a table.")
+    ] = None,
+    patience: Annotated[
+        float, typer.Option(min=0, help="Seconds for which a service that is overloaded or away is waited for.")
+    ] = 300,
+    again: Annotated[bool, typer.Option(help="Send everything, also what was acknowledged before.")] = False,
 ) -> None:
-    """Send a log of interactions to a running service, each user's events in order of time."""
-    from api.backfill import backfill, events_of
-    from model.dataset import read_interactions
+    """Send a log of interactions to a running service, each user's events in order of time.
 
-    counts = backfill(url, events_of(read_interactions(file)))
-    typer.echo(", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    The file is checked first, then sent in bounded memory. Stopped at any moment, the same command goes on where it
+    was: what is acknowledged is noted in ~/.local/state/ramrec (XDG_STATE_HOME) under the file's checksum and the URL.
+    """
+    from api.backfill import backfill
+    from model.config import Config, load_config
+
+    dataset = (load_config(config) if config else Config()).dataset
+    try:
+        outcome = backfill(url, file, dataset, key=key, patience_s=patience, again=again)
+    except KeyboardInterrupt:
+        typer.echo("ramrec: stopped; the same command goes on from there", err=True)
+        sys.exit(130)
+    for reason in outcome.tally.reasons:
+        typer.echo(f"rejected: {reason}", err=True)
+    typer.echo(outcome.tally.summary())
+    if outcome.before:
+        typer.echo(f"{outcome.before:,} were acknowledged before and not sent; --again sends everything")
 
 
 @app.command()

@@ -39,7 +39,7 @@ def tour(data: Path, run: Path, source: Path | None) -> None:
     Raises:
         QuickstartError, DatasetError, CheckpointError: a step failed.
     """
-    from api.backfill import backfill, events_of
+    from api.backfill import backfill
     from api.data import fetch_ml_100k
     from model.dataset import read_interactions
 
@@ -52,8 +52,7 @@ def tour(data: Path, run: Path, source: Path | None) -> None:
     with _serving(run) as url:
         console.print(f"api on {url}, memory service and an embedded Valkey behind it")
         console.rule("4. Ingesting every user's history through POST /memories")
-        counts = backfill(url, events_of(log))
-        console.print(", ".join(f"{name} {count:,}" for name, count in counts.items()))
+        console.print(backfill(url, data, keep_journal=False).tally.summary())
         console.rule("5. Recommendations")
         titles = {item: about.get("movie_title", item) for item, about in log.metadata.items()}
         narrow, diverse = _narrowest_and_most_diverse(url, list(log.user_ids))

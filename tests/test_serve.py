@@ -150,6 +150,9 @@ def test_train_evaluate_and_ingest_from_the_command_line(start, tmp_path):
     assert report.exists()
     assert "shuffled" in evaluated.stdout
     _, client = start()
-    sent = ramrec("ingest", "--file", log, "--url", client.base_url)
+    words = ("ingest", "--file", log, "--url", client.base_url)
+    home = os.environ | {"XDG_STATE_HOME": str(tmp_path / "state")}
+    sent = ramrec(*words, env=home)
     assert "accepted 300" in sent.stdout, sent.stderr
-    assert "duplicates 300" in ramrec("ingest", "--file", log, "--url", client.base_url).stdout
+    assert "300 were acknowledged before and not sent" in ramrec(*words, env=home).stdout
+    assert "duplicates 300" in ramrec(*words, "--again", env=home).stdout

@@ -1,0 +1,102 @@
+"""What of a log a service has acknowledged: a small file, so that sending can go on where it was, after a kill too."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from model.errors import RamrecError
+
+
+class JournalError(RamrecError):
+    """The journal cannot be kept, or somebody else keeps it now."""
+
+
+class Tally(msgspec.Struct):
+    """What became of interactions; `reasons`: the first rejections."""
+
+    accepted: int = 0
+    duplicates: int = 0
+    rejected: int = 0
+    reasons: list[str] = []
+
+    @property
+    def rows(self) -> int:
+        """Interactions that were answered for."""
+        return self.accepted + self.duplicates + self.rejected
+
+    def summary(self) -> str:
+        """One line."""
+        return f"accepted {self.accepted:,}, duplicates {self.duplicates:,}, rejected {self.rejected:,}"
+
+
+class Journal(msgspec.Struct):
+    """All portions before `portion` are acknowledged, and of that one the parcels `done`. `rows`: of the whole file,
+    which has been checked from end to end.
+    """
+
+    rows: int
+    portion: int = 0
+    done: set[int] = set()
+    tally: Tally = msgspec.field(default_factory=Tally)
+
+    @property
+    def complete(self) -> bool:
+        """Everything is acknowledged."""
+        return self.tally.rows == self.rows
+
+
+class JournalFile:
+    """Where a journal is kept. Without a path it is not kept."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def load(self) -> Journal | None:
+        """The journal, if there is one. Raises JournalError where it cannot be read."""
+        if self.path is None or not self.path.exists():
+            return None
+        try:
+            return msgspec.json.decode(self.path.read_bytes(), type=Journal)
+        except (OSError, msgspec.DecodeError) as error:
+            raise JournalError(f"{self.path} cannot be read ({error}); --again sends everything anew") from error
+
+    def save(self, journal: Journal) -> None:
+        """Replace the journal in one step; it is on disk when this returns."""
+        if self.path is None:
+            return
+        draft = self.path.with_suffix(".new")
+        with draft.open("wb") as file:
+            file.write(msgspec.json.encode(journal))
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(self.path)
+
+
+@contextmanager
+def journal_file(*identity: str) -> Iterator[JournalFile]:
+    """The journal of what `identity` names, in the user's state folder (XDG_STATE_HOME), for this process alone.
+
+    Raises:
+        JournalError: another process keeps it, or the folder cannot be written.
+    """
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    name = hashlib.blake2b("\0".join(identity).encode(), digest_size=16).hexdigest()
+    path = Path(base) / "ramrec" / "ingest" / f"{name}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_suffix(".lock").open("wb")
+    except OSError as error:
+        raise JournalError(f"{path.parent} cannot be written ({error}); set XDG_STATE_HOME") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise JournalError("another process is sending this file to this service") from error
+        yield JournalFile(path)
