@@ -1,7 +1,7 @@
 """Calls that come thousands of times a second, answered ahead of FastAPI's routing.
 
-FastAPI describes these routes (OpenAPI, errors) like any other. When one is called, the body goes straight to pydantic's
-JSON parser and the answer straight to the connection: half of what the whole way through FastAPI costs.
+FastAPI describes these routes (OpenAPI, errors) like any other. When one is called, the body goes straight to
+pydantic's JSON parser and the answer straight to the connection: half of what the whole way through FastAPI costs.
 """
 
 from __future__ import annotations
