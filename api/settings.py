@@ -26,6 +26,6 @@ class ApiSettings(BaseSettings):
         2, ge=1, description="batches under way: one is computed while memory is asked for another"
     )
     patience_s: float = Field(PATIENCE_S, ge=0, description="wait after which the connection is looked at")
-    queue_limit: int = Field(2048, ge=256, description="waiting requests beyond which new ones are refused")
+    queue_limit: int = Field(512, ge=256, description="waiting requests beyond which new ones are refused")
     ingest_limit: int = Field(10_000, ge=1, description="interactions being written beyond which more are answered 429")
     torch_threads: int = Field(1, ge=1)
