@@ -70,6 +70,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     )
     app.state.engine, app.state.batcher, app.state.intake = engine, batcher, Intake(settings.ingest_limit)
     batcher.start()
+    with suppress(MemoryUnavailable):
+        await engine.sync()  # before any request: what is hidden stays so from the first answer on
     refresh = asyncio.get_running_loop().create_task(_refresh_catalogue(engine))
     yield
     refresh.cancel()
@@ -80,6 +82,6 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 async def _refresh_catalogue(engine: Engine) -> None:
     while True:
+        await asyncio.sleep(REFRESH_S)
         with suppress(MemoryUnavailable):
             await engine.sync()
-        await asyncio.sleep(REFRESH_S)

@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from api.filters import Filters, extended
+from api.filters import Filter, Filters, Mask, extended
 from memory_service.schemas import CatalogueReply, Item
 from model.rules import Ints
 
@@ -23,6 +23,8 @@ class CatalogueMirror:
         self.number_of: dict[str, int] = {}
         self.model_index: NDArray[np.int64] = np.zeros(1, np.int64)
         """Catalogue number → model item index; 0 where the model does not know the item."""
+        self.number: NDArray[np.int64] = np.zeros(len(index_of) + 1, np.int64)
+        """Model item index → catalogue number; 0 where the catalogue does not hold the item (yet)."""
         self.hidden: NDArray[np.int64] = np.zeros(0, np.int64)
         """Catalogue numbers of hidden items."""
         self.filters = Filters()
@@ -47,11 +49,20 @@ class CatalogueMirror:
         for number, item in reply.changed or ():
             self.items[number - 1] = item
         self.number_of |= {item.item_id: number for number, item in told}
-        indices = [self._index_of.get(item.item_id, 0) for item in reply.items]
-        self.model_index = np.concatenate([self.model_index, np.array(indices, np.int64)])
         before = np.setdiff1d(self.hidden, [number for number, _ in told])
         self.hidden = np.union1d(before, np.array([number for number, item in told if item.hidden], np.int64))
         self.filters.runs = extended(self.filters.runs, self.items, [number - 1 for number, _ in reply.changed or ()])
+        self._place(reply)
+
+    def _place(self, reply: CatalogueReply) -> None:
+        """Where the model has the new items. Comes last: filters must reach as far as the numbers do."""
+        indices = np.array([self._index_of.get(item.item_id, 0) for item in reply.items], np.int64)
+        self.model_index = np.concatenate([self.model_index, indices])
+        known = np.flatnonzero(indices)
+        if len(known):
+            number = self.number.copy()
+            number[indices[known]] = reply.since + known
+            self.number = number
 
     def item_id(self, number: int) -> str:
         """Id of a catalogue number."""
@@ -101,6 +112,12 @@ class Indices:
         numbers = np.array([self._catalogue.number_of.get(item, 0) for item in ids], np.int64)
         own = np.array([self._index_of.get(item, 0) for item in ids], np.int64)
         return np.where(own > 0, own, self.of(numbers))
+
+    def passing(self, wanted: Filter) -> Mask:
+        """Index → whether the item fulfils a filter."""
+        number = self._catalogue.number
+        mask = self._catalogue.filters.mask(wanted)
+        return np.concatenate([mask[number], mask[self._beyond]])
 
     @property
     def reaches_beyond(self) -> bool:

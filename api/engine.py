@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, TypeVar
@@ -12,6 +12,7 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 
 from api.catalogue import CatalogueMirror
+from api.filters import Filter
 from api.memory_client import MemoryClient
 from api.metrics import Metrics
 from memory_service.schemas import Job, RekeyRequest, StaleUser, UserRekey
@@ -30,7 +31,7 @@ class Engine:
         self.recommender, self.memory, self.metrics = recommender, memory, metrics
         self.catalogue = CatalogueMirror(recommender.index_of)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
-        self._syncing = asyncio.Lock()
+        self._syncing, self._preparing = asyncio.Lock(), asyncio.Lock()
 
     async def close(self) -> None:
         """Let the model finish and close the connections."""
@@ -76,6 +77,15 @@ class Engine:
         """Fetch what is new in the catalogue and what changed in it."""
         async with self._syncing:
             await self._fetch_catalogue()
+
+    async def prepare(self, wanted: Iterable[Filter]) -> None:
+        """Find out what passes filters that nobody has asked with lately: not on the event loop, and not in the model's
+        thread, where everybody would wait.
+        """
+        for one in wanted:
+            if not self.catalogue.filters.is_ready(one):
+                async with self._preparing:  # one at a time: who waited for the same finds it done
+                    await asyncio.to_thread(self.catalogue.filters.mask, one)
 
     async def _fetch_catalogue(self) -> None:
         mirror = self.catalogue

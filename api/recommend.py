@@ -226,6 +226,7 @@ def _query(engine: Engine, one: Asked, had: NDArray[np.int64], hidden: NDArray[n
         excluded=np.concatenate(barred),
         candidates=None if request.candidates is None else indices.named(request.candidates),
         top_n=request.top_n,
+        passing=indices.passing(request.filter) if request.filter else None,
     )
 
 

@@ -47,6 +47,8 @@ direct = APIRouter()
 @direct.post("/recommend", tags=["recommend"], responses=failures(*INVALID_BODY, FULL))
 async def recommend_one(body: face.RecommendRequest, request: Request) -> face.RecommendResponse:
     """The top-N for a user, a sequence of items, both, or nobody in particular."""
+    if body.filter:
+        await request.app.state.engine.prepare([body.filter])
     answer: face.RecommendResponse = (await request.app.state.batcher.submit([body], request.is_disconnected))[0]
     return answer
 
@@ -54,6 +56,7 @@ async def recommend_one(body: face.RecommendRequest, request: Request) -> face.R
 @direct.post("/recommend/batch", tags=["recommend"], responses=failures(*INVALID_BODY, FULL))
 async def recommend_batch(body: face.RecommendBatchRequest, request: Request) -> face.RecommendBatchResponse:
     """The same for up to 256 requests."""
+    await request.app.state.engine.prepare([one.filter for one in body.requests if one.filter])
     return {"results": await request.app.state.batcher.submit(body.requests, request.is_disconnected)}
 
 

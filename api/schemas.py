@@ -116,9 +116,18 @@ class _Face(BaseModel):
 
 
 class RecommendRequest(_Face):
-    """Whom to recommend to: a user, a sequence of items (oldest first), both, or nobody in particular."""
+    """Whom to recommend to: a user, a sequence of items (oldest first), both, or nobody in particular. Only items are
+    recommended that are among the `candidates` and pass the `filter` on their metadata, where these are given.
+    """
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"user_id": "196", "top_n": 5, "explain": True}]})
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"user_id": "196", "top_n": 5, "explain": True},
+                {"user_id": "196", "filter": {"genres": {"any": ["Comedy"]}, "year": {"gte": 1990}}},
+            ]
+        }
+    )
 
     user_id: Identifier | None = None
     sequence: Annotated[list[Identifier], Field(max_length=1000)] | None = None
@@ -126,6 +135,7 @@ class RecommendRequest(_Face):
     exclude_seen: bool = True
     exclude_items: Annotated[list[Identifier], Field(max_length=10_000)] | None = None
     candidates: Annotated[list[Identifier], Field(max_length=10_000)] | None = None
+    filter: Filter | None = None
     k: Annotated[int, Field(ge=1, le=100)] | None = None
     scopes: Annotated[list[Scope], Field(max_length=2)] | None = None
     ignore_memories: Annotated[list[Identifier], Field(max_length=1000)] | None = None

@@ -20,7 +20,7 @@ from model.encoder import SequenceEncoder, StateRequests, encode_states
 from model.events import EncodeJob
 from model.fusion import Copying, Fused, MemoryFusion, MemoryTokens, ProjectedItems
 from model.marks import mark
-from model.rules import Ints, unit
+from model.rules import Bools, Ints, unit
 from model.shortlist import EXACT_ITEMS, SCORED, WIDER, Shortlist, allowed, shortlist
 
 TINY = 1e-30
@@ -32,7 +32,7 @@ class Query:
     """One request. Items are model item indices; index 0 (unknown to the model) is ignored.
 
     state (width,) float32 to score with; seen: items the user had (the repeat bias applies); excluded: never
-    returned; candidates: the only ones to return, None = all.
+    returned; candidates: the only ones to return, None = all; passing: item → whether it may be returned, None = all.
     """
 
     state: NDArray[np.float32]
@@ -40,6 +40,7 @@ class Query:
     excluded: NDArray[np.int64] = field(default_factory=lambda: NO_ITEMS)
     candidates: NDArray[np.int64] | None = None
     top_n: int = 10
+    passing: Bools | None = None
 
 
 @dataclass(frozen=True)
@@ -332,6 +333,9 @@ def _bar(scores: NDArray[np.float32], queries: Sequence[Query]) -> None:
             wanted = np.zeros(width, bool)
             wanted[query.candidates[query.candidates < width]] = True
             scores[row, ~wanted] = -np.inf
+        if query.passing is not None:
+            passing = query.passing[:width]
+            scores[row, : len(passing)][~passing] = -np.inf
 
 
 def _part(weights: dict[str, NDArray[Any]], prefix: str) -> dict[str, Tensor]:

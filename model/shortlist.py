@@ -81,13 +81,13 @@ class Shortlist:
 
     def _pool(self, row: int, query: Query) -> Ints:
         """Items with the best `top_n` allowed ones among them."""
-        if query.candidates is not None and len(query.candidates) <= SCORED:
-            return query.candidates
+        named = _named(query)
+        if named is not None and len(named) <= SCORED:
+            return named
         lifted, near = np.concatenate([self.seen[row], self.memories.copied[row].numpy()]), self.near[row]
         while not self._suffices(row, near, query):
             if len(near) * WIDER > FETCH_LIMIT:
-                everything = np.arange(1, self.index.items + 1)
-                return np.concatenate([lifted, everything if query.candidates is None else query.candidates])
+                return np.concatenate([lifted, np.arange(1, self.index.items + 1) if named is None else named])
             near = self.index.nearest(self.directions[row : row + 1], len(near) * WIDER)[0][0]
         return np.concatenate([lifted, near])
 
@@ -146,7 +146,16 @@ def _copying(
     return copying
 
 
+def _named(query: Query) -> Ints | None:
+    """The items that candidates, or else a filter, restrict the answer to; None: not restricted."""
+    if query.candidates is not None or query.passing is None:
+        return query.candidates
+    return np.flatnonzero(query.passing)
+
+
 def allowed(items: Ints, query: Query) -> Bools:
     """(n,) which of the items may be returned."""
     left = (items > 0) & ~np.isin(items, query.excluded)
+    if query.passing is not None:
+        left &= query.passing[items]
     return left if query.candidates is None else left & np.isin(items, query.candidates)

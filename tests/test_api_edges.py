@@ -48,7 +48,7 @@ EVENT = '{"interactions": [{"user_id": "u", "item_id": "i1", %s}]}'
         ("POST", "/recommend", b'{"user_id": "\xff"}', 400, "invalid_json"),
         ("POST", "/recommend", b"[" * 100_000, 400, "invalid_json"),
         ("POST", "/recommend", b'{"\\ud800": 1}', 400, "invalid_json"),
-        ("POST", "/recommend", b'{"filter": {}}', 422, "invalid_request"),
+        ("POST", "/recommend", b'{"filters": {}}', 422, "invalid_request"),
         ("POST", "/recommend", b'{"explain": 1}', 422, "invalid_request"),
         ("POST", "/recommend", b'{"top_n": true}', 422, "invalid_request"),
         ("POST", "/recommend/batch", b'{"requests": [{}, {"top_n": 0}]}', 422, "invalid_request"),

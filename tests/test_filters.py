@@ -1,13 +1,18 @@
 """Metadata filters: the language, the masks against a look at every item, and the whole way through the service."""
 
+import httpx2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
+from api.app import create_app as create_api
 from api.filters import KEPT, Filters, extended
 from api.schemas import Filter
+from api.settings import ApiSettings
 from memory_service.schemas import Item
+from tests.conftest import served
+from tests.test_api import ids, recommend, remember, scores
 
 FILMS = [
     Item("a", {"genres": ["Comedy", "Drama"], "year": 1985, "title": "Ähre"}),
@@ -177,3 +182,150 @@ def test_an_item_of_which_nothing_is_known_passes_what_items_without_the_attribu
     filters = filters_of(FILMS)
     wanted = [{"a": {"ne": 1}}, {"a": {"exists": False}}, {"a": {"eq": 1}}, {"a": {"lt": 1}}, {}]
     assert [bool(filters.mask(one)[0]) for one in wanted] == [True, True, False, False, True]
+
+
+# ------------------------------------------------------------------------------------------ end to end
+
+GENRES = ("Comedy", "Drama", "Crime")
+
+
+@pytest.fixture
+def client(api_url, stack) -> httpx2.Client:
+    """A service whose item iN is of GENRES[N % 3] and of year 1980 + N."""
+    client = stack.enter_context(httpx2.Client(base_url=api_url))
+    for n in range(1, 31):
+        metadata = {"genres": [GENRES[n % 3]], "year": 1980 + n}
+        assert client.put(f"/items/i{n}", json={"metadata": metadata}).status_code == 200
+    return client
+
+
+CRIME = {"genres": {"any": ["Crime"]}}
+LATE_CRIME = CRIME | {"year": {"gte": 1990}}
+LATE = [f"i{n}" for n in range(11, 31, 3)]
+ASKED = [
+    {"user_id": "u"},
+    {"user_id": "stranger"},
+    {},
+    {"sequence": ["i4", "i5"]},
+    {"user_id": "u", "sequence": ["i3"]},
+]
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_the_best_of_those_that_pass_are_returned_whatever_answers(client, asked):
+    remember(client, ("u", "i1"), ("u", "i2"), ("v", "i2"), ("w", "i3"))
+    everything = recommend(client, **asked, top_n=30)
+    wanted = [item for item in ids(everything) if item in LATE]
+    assert len(wanted) >= 6
+    answer = recommend(client, **asked, top_n=4, filter=LATE_CRIME)
+    assert ids(answer) == wanted[:4]
+    assert answer["source"] == everything["source"]
+    assert scores(answer) == pytest.approx({item: scores(everything)[item] for item in wanted[:4]}, abs=1e-4)
+    assert ids(recommend(client, **asked, top_n=30, filter=LATE_CRIME)) == wanted
+    assert ids(recommend(client, **asked, top_n=30, filter={})) == ids(everything)
+
+
+def test_everything_that_restricts_an_answer_holds_at_once(client):
+    remember(client, ("u", "i11"), ("u", "i1"))
+    client.patch("/items/i14", json={"hidden": True})
+    asked = {"user_id": "u", "top_n": 30, "filter": LATE_CRIME, "exclude_items": ["i17"]}
+    assert sorted(ids(recommend(client, **asked))) == ["i20", "i23", "i26", "i29"]
+    assert sorted(ids(recommend(client, **asked, exclude_seen=False))) == ["i11", "i20", "i23", "i26", "i29"]
+    assert ids(recommend(client, **asked, candidates=["i26", "i27", "i5", "i14", "i17", "nope"])) == ["i26"]
+
+
+def test_an_answer_may_be_empty(client):
+    for asked in ASKED:
+        answer = client.post("/recommend", json=asked | {"filter": {"genres": {"eq": "Western"}}, "explain": True})
+        assert (answer.status_code, answer.json()["items"]) == (200, [])
+        assert ids(recommend(client, **asked, filter=CRIME, candidates=["i1", "i3"])) == []
+
+
+def test_each_request_of_a_batch_has_a_filter_of_its_own(client):
+    remember(client, ("u", "i1"), ("v", "i2"))
+    filters = [LATE_CRIME, None, {"year": {"lt": 1990}}, {"genres": {"none": ["Crime", "Drama"]}}, CRIME, CRIME]
+    requests = [{"user_id": "uv"[n % 2], "top_n": 30, "filter": one} for n, one in enumerate(filters)]
+    together = client.post("/recommend/batch", json={"requests": requests}).json()["results"]
+    assert [ids(answer) for answer in together] == [ids(recommend(client, **request)) for request in requests]
+    assert [len(ids(answer)) for answer in together] == [7, 29, 8, 10, 10, 9]
+
+
+def test_a_change_of_metadata_counts_at_once(client):
+    assert "i1" not in ids(recommend(client, filter=CRIME, top_n=30))
+    client.patch("/items/i1", json={"metadata": {"genres": "Crime"}})
+    assert ids(recommend(client, filter=CRIME, top_n=30))[0] == "i1"
+    client.put("/items/i1", json={})
+    assert "i1" not in ids(recommend(client, filter=CRIME, top_n=30))
+    assert ids(recommend(client, filter={"genres": {"exists": False}}, top_n=30)) == ["i1"]
+
+
+def test_without_a_catalogue_nothing_is_known_of_any_item(run, stack):
+    api = create_api(ApiSettings(run=run, memory_url="http://127.0.0.1:9"))
+    client = stack.enter_context(httpx2.Client(base_url=stack.enter_context(served(api))))
+    answer = recommend(client, user_id="u", filter=CRIME)
+    assert (answer["items"], answer["memory"]["degraded"]) == ([], True)
+    assert ids(recommend(client, filter={"genres": {"none": ["Crime"]}}, top_n=2)) == ["i1", "i2"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "field", "told"),
+    [
+        ({"year": {"like": 3}}, "filter.year", "'like' is no operator; there are eq, ne, any, all,"),
+        ({"year": {}}, "filter.year", "at least one of eq,"),
+        ({"year": {"gt": 1, "lt": "z"}}, "filter.year", "all numbers or all texts"),
+        ({"year": {"gt": True}}, "filter.year.gt", "valid number"),
+        ({"year": {"eq": None}}, "filter.year.eq", "valid string"),
+        ({"year": {"eq": [1]}}, "filter.year.eq", "valid boolean"),
+        ({"year": {"any": []}}, "filter.year.any", "at least 1 item"),
+        ({"year": {"any": [1] * 1001}}, "filter.year.any", "at most 1000"),
+        ({"year": {"eq": "x" * 1025}}, "filter.year.eq", "at most 1024"),
+        ({"year": {"exists": 1}}, "filter.year.exists", "valid boolean"),
+        ({"year": 1990}, "filter.year", "should be"),
+        ({"": {"eq": 1}}, "filter.", "1 to 256 bytes"),
+        ({str(n): {"eq": n} for n in range(17)}, "filter", "at most 16"),
+        (["year"], "filter", "should be"),
+    ],
+)
+def test_a_filter_that_makes_no_sense_is_refused_with_the_field_named(client, wanted, field, told):
+    answer = client.post("/recommend", json={"filter": wanted})
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+    assert answer.json()["errors"][0]["field"].startswith(field)
+    assert told in answer.text
+
+
+# ------------------------------------------------------------------------------------- a new item's life
+
+
+def test_an_item_the_model_never_saw_is_recommended_once_others_took_it(client):
+    context = ["i4", "i9", "i13"]
+    ask = {"user_id": "anna", "scopes": ["collective"], "top_n": 30}
+    remember(client, *(("anna", item, 1.6e9 + n) for n, item in enumerate(context)))
+    about = {"genres": ["Crime"], "year": 2026}
+    put = client.put("/items/brand new", json={"metadata": about})
+    assert put.json() == {
+        "item_id": "brand new", "metadata": about, "hidden": False, "known_to_model": False
+    }  # fmt: skip
+    assert "brand new" not in ids(recommend(client, **ask))
+    for other in ("bert", "cleo"):
+        remember(client, *((other, item, 1.6e9 + n) for n, item in enumerate([*context, "brand new"])))
+    fresh = {"year": {"gte": 2020}}
+    assert "brand new" in ids(recommend(client, **ask))
+    assert ids(recommend(client, **ask, filter=fresh)) == ["brand new"]
+    assert "brand new" in ids(recommend(client, **ask, filter=LATE_CRIME))
+    assert "brand new" not in ids(recommend(client, **ask, filter={"year": {"lt": 2020}}))
+    both = recommend(client, **ask, candidates=["brand new", "i20"])
+    assert (sorted(ids(both)), both["unknown_items"]) == (["brand new", "i20"], ["brand new"])
+    assert "brand new" in ids(recommend(client, sequence=context, top_n=30, filter=fresh))
+    because = recommend(client, **ask, filter=fresh, explain=True)["items"][0]["because"]
+    assert because[0]["item_id"] == "brand new"
+    assert because[0]["copied"] > 0
+
+    best = ids(recommend(client, **ask | {"top_n": 3}, candidates=["brand new", "i20", "i21", "i22"]))
+    assert len(best) == 3
+    assert client.patch("/items/brand new", json={"hidden": True}).status_code == 200
+    assert "brand new" not in ids(recommend(client, **ask))
+    assert ids(recommend(client, **ask, filter=fresh)) == []
+    left = ids(recommend(client, **ask | {"top_n": 3}, candidates=["brand new", "i20", "i21", "i22"]))
+    assert sorted(left) == ["i20", "i21", "i22"]
+    client.patch("/items/brand new", json={"hidden": False})
+    assert ids(recommend(client, **ask, filter=fresh)) == ["brand new"]

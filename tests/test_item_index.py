@@ -147,6 +147,23 @@ def test_candidates_are_the_only_ones_returned(exact, quick, memories, monkeypat
         assert len(answer.items) >= min(100, count - 3)
 
 
+@pytest.mark.parametrize("scored", [32_768, 100])
+@pytest.mark.parametrize("count", [0, 5, 300, 5_000, 15_000])
+def test_only_what_passes_is_returned(exact, quick, memories, monkeypatch, scored, count):
+    monkeypatch.setattr("model.shortlist.SCORED", scored)
+    passing = np.random.default_rng(1).permutation(ITEMS + 10) < count
+    asked = queries(passing=passing)
+    assert unlike(exact, quick, asked, memories) < 1e-3
+    for answer in quick.recommend(asked, memories, [False] * ROWS):
+        assert passing[answer.items].all()
+        assert len(answer.items) >= min(100, passing[1 : ITEMS + 1].sum())
+    among = queries(passing=passing, candidates=np.arange(0, ITEMS, 2))
+    assert unlike(exact, quick, among, memories) < 1e-3
+    for answer in quick.recommend(among, memories, [False] * ROWS):
+        assert len(answer.items) == min(100, passing[2:ITEMS:2].sum())
+        assert not (answer.items % 2).any()
+
+
 def test_a_long_list(exact, quick, memories):
     assert unlike(exact, quick, queries(top_n=1000), memories) < 1e-3
     assert unlike(exact, quick, queries(top_n=ITEMS + 5), memories) < 1e-3
@@ -197,4 +214,6 @@ def test_popularity_looks_as_far_as_it_must(quick, monkeypatch, candidates):
     wanted = [item for item in wanted if candidates is None or item in candidates][:6]
     answer = quick.most_popular(query)
     assert answer.items.tolist() == wanted
+    passing = np.isin(np.arange(ITEMS + 3), wanted[::2])
+    assert quick.most_popular(replace(query, passing=passing)).items.tolist() == wanted[::2]
     assert np.allclose(answer.scores, np.log(quick.checkpoint.popularity[wanted]))

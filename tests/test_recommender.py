@@ -169,13 +169,13 @@ def test_top_items_are_those_of_a_full_sort(data):
     values = st.sampled_from([0.0, 1.0, 2.0, -np.inf])
     scores = np.array([[data.draw(values) for _ in range(width)] for _ in range(rows)], np.float32)
     some = st.lists(st.integers(0, width + 1), max_size=4).map(lambda items: np.array(items, np.int64))
-    asked = [
-        Query(np.zeros(1, np.float32), (), data.draw(some), data.draw(st.none() | some), data.draw(st.integers(1, 14)))
-        for _ in range(rows)
-    ]
+    passing = st.none() | st.lists(st.booleans(), min_size=width + 2, max_size=width + 2).map(np.array)
+    parts = (some, st.none() | some, st.integers(1, 14), passing)
+    asked = [Query(np.zeros(1, np.float32), (), *map(data.draw, parts)) for _ in range(rows)]
     for row, (items, found) in enumerate(top_items(scores.copy(), asked)):
-        barred, among = set(asked[row].excluded.tolist()), asked[row].candidates
+        barred, among, passing = set(asked[row].excluded.tolist()), asked[row].candidates, asked[row].passing
         pool = [i for i in range(1, width) if i not in barred and (among is None or i in among.tolist())]
+        pool = [i for i in pool if passing is None or passing[i]]
         wanted = sorted((i for i in pool if scores[row, i] > -np.inf), key=lambda i: (-scores[row, i], i))
         assert items.tolist() == wanted[: asked[row].top_n]
         assert found.tolist() == scores[row, items].tolist()
