@@ -42,7 +42,8 @@ def create_app(settings: ApiSettings) -> FastAPI:
         generate_unique_id_function=operation_id,
     )
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
-    app.state.settings, app.state.recommender, app.state.metrics = settings, recommender, Metrics()
+    app.state.settings, app.state.recommender = settings, recommender
+    app.state.metrics = Metrics(settings.feedback_key.get_secret_value())
     app.include_router(direct)
     app.include_router(router)
     install(app)

@@ -61,6 +61,8 @@ async def ingest(engine: Engine, interactions: Sequence[Interaction]) -> IngestR
         ("rejected", len(response.rejected)),
     ):
         engine.metrics.interactions.labels(outcome).inc(count)
+    accepted = (interactions[index] for user in written.values() for index in user.accepted)
+    engine.metrics.feedback.taken(accepted)
     return response
 
 

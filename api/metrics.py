@@ -6,6 +6,7 @@ import time
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
+from api.feedback import Feedback
 from api.schemas import MemoryUse
 
 STAGES = ("queue", "retrieve", "encode", "fuse", "score")
@@ -15,8 +16,10 @@ SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 class Metrics:
     """Everything that `/metrics` shows."""
 
-    def __init__(self) -> None:
+    def __init__(self, feedback_key: str = "") -> None:
         self.registry = CollectorRegistry()
+        self.feedback = Feedback(feedback_key)
+        self.registry.register(self.feedback)
         self.requests = Counter(
             "ramrec_api_requests", "Requests by route and status", ["route", "status"], registry=self.registry
         )

@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -240,6 +239,7 @@ def _responses(
 ) -> list[RecommendResponse]:
     """The answers, in the order of the requests."""
     version, used = engine.recommender.version, _memory_use(asked, retrieved, degraded)
+    identify = engine.metrics.feedback.answered
     answers: list[RecommendResponse] = []
     for row, (one, best, memory) in enumerate(zip(asked, ranked, used, strict=True)):
         items = _items(engine, best, indices)
@@ -251,7 +251,7 @@ def _responses(
         engine.metrics.answered(source, memory, known=one.known)
         answers.append(
             {
-                "recommendation_id": uuid4().hex,
+                "recommendation_id": identify(one.request.user_id, memory, [item["item_id"] for item in items]),
                 "user_id": one.request.user_id,
                 "source": source,
                 "items": items,

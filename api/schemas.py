@@ -215,7 +215,9 @@ class RecommendBatchResponse(TypedDict):
 
 
 class Interaction(_Face):
-    """Who took what, when (seconds UTC; absent: now). `event_id` makes retries harmless."""
+    """Who took what, when (seconds UTC; absent: now). `event_id` makes retries harmless; `recommendation_id` names the
+    answer that led to it, for hit rate and click-through in `/metrics`.
+    """
 
     user_id: Identifier
     item_id: Identifier

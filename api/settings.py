@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from api.batching import PATIENCE_S
@@ -28,4 +28,5 @@ class ApiSettings(BaseSettings):
     patience_s: float = Field(PATIENCE_S, ge=0, description="wait after which the connection is looked at")
     queue_limit: int = Field(512, ge=256, description="waiting requests beyond which new ones are refused")
     ingest_limit: int = Field(10_000, ge=1, description="interactions being written beyond which more are answered 429")
+    feedback_key: SecretStr = Field(SecretStr(""), description="what recommendation ids are authenticated with")
     torch_threads: int = Field(1, ge=1)
