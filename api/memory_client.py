@@ -16,6 +16,7 @@ from memory_service.schemas import (
     CONTENT_TYPE,
     CatalogueReply,
     Forgotten,
+    Job,
     PlanReply,
     PlanRequest,
     Problem,
@@ -41,7 +42,7 @@ class Remembered:
     """A retrieval reply unpacked. Columns of length B; items are catalogue numbers.
 
     `known`: something is remembered; `states` (B, d) float32; `seen`: items each user had; `stale`: users to be
-    keyed anew first.
+    keyed anew first; `without`: rows that ignore something of what the user had, and how the state without it is made.
     """
 
     retrieved: Retrieved
@@ -50,6 +51,7 @@ class Remembered:
     states: NDArray[np.float32]
     seen: list[NDArray[np.uint32]]
     stale: list[StaleUser]
+    without: dict[int, Job]
     degraded: bool
     catalogue_size: int
 
@@ -72,6 +74,7 @@ def unpack(reply: RetrieveReply) -> Remembered:
         states=np.frombuffer(reply.states, "<f4").reshape(len(known), -1),
         seen=np.split(np.frombuffer(reply.seen, "<u4"), np.cumsum(seen_count)[:-1]),
         stale=reply.stale,
+        without=reply.without,
         degraded=reply.degraded,
         catalogue_size=reply.catalogue_size,
     )

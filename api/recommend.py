@@ -26,6 +26,8 @@ from model.events import EncodeJob
 from model.recommender import NO_ITEMS, Influence, Query, Ranked
 from model.rules import Ints
 
+TRIES = 3
+"""How often users who ignore memories are asked about while others write them."""
 SCOPES: tuple[Scope, ...] = ("own", "collective")
 """Scopes that can be asked for."""
 NO_STATE: NDArray[np.float32] = np.zeros(0, np.float32)
@@ -105,14 +107,41 @@ async def _remember(engine: Engine, asked: Sequence[Asked]) -> tuple[Retrieved, 
 
 
 async def _retrieve(engine: Engine, asked: Sequence[Asked], entropy: NDArray[np.float32]) -> Remembered:
-    """One call for all users; users of another model are keyed anew and asked about once more."""
-    request = _retrieve_request(engine, asked, entropy)
-    remembered = await engine.memory.retrieve(request)
-    await engine.know(remembered.catalogue_size)
+    """One call for all users. Users of another model are keyed anew, those who ignore memories get another state, and
+    all are asked about once more.
+    """
+    remembered = await _ask(engine, asked, entropy)
     if remembered.stale:
         await engine.rekey(remembered.stale)
-        remembered = await engine.memory.retrieve(request)
-        await engine.know(remembered.catalogue_size)
+        remembered = await _ask(engine, asked, entropy)
+    if any(one.request.ignore_memories and one.request.user_id is not None for one in asked):
+        remembered = await _ask_without(engine, asked, entropy, remembered)
+    return remembered
+
+
+async def _ask(engine: Engine, asked: Sequence[Asked], entropy: NDArray[np.float32]) -> Remembered:
+    remembered = await engine.memory.retrieve(_retrieve_request(engine, asked, entropy))
+    await engine.know(remembered.catalogue_size)
+    return remembered
+
+
+async def _ask_without(
+    engine: Engine, asked: Sequence[Asked], entropy: NDArray[np.float32], remembered: Remembered
+) -> Remembered:
+    """Ask with the states that users would have without what they ignore, until they are made of the logs that the
+    answer is made of (users may be written meanwhile). The query of a sequence that was sent stays.
+    """
+    free = [one.state is None for one in asked]
+    for _ in range(TRIES):
+        jobs = remembered.without
+        rows = [row for row, job in jobs.items() if free[row] and job.items]
+        for one, is_free in zip(asked, free, strict=True):
+            one.state = None if is_free else one.state
+        for row, (_keys, state) in zip(rows, await engine.encode([jobs[row] for row in rows]), strict=True):
+            asked[row].state = np.asarray(state, np.float32)
+        remembered = await _ask(engine, asked, entropy)
+        if remembered.without == jobs:
+            break
     return remembered
 
 
@@ -139,7 +168,7 @@ def _retrieve_request(engine: Engine, asked: Sequence[Asked], entropy: NDArray[n
 def _learn(one: Asked, remembered: Remembered, row: int) -> None:
     one.known, one.version = True, int(remembered.versions[row])
     one.seen = remembered.seen[row]
-    if one.state is None:
+    if one.state is None and row not in remembered.without:
         one.state = remembered.states[row]
 
 

@@ -8,7 +8,8 @@ system backs only what is used. No I/O; one thread.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -36,13 +37,12 @@ FACTS = np.dtype([("item", "<u4"), ("quality", "<f4"), ("recency", "<f4"), ("rat
 class Wish:
     """What B users are asked for.
 
-    slots (B,); queries (B, d) of unit length; k (B,): 0 = adaptive; ignore: row → item numbers left out.
+    slots (B,); queries (B, d) of unit length; k (B,): 0 = adaptive.
     """
 
     slots: Ints
     queries: NDArray[np.float32]
     k: Ints
-    ignore: dict[int, list[int]]
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,16 @@ class Residents:
             self._name[slot], self.seen[slot] = "", b""
         self._free.extend(slots.tolist())
 
+    @contextmanager
+    def visited(self, records: Mapping[str, UserRecord], clusters: Ints) -> Iterator[None]:
+        """Around an answer: banks (of our model) that are here only meanwhile. Nothing may be awaited."""
+        if records:
+            self.put_fresh(list(records), Stacked.of(list(records.values())), clusters)
+        try:
+            yield
+        finally:
+            self.drop(list(records))
+
     def search(self, wish: Wish) -> Found:
         """The memories that B users are asked for. Exact; ties to 6 decimals go to the newer memory.
 
@@ -175,8 +185,7 @@ class Residents:
         chosen = (places >= 0) & (similarity >= np.float32(self.rules.similarity_threshold))
         chosen &= np.arange(places.shape[1]) < wanted[:, None]
         careful = tied(similarity, places >= 0)
-        if len(careful) or wish.ignore:
-            careful = np.union1d(careful, np.array(list(wish.ignore), np.int64))
+        if len(careful):
             self._choose(wish, careful, wanted, similarity, places, chosen)
         places, chosen = places[:, :width], chosen[:, :width]
         return Found(self._entries(wish.slots, similarity[:, :width], places, chosen), places, wanted)
@@ -190,13 +199,9 @@ class Residents:
         places: NDArray[np.int64],
         chosen: Bools,
     ) -> None:
-        """Choose anew, among all entries that are not ignored; changes the given arrays in these rows."""
+        """Choose anew, among all entries; changes the given arrays in these rows."""
         slots, at = wish.slots[rows], np.arange(self.rules.capacity)
         usable = at < self.size[slots][:, None]
-        for n, row in enumerate(rows.tolist()):
-            if row in wish.ignore:
-                usable[n] &= ~np.isin(self._facts["item"][slots[n]], wish.ignore[row])
-        wanted[rows] = np.minimum(wanted[rows], usable.sum(axis=1))
         every = self.index.similarities(slots, wish.queries[rows])
         newest_first = np.broadcast_to(-at, usable.shape).astype(np.float64)
         best, good = select(every, usable, newest_first, wanted[rows], self.rules.similarity_threshold)

@@ -78,8 +78,9 @@ class RetrieveRequest(msgspec.Struct):
     """A micro-batch of B users.
 
     `query_rows` (u4) name the users whose query comes along in `queries` (f4, one row each, unit length); the others
-    are asked with the state in their record. `k` (i4, B): 0 = adaptive. `ignore`: row → item numbers left out.
-    `uncounted`: rows whose retrievals do not count as accesses. `alone`: rows that want no memories of others.
+    are asked with the state in their record. `k` (i4, B): 0 = adaptive. `ignore`: row → numbers of items that the user
+    is taken not to have had. `uncounted`: rows whose retrievals do not count as accesses (where something was ignored
+    they never do). `alone`: rows that want no memories of others.
     A user "" is nobody: only the query counts. `entropy` (f4, B) is that of users of whom nothing is known.
     """
 
@@ -106,6 +107,8 @@ class RetrieveReply(msgspec.Struct):
     """Columns of length B: known u1, versions i8, entropy f4, k and collective_k i4, bank_size i4, states f4 (B, d);
     then the entries, the items seen (seen_count i4, seen u4 ragged) and the users to be keyed anew. `degraded`: Redis
     was out of reach and the answer comes from resident banks, or the collective index is still being filled.
+    `without`: for rows that ignore some of what the user had, the job that makes the state without it, which is to be
+    sent as the row's query; a job without items: nothing is left that a state could be made of.
     """
 
     catalogue_size: int
@@ -122,6 +125,7 @@ class RetrieveReply(msgspec.Struct):
     seen_count: bytes
     seen: bytes
     stale: list[StaleUser]
+    without: dict[int, Job] = {}
 
 
 class EventIn(msgspec.Struct):

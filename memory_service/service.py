@@ -46,7 +46,7 @@ from memory_service.space import Space
 from memory_service.store import Store, StoreUnavailable, Tombstone
 from memory_service.wire import BadRequest, Prepared
 from model.checkpoint import Checkpoint
-from model.events import Plan, Stacked, UserRecord, apply_stacked, plan
+from model.events import Plan, Stacked, UserRecord, apply_stacked, plan, without
 
 LOAD_USERS = 500
 """Users read and indexed at a time at start; other calls are answered in between."""
@@ -142,17 +142,35 @@ class MemoryService:
         if not request.users:
             raise BadRequest("no users")
         space, degraded = self.serving, self.serving.degraded
+        altered = await self._altered(request) if request.ignore else {}
         try:
             damaged = await self._refresh(request.users)
             degraded = degraded or damaged
         except StoreUnavailable:
             degraded = True  # what is resident goes on answering, and the answer says so
-        slots = space.residents.find(request.users)
-        stale = space.residents.stale[slots]
-        old = [user for user, is_old in zip(request.users, stale.tolist(), strict=True) if is_old]
-        reply = space.answer(request, np.where(stale, NOBODY, slots), degraded)
-        reply.stale = await self._jobs(old)
+        visitors = {f"\0{row}": record for row, record in altered.items() if record is not None}
+        users = [f"\0{row}" if row in altered else user for row, user in enumerate(request.users)]
+        with space.residents.visited(visitors, space.clusters):
+            slots = space.residents.find(users)
+            stale = space.residents.stale[slots]
+            reply = space.answer(request, np.where(stale, NOBODY, slots), degraded)
+        reply.without = {row: wire.state_job(record) for row, record in altered.items() if record is not None}
+        reply.stale = await self._jobs([user for user, is_old in zip(users, stale.tolist(), strict=True) if is_old])
         return reply
+
+    async def _altered(self, request: RetrieveRequest) -> dict[int, UserRecord | None]:
+        """Rows that ignore something of what the user had, and the record without it; None where Redis cannot tell."""
+        ignored = wire.ignored(request)
+        try:
+            with self._reaching():
+                records = await self.store.load_readable(sorted({request.users[row] for row in ignored}))
+                await self._know_items(list(records.values()))
+        except StoreUnavailable:
+            return dict.fromkeys(ignored)
+        here = {name: record for name, record in records.items() if not self.serving.is_stale(record)}
+        pairs = [(row, here[request.users[row]]) for row in ignored if request.users[row] in here]
+        altered = {row: without(record, ignored[row]) for row, record in pairs}
+        return {row: altered[row] for row, record in pairs if altered[row] is not record}
 
     async def _jobs(self, users: Sequence[str]) -> list[StaleUser]:
         """What would bring these users to this model; nothing while Redis is out of reach."""

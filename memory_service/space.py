@@ -76,7 +76,7 @@ class Space:
         banks = self.residents
         entropy = self._entropy(request, slots)
         queries = wire.queries(request, rule.unit(banks.state[slots]))
-        found = banks.search(Wish(slots, queries, wire.asked_k(request), wire.ignored(request)))
+        found = banks.search(Wish(slots, queries, wire.asked_k(request)))
         self._count(request, slots, found)
         collective_k, others = self._others(request, queries, entropy)
         return wire.retrieve_reply(self._catalogue.size, degraded, banks, slots, entropy, found, collective_k, others)

@@ -25,7 +25,7 @@ from memory_service.schemas import (
 from memory_service.store import Tombstone
 from model import rules as rule
 from model.bank import Banks, Entries
-from model.events import Event, Plan, UserRecord, event_identity, rekey_job
+from model.events import EncodeJob, Event, Plan, UserRecord, event_identity, rekey_job
 from model.rules import Floats, Ints
 
 
@@ -80,7 +80,7 @@ def asked_k(request: RetrieveRequest) -> NDArray[np.int64]:
 
 
 def ignored(request: RetrieveRequest) -> dict[int, list[int]]:
-    """Row → item numbers that must not be retrieved."""
+    """Row → numbers of items that the user is taken not to have had."""
     rows(list(request.ignore), len(request.users), "ignore")
     return {row: items for row, items in request.ignore.items() if items}
 
@@ -119,6 +119,11 @@ def retrieve_reply(
 def stale_user(user_id: str, record: UserRecord) -> StaleUser:
     """What brings a record to the present model."""
     return StaleUser(user_id, record.version, Job.pack(rekey_job(record)))
+
+
+def state_job(record: UserRecord) -> Job:
+    """What makes the state after everything in a record's log."""
+    return Job.pack(EncodeJob(record.log_start, record.log_item, np.zeros(0, np.int64)))
 
 
 def event(user_id: str, one: EventIn, number: int, received_at: float) -> Event:

@@ -1,7 +1,8 @@
 """What is remembered about one user, and what a batch of events means for it. No torch, no I/O.
 
 `UserRecord` is all that is remembered about one user (bank, log, seen items, event ids, state), `plan` decides what a
-batch of events means for it, `apply` makes the next records, `rekey` moves a record to another model.
+batch of events means for it, `apply` makes the next records, `rekey` moves a record to another model, `without` says
+what it would be had the user not taken some items.
 """
 
 from __future__ import annotations
@@ -315,6 +316,31 @@ def _remember(seen: NDArray[np.uint32], taken: NDArray[np.uint32]) -> NDArray[np
     new = taken[~np.isin(taken, seen)]
     first = np.sort(np.unique(new, return_index=True)[1])
     return np.concatenate([seen, new[first]])
+
+
+def without(record: UserRecord, items: Sequence[int]) -> UserRecord:
+    """The record as if the user had not taken these items (numbers): they are in neither bank nor log, and the state is
+    to be made anew from the log (zeros until then). Itself where bank and log have none of them.
+
+    As with a late event, other keys stay as they were written, and what was pruned does not come back. `seen` stays,
+    too: it says what the user really had.
+    """
+    kept = np.flatnonzero(~np.isin(record.banks.fields["item"][0, : record.size], items))
+    logged = ~np.isin(record.log_item, items)
+    if len(kept) == record.size and logged.all():
+        return record
+    banks = record.banks.row(0)
+    for values in (*banks.fields.values(), banks.key):
+        values[0, : len(kept)] = values[0, kept]
+    banks.size[0] = len(kept)
+    return replace(
+        record,
+        banks=banks,
+        events=record.events - int((~logged).sum()),
+        log_item=record.log_item[logged],
+        log_time=record.log_time[logged],
+        state=np.zeros_like(record.state),
+    )
 
 
 def rekey_job(record: UserRecord) -> EncodeJob:

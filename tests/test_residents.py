@@ -31,8 +31,8 @@ def records(banks: Banks, version: int = 1) -> list[UserRecord]:
     return [UserRecord(banks.row(n), version=version, model_version="m", state=state) for n in range(len(banks))]
 
 
-def wish(residents: Residents, queries: np.ndarray, k: np.ndarray, ignore=None) -> Wish:
-    return Wish(residents.find(names()), unit(queries).astype(np.float32), k, ignore or {})
+def wish(residents: Residents, queries: np.ndarray, k: np.ndarray) -> Wish:
+    return Wish(residents.find(names()), unit(queries).astype(np.float32), k)
 
 
 @settings(max_examples=60, deadline=None)
@@ -41,11 +41,10 @@ def wish(residents: Residents, queries: np.ndarray, k: np.ndarray, ignore=None) 
     events=st.integers(1, 25),
     k=st.lists(st.integers(0, 10), min_size=USERS, max_size=USERS),
     alike=st.booleans(),
-    ignored=st.dictionaries(st.integers(0, USERS - 1), st.lists(st.integers(1, 30), max_size=12), max_size=4),
     threshold=st.sampled_from([-1.0, 0.2]),
 )
-def test_residents_choose_what_the_rules_choose(seed, events, k, alike, ignored, threshold):
-    """Ties (keys that are alike), ignored items, thresholds and any K: the entries are those of `select`."""
+def test_residents_choose_what_the_rules_choose(seed, events, k, alike, threshold):
+    """Ties (keys that are alike), thresholds and any K: the entries are those of `select`."""
     rules = RULES.model_copy(update={"similarity_threshold": threshold})
     banks = random_banks(USERS, events, DIM, rules, seed=seed)
     if alike:
@@ -53,16 +52,13 @@ def test_residents_choose_what_the_rules_choose(seed, events, k, alike, ignored,
     residents = Residents(USERS, DIM, rules, "m")
     residents.put(names(), records(banks), CLUSTERS)
     queries = np.random.default_rng(seed).normal(size=(USERS, DIM))
-    asked = wish(residents, queries, np.array(k), {row: items for row, items in ignored.items() if items})
+    asked = wish(residents, queries, np.array(k))
     found = residents.search(asked)
 
-    usable = banks.valid()
-    for row, items in ignored.items():
-        usable[row] &= ~np.isin(banks.fields["item"][row], items)
     adaptive = residents.k[residents.slots(names())]
-    wanted = np.minimum(np.where(np.array(k) > 0, k, adaptive), usable.sum(axis=1))
+    wanted = np.minimum(np.where(np.array(k) > 0, k, adaptive), banks.size)
     similarity = np.einsum("bcd,bd->bc", banks.key.astype(np.float32), asked.queries)
-    slots, chosen = select(similarity, usable, banks.fields["time"], wanted, threshold)
+    slots, chosen = select(similarity, banks.valid(), banks.fields["time"], wanted, threshold)
     expected = banks.describe(np.arange(USERS), slots, chosen, np.take_along_axis(similarity, slots, 1))
     assert np.array_equal(found.k, wanted)
     for row in range(USERS):
@@ -129,13 +125,28 @@ def test_a_record_of_another_model_answers_nothing_and_says_so():
     assert not residents.search(wish(residents, np.ones((USERS, DIM)), np.full(USERS, 3))).entries.valid[0].any()
 
 
+def test_a_visitor_answers_like_a_resident_and_leaves_nothing_behind():
+    residents, _banks = filled()
+    before = residents.search(wish(residents, np.ones((USERS, DIM)), np.full(USERS, 3)))
+    guest = records(random_banks(1, 7, DIM, RULES, seed=8))[0]
+    with residents.visited({"guest": guest}, CLUSTERS):
+        slot = residents.find(["guest"])
+        found = residents.search(Wish(slot, unit(np.ones((1, DIM))), np.array([3])))
+        residents.count(slot, found, np.ones(1, bool), 1e9)
+    wanted = guest.banks.retrieve(np.array([0]), unit(np.ones((1, DIM))), CLUSTERS, k=3)
+    assert found.entries.item.tolist() == wanted.own.item.tolist()
+    assert (residents.slots(["guest"])[0], len(residents), residents.accesses("guest")) == (NOBODY, USERS, [])
+    after = residents.search(wish(residents, np.ones((USERS, DIM)), np.full(USERS, 3)))
+    assert np.array_equal(before.entries.item, after.entries.item)
+
+
 def test_who_is_dropped_leaves_nothing_behind():
     residents, _ = filled()
     slot = residents.slots(["u3"])
     residents.drop(["u3", "stranger"])
     assert (residents.slots(["u3"])[0], len(residents)) == (NOBODY, USERS - 1)
     assert not residents.state[slot].any()
-    assert residents.search(Wish(slot, np.ones((1, DIM), np.float32), np.array([5]), {})).entries.valid.sum() == 0
+    assert residents.search(Wish(slot, np.ones((1, DIM), np.float32), np.array([5]))).entries.valid.sum() == 0
 
 
 @pytest.mark.parametrize("size", [0, 1, 10])
@@ -144,5 +155,5 @@ def test_nobody_and_small_banks(size):
     if size:
         banks = random_banks(1, size, DIM, RULES)
     residents.put(["u"], records(banks)[:1], CLUSTERS)
-    found = residents.search(Wish(residents.slots(["u", "x"]), np.ones((2, DIM), np.float32), np.array([9, 9]), {}))
+    found = residents.search(Wish(residents.slots(["u", "x"]), np.ones((2, DIM), np.float32), np.array([9, 9])))
     assert found.k.tolist() == [min(int(banks.size[0]), 9), 0]

@@ -108,7 +108,7 @@ def asker(residents: Residents, users: int) -> Callable[[], None]:
         asked = batches.pop()
         slots = residents.find(asked)
         residents.entropy[slots]
-        residents.search(Wish(slots, unit(residents.state[slots]), k, {}))
+        residents.search(Wish(slots, unit(residents.state[slots]), k))
 
     batches = [[names[n] for n in rng.integers(0, users, BATCH)] for _ in range(ROUNDS + WARM)]
     return ask
