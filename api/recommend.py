@@ -16,14 +16,15 @@ from numpy.typing import NDArray
 
 from api.catalogue import Indices
 from api.engine import Engine
+from api.explain import tell
 from api.memory_client import Remembered
 from api.problems import MemoryUnavailable
-from api.schemas import Because, MemoryUse, Recommended, RecommendRequest, RecommendResponse, Scope
+from api.schemas import MemoryUse, Recommended, RecommendRequest, RecommendResponse, Scope
 from memory_service.schemas import RetrieveRequest
 from model import rules as rule
 from model.bank import Entries, Retrieved
 from model.events import EncodeJob
-from model.recommender import NO_ITEMS, Influence, Query, Ranked
+from model.recommender import NO_ITEMS, Query, Ranked
 from model.rules import Ints
 
 TRIES = 3
@@ -31,8 +32,6 @@ TRIES = 3
 SCOPES: tuple[Scope, ...] = ("own", "collective")
 """Scopes that can be asked for."""
 NO_STATE: NDArray[np.float32] = np.zeros(0, np.float32)
-REASONS = 3
-"""Memories named for each item when explaining, the largest part first; a negative part speaks against the item."""
 
 
 @dataclass
@@ -242,15 +241,19 @@ def _queries(engine: Engine, asked: Sequence[Asked], indices: Indices) -> list[Q
 
 
 def _query(engine: Engine, one: Asked, had: NDArray[np.int64], hidden: NDArray[np.int64], indices: Indices) -> Query:
-    request = one.request
+    """`had`: what the user had, sorted or not. What is to be ignored stays seen, but has no repeat bias."""
+    request, taken = one.request, had
+    if request.ignore_memories:
+        taken = np.setdiff1d(had, indices.named(request.ignore_memories))
     if request.sequence:
-        had = np.union1d(had, indices.named(request.sequence))
+        sent = indices.named(request.sequence)
+        had, taken = np.union1d(had, sent), np.union1d(taken, sent)
     barred = [hidden, had] if request.exclude_seen else [hidden]
     if request.exclude_items:
         barred.append(indices.named(request.exclude_items))
     return Query(
         state=NO_STATE if one.state is None else one.state,
-        seen=had[had <= engine.recommender.item_count] if indices.reaches_beyond else had,
+        seen=taken[taken <= engine.recommender.item_count] if indices.reaches_beyond else taken,
         excluded=np.concatenate(barred),
         candidates=None if request.candidates is None else indices.named(request.candidates),
         top_n=request.top_n,
@@ -273,9 +276,7 @@ def _responses(
     for row, (one, best, memory) in enumerate(zip(asked, ranked, used, strict=True)):
         items = _items(engine, best, indices)
         if one.request.explain:
-            memory["gate"], memory["copying"] = best.gate, best.copying
-            for item, because in zip(items, _because(engine, retrieved, row, best), strict=True):
-                item["because"] = because
+            tell(engine.catalogue, retrieved, row, best, items, memory)
         source = _source(one, memory)
         engine.metrics.answered(source, memory, known=one.known)
         answers.append(
@@ -298,10 +299,12 @@ def _items(engine: Engine, ranked: Ranked, indices: Indices) -> list[Recommended
 
 
 def _source(one: Asked, memory: MemoryUse) -> Literal["memory", "encoder", "popularity"]:
-    """What answers a request: memory knows the user or gave memories of others; else the encoder, if it has a state."""
-    if one.known or memory["collective"]["retrieved"]:
-        return "memory"
-    return "popularity" if one.state is None else "encoder"
+    """What answers a request: popularity without a state to go by; memory where it knows the user or gave memories of
+    others; else the encoder.
+    """
+    if one.state is None:
+        return "popularity"
+    return "memory" if one.known or memory["collective"]["retrieved"] else "encoder"
 
 
 def _memory_use(asked: Sequence[Asked], retrieved: Retrieved, degraded: bool) -> list[MemoryUse]:
@@ -328,28 +331,3 @@ def _memory_use(asked: Sequence[Asked], retrieved: Retrieved, degraded: bool) ->
             asked, *(column.tolist() for column in columns), strict=True
         )
     ]
-
-
-def _because(engine: Engine, retrieved: Retrieved, row: int, ranked: Ranked) -> list[list[Because]]:
-    """For each item the memories that raise the logarithm of its probability most, in its logit or as copies."""
-    reasons: list[list[Because]] = []
-    for n in range(len(ranked.items)):
-        strongest = sorted(ranked.influences, key=lambda one: -one.raises(n))[:REASONS]
-        reasons.append(
-            [
-                {
-                    "item_id": engine.catalogue.item_id(int(_entries(retrieved, one).item[row, one.entry])),
-                    "scope": one.scope,
-                    "similarity": float(_entries(retrieved, one).similarity[row, one.entry]),
-                    "weight": one.weight,
-                    "logit": float(one.part[n]),
-                    "copied": float(one.copied[n]),
-                }
-                for one in strongest
-            ]
-        )
-    return reasons
-
-
-def _entries(retrieved: Retrieved, one: Influence) -> Entries:
-    return retrieved.own if one.scope == "own" else retrieved.collective

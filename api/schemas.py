@@ -138,13 +138,25 @@ class RecommendRequest(_Face):
     filter: Filter | None = None
     k: Annotated[int, Field(ge=1, le=100)] | None = None
     scopes: Annotated[list[Scope], Field(max_length=2)] | None = None
-    ignore_memories: Annotated[list[Identifier], Field(max_length=1000)] | None = None
+    ignore_memories: (
+        Annotated[
+            list[Identifier],
+            Field(
+                max_length=1000,
+                description="Answer as if the user had not taken these items: bank, entropy, K, state and repeat bias "
+                "are those without them. `exclude_seen` still counts them as seen, and a `sequence` that is sent stays "
+                "as it is.",
+            ),
+        ]
+        | None
+    ) = None
     explain: bool = False
 
 
 class Because(TypedDict):
     """A memory that speaks for an item: its attention weight, its exact part in the item's logit, and the exact share
-    of the item's probability that is copied from it. Whose a collective memory is, is not said.
+    of the item's probability that is copied from it. Whose a collective memory is, is not said, and none is used whose
+    item fewer than two others hold (`RAMREC_MEMORY_COLLECTIVE_USERS`).
     """
 
     item_id: str
@@ -155,12 +167,26 @@ class Because(TypedDict):
     copied: float
 
 
+class Parts(TypedDict):
+    """Where an item's probability p = exp(score) comes from, exactly: p·(1 − copied) = (1 − memory.copying) ·
+    exp(state + calibration + memories − memory.log_z). `state` is the user's state alone, `calibration` repeat bias and
+    shift, `memories` the sum over all memories, of which `because` names three; `copied` the share of p that is copied
+    from others. The three logits are null for an item that the model does not know: that is copied only.
+    """
+
+    state: float | None
+    calibration: float | None
+    memories: float | None
+    copied: float
+
+
 class Recommended(TypedDict):
     """One item; `score` is the natural logarithm of its probability among all items."""
 
     item_id: str
     score: float
     because: NotRequired[list[Because]]
+    parts: NotRequired[Parts]
 
 
 class ScopeUse(TypedDict):
@@ -172,7 +198,8 @@ class ScopeUse(TypedDict):
 
 class MemoryUse(TypedDict):
     """What memory contributed; `degraded` says that it could not be asked, or only partly. When explained: `gate` is
-    the share of memory in the fused state, `copying` that of copies in all probability.
+    the share of memory in the fused state, `copying` that of copies in all probability, `log_z` the logarithm of the
+    sum over all items that turns logits into probabilities.
     """
 
     entropy: float
@@ -183,6 +210,7 @@ class MemoryUse(TypedDict):
     collective: ScopeUse
     gate: NotRequired[float]
     copying: NotRequired[float]
+    log_z: NotRequired[float]
     degraded: bool
 
 

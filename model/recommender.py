@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from model.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from model.config import Config
 from model.encoder import SequenceEncoder, StateRequests, encode_states
 from model.events import EncodeJob
+from model.explanation import Explanation
+from model.explanation import explain as explained
 from model.fusion import Copying, Fused, MemoryFusion, MemoryTokens, ProjectedItems
 from model.marks import mark
 from model.rules import Bools, Ints, unit
@@ -108,34 +110,12 @@ def predict(
 
 
 @dataclass(frozen=True)
-class Influence:
-    """What one memory did: scope, its column in the retrieved entries, mean attention weight, its exact part (n,) in
-    the logit of each returned item, and the exact share (n,) of each one's probability that is copied from it.
-    """
-
-    scope: Literal["own", "collective"]
-    entry: int
-    weight: float
-    part: NDArray[np.float32]
-    copied: NDArray[np.float32]
-
-    def raises(self, n: int) -> float:
-        """How much the n-th item's log P owes to this memory: its part in the logit and what its copy adds."""
-        return float(self.part[n] - np.log1p(-min(float(self.copied[n]), 1 - 1e-6)))
-
-
-@dataclass(frozen=True)
 class Ranked:
-    """items (n,) int64 best first, scores (n,) float32 = log P. Only when explained: gate and copying (λ) in [0, 1];
-    copy_share (n,): how much of each probability was copied; influences.
-    """
+    """items (n,) int64 best first, scores (n,) float32 = log P; how they came about, where that was asked for."""
 
     items: NDArray[np.int64]
     scores: NDArray[np.float32]
-    gate: float = 0.0
-    copying: float = 0.0
-    copy_share: NDArray[np.float32] | None = None
-    influences: list[Influence] = field(default_factory=list)
+    explanation: Explanation | None = None
 
 
 class Recommender:
@@ -236,49 +216,11 @@ class Recommender:
             best = [prediction.best(row, query) for row, query in enumerate(queries)]
         else:
             best = top_items(prediction.scores().numpy(), queries)
-        return [self._ranked(prediction, retrieved, row, *best[row], explain[row]) for row in range(len(queries))]
-
-    def _ranked(
-        self,
-        prediction: Prediction | Shortlist,
-        retrieved: Retrieved,
-        row: int,
-        items: NDArray[np.int64],
-        scores: NDArray[np.float32],
-        explain: bool,
-    ) -> Ranked:
-        if not explain:
-            return Ranked(items, scores)
-        gate, share = float(prediction.fused.gate[row]), float(prediction.copying.share[row])
-        influences = self._influences(prediction, retrieved, row, items, scores)
-        copy_share = np.sum([one.copied for one in influences], axis=0) if influences else np.zeros(len(items), "f4")
-        return Ranked(items, scores, gate, share, copy_share, influences)
-
-    @torch.inference_mode()
-    def _influences(
-        self,
-        prediction: Prediction | Shortlist,
-        retrieved: Retrieved,
-        row: int,
-        items: Ints,
-        scores: NDArray[np.float32],
-    ) -> list[Influence]:
-        fused = prediction.fused
-        one = Fused(*(getattr(fused, name)[row : row + 1] for name in ("state", "gate", "weights", "values")))
-        known = np.where(items <= self.item_count, items, 0)
-        parts = (self.table[known] @ self.fusion.entry_parts(one)[0].T).numpy()
-        weight = one.weights[0].mean(dim=0).tolist()
-        copied = (prediction.copying.weights * prediction.copying.share)[row].numpy()
-        same = retrieved.collective.item[row] == items[:, None]
-        shares = same * copied / np.exp(scores)[:, None]
-        width = retrieved.own.item.shape[1]
-        none = np.zeros(len(items), np.float32)
-        own = [Influence("own", int(c), weight[c], parts[:, c], none) for c in np.flatnonzero(retrieved.own.valid[row])]
-        others = [
-            Influence("collective", int(c), weight[width + c], parts[:, width + c], shares[:, c].astype(np.float32))
-            for c in np.flatnonzero(retrieved.collective.valid[row])
-        ]
-        return own + others
+        ranked = [Ranked(*one) for one in best]
+        for row in np.flatnonzero(explain).tolist():
+            told = explained(self, prediction, row, queries[row], retrieved, ranked[row])
+            ranked[row] = replace(ranked[row], explanation=told)
+        return ranked
 
     def most_popular(self, query: Query) -> Ranked:
         """The most taken items of the training data; `query.state` does not matter."""

@@ -182,11 +182,15 @@ def test_explanations_add_up_as_where_everything_is_scored(exact, quick, memorie
         *(one.recommend(queries(top_n=5), memories, [True] * ROWS) for one in (exact, quick)), strict=True
     ):
         assert found.items.tolist() == wanted.items.tolist()
-        assert found.gate == pytest.approx(wanted.gate, abs=1e-5)
-        assert found.copying == pytest.approx(wanted.copying, abs=1e-4)
-        assert np.allclose(found.copy_share, wanted.copy_share, atol=1e-3)
-        for mine, theirs in zip(found.influences, wanted.influences, strict=True):
-            assert np.allclose(mine.part, theirs.part, atol=1e-5)
+        mine, theirs = found.explanation, wanted.explanation
+        assert mine.gate == pytest.approx(theirs.gate, abs=1e-5)
+        for name in ("copying", "log_z", "state", "calibration", "memories", "copied"):
+            assert np.allclose(getattr(mine, name), getattr(theirs, name), atol=1e-3), name
+        for one, other in zip(mine.influences, theirs.influences, strict=True):
+            assert np.allclose(one.part, other.part, atol=1e-5)
+        logit = mine.state + mine.calibration + mine.memories
+        by_model = (1 - mine.copying) * np.exp(logit - mine.log_z)
+        assert np.allclose(by_model + mine.copied * np.exp(found.scores), np.exp(found.scores), rtol=1e-4)
 
 
 def test_a_batch_answers_like_its_requests_alone_and_again(quick, memories):

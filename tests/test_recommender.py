@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.bank import Entries, Retrieved
@@ -55,8 +55,9 @@ def test_without_memories_the_encoder_alone_answers(recommender):
     with torch.inference_mode():
         shifted = torch.from_numpy(state) + recommender.fusion.shift
         plain = torch.log_softmax(recommender.encoder.logits(shifted), dim=1)[0].numpy()
-    assert answer.gate == 0.0
-    assert answer.influences == []
+    assert answer.explanation.gate == 0.0
+    assert answer.explanation.influences == []
+    assert not answer.explanation.memories.any()
     assert np.allclose(answer.scores, plain[answer.items], atol=1e-5)
 
 
@@ -70,16 +71,52 @@ def test_scores_are_log_probabilities_of_all_items(recommender):
 def test_memory_parts_add_up_to_the_fused_logit(recommender):
     memories, asked = random_memories(1, 6, ITEMS, empty_row=False), queries(1, top_n=ITEMS)
     answer = recommender.recommend(asked, memories, [True])[0]
+    told = answer.explanation
     prediction = recommender.predict(asked[0].state[None], memories, [asked[0].seen])
     table = recommender.encoder.item.weight.detach().numpy()[answer.items]
     bias = np.where(np.isin(answer.items, asked[0].seen), recommender.fusion.repeat_bias.item(), 0.0)
-    model_share = prediction.log_p[0, answer.items].numpy()
     log_z = np.log(np.exp(recommender_logits(recommender, prediction, asked[0])).sum())
-    own_share = (1 - answer.gate) * (table @ asked[0].state) + table @ recommender.fusion.shift.detach().numpy()
-    from_memories = sum(influence.part for influence in answer.influences)
-    assert len(answer.influences) == memories.own.valid.sum() + memories.collective.valid.sum()
-    assert sum(influence.weight for influence in answer.influences) == pytest.approx(1.0, abs=1e-5)
-    assert np.allclose(own_share + from_memories + bias - log_z, model_share, atol=1e-4)
+    assert np.allclose(told.state, (1 - told.gate) * (table @ asked[0].state), atol=1e-5)
+    assert np.allclose(told.calibration, table @ recommender.fusion.shift.detach().numpy() + bias, atol=1e-5)
+    assert told.log_z == pytest.approx(log_z, abs=1e-5)
+    assert len(told.influences) == memories.own.valid.sum() + memories.collective.valid.sum()
+    assert sum(influence.weight for influence in told.influences) == pytest.approx(1.0, abs=1e-5)
+    assert np.allclose(told.memories, sum(influence.part for influence in told.influences), atol=1e-6)
+    model_share = prediction.log_p[0, answer.items].numpy()
+    assert np.allclose(told.state + told.calibration + told.memories - told.log_z, model_share, atol=1e-4)
+
+
+def test_explanations_of_a_batch_are_those_of_its_requests_alone(recommender):
+    """Own and collective memories of different numbers, one row with none, one not explained."""
+    memories, asked = random_memories(5, 6, ITEMS), queries(5, top_n=7)
+    together = recommender.recommend(asked, memories, [True, True, False, True, True])
+    assert together[2].explanation is None
+    for row in (0, 1, 3, 4):
+        mine = recommender.recommend([asked[row]], memories.take(slice(row, row + 1)), [True])[0].explanation
+        told = together[row].explanation
+        for name in ("gate", "copying", "log_z", "state", "calibration", "memories", "copied"):
+            assert np.allclose(getattr(told, name), getattr(mine, name), atol=1e-5), name
+        assert [(one.scope, one.entry) for one in told.influences] == [(o.scope, o.entry) for o in mine.influences]
+        for one, other in zip(told.influences, mine.influences, strict=True):
+            assert np.allclose(one.part, other.part, atol=1e-5)
+
+
+@given(st.integers(0, 1000), st.integers(1, 8), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_the_parts_of_an_explanation_give_the_score(recommender, seed, width, unknown):
+    """p·(1 − copied) = (1 − λ)·exp(state + calibration + Σ logit − log Z), and copied = Σ copied_m, for every item."""
+    memories, asked = random_memories(3, width, ITEMS, seed), queries(3, seed, top_n=2 * ITEMS)
+    if unknown:
+        memories.collective.item[0, 0] = ITEMS + 3
+    for answer in recommender.recommend(asked, memories, [True] * 3):
+        told = answer.explanation
+        logit = told.state + told.calibration + sum(one.part for one in told.influences)
+        by_model = np.nan_to_num((1 - told.copying) * np.exp(logit - told.log_z))
+        copied = sum((one.copied for one in told.influences), np.zeros(len(answer.items)))
+        whole = np.exp(answer.scores)
+        assert np.allclose(by_model + whole * copied, whole, rtol=1e-4)
+        assert (copied * whole).sum() == pytest.approx(told.copying, abs=1e-5)
+        assert np.array_equal(np.isnan(told.state), answer.items > ITEMS)
 
 
 def recommender_logits(recommender, prediction, query):
@@ -93,15 +130,16 @@ def test_copies_and_the_model_share_every_probability_exactly(recommender):
     memories = random_memories(1, 6, ITEMS, empty_row=False)
     asked = queries(1, top_n=ITEMS)
     answer = recommender.recommend(asked, memories, [True])[0]
+    told = answer.explanation
     prediction = recommender.predict(asked[0].state[None], memories, [asked[0].seen])
-    by_model = (1 - answer.copying) * np.exp(prediction.log_p[0, answer.items].numpy())
+    by_model = (1 - told.copying) * np.exp(prediction.log_p[0, answer.items].numpy())
     whole = np.exp(answer.scores)
-    assert 0 < answer.copying < 1
-    assert np.allclose(by_model + answer.copy_share * whole, whole, atol=1e-5)
-    assert np.allclose(sum(influence.copied for influence in answer.influences), answer.copy_share)
-    assert (answer.copy_share * whole).sum() == pytest.approx(answer.copying, abs=1e-5)
+    assert 0 < told.copying < 1
+    assert np.allclose(by_model + told.copied * whole, whole, atol=1e-5)
+    assert np.allclose(sum(influence.copied for influence in told.influences), told.copied)
+    assert (told.copied * whole).sum() == pytest.approx(told.copying, abs=1e-5)
     copied = set(memories.collective.item[memories.collective.valid].tolist())
-    assert {int(item) for item in answer.items[answer.copy_share > 0]} == copied
+    assert {int(item) for item in answer.items[told.copied > 0]} == copied
 
 
 def test_an_item_that_the_model_never_saw_is_recommended_when_others_took_it(recommender):
@@ -109,7 +147,7 @@ def test_an_item_that_the_model_never_saw_is_recommended_when_others_took_it(rec
     memories.collective.item[0, 0] = ITEMS + 5
     answer = recommender.recommend(queries(1, top_n=ITEMS + 9), memories, [True])[0]
     place = answer.items.tolist().index(ITEMS + 5)
-    assert answer.copy_share[place] == pytest.approx(1.0)
+    assert answer.explanation.copied[place] == pytest.approx(1.0)
     assert len(answer.items) == ITEMS + 1
     assert np.exp(answer.scores).sum() == pytest.approx(1.0, abs=1e-5)
 
@@ -145,7 +183,7 @@ def test_an_item_unknown_to_the_model_is_a_memory_all_the_same(recommender):
     memories.own.item[0, 0] = 0
     answer = recommender.recommend(queries(1), memories, [True])[0]
     assert np.isfinite(answer.scores).all()
-    assert len(answer.influences) == memories.own.valid.sum() + memories.collective.valid.sum()
+    assert len(answer.explanation.influences) == memories.own.valid.sum() + memories.collective.valid.sum()
 
 
 def test_popularity_ranks_by_share(recommender):

@@ -1,0 +1,68 @@
+"""What `explain` adds to an answer: where each item's probability comes from, and the memories that speak for it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from api.catalogue import CatalogueMirror
+from api.schemas import Because, MemoryUse, Parts, Recommended
+from model.bank import Entries, Retrieved
+from model.explanation import Explanation, Influence
+from model.recommender import Ranked
+
+REASONS = 3
+"""Memories named for each item, the largest part first; a negative part speaks against the item."""
+
+
+def tell(
+    catalogue: CatalogueMirror,
+    retrieved: Retrieved,
+    row: int,
+    ranked: Ranked,
+    items: list[Recommended],
+    memory: MemoryUse,
+) -> None:
+    """Add the explanation of one answer to its items and its memory block. What is popular has no parts."""
+    told = ranked.explanation
+    memory["gate"], memory["copying"] = (told.gate, told.copying) if told else (0.0, 0.0)
+    if told is None:
+        for item in items:
+            item["because"] = []
+        return
+    memory["log_z"] = told.log_z
+    parts = _parts(told)
+    for n, item in enumerate(items):
+        item["because"] = _because(catalogue, retrieved, row, told, n)
+        item["parts"] = parts[n]
+
+
+def _parts(told: Explanation) -> list[Parts]:
+    """The parts of each item's probability. An item that the model does not know is copied, and nothing else."""
+    columns = (told.state, told.calibration, told.memories, told.copied)
+    parts: list[Parts] = []
+    for state, calibration, memories, copied in zip(*(column.tolist() for column in columns), strict=True):
+        if np.isnan(state):
+            parts.append({"state": None, "calibration": None, "memories": None, "copied": copied})
+        else:
+            parts.append({"state": state, "calibration": calibration, "memories": memories, "copied": copied})
+    return parts
+
+
+def _because(catalogue: CatalogueMirror, retrieved: Retrieved, row: int, told: Explanation, n: int) -> list[Because]:
+    """The memories that raise the logarithm of the n-th item's probability most, in its logit or as copies."""
+    strongest = sorted(told.influences, key=lambda one: -one.raises(n))[:REASONS]
+    return [
+        {
+            "item_id": catalogue.item_id(int(_entries(retrieved, one).item[row, one.entry])),
+            "scope": one.scope,
+            "similarity": float(_entries(retrieved, one).similarity[row, one.entry]),
+            "weight": one.weight,
+            "logit": float(one.part[n]),
+            "copied": float(one.copied[n]),
+        }
+        for one in strongest
+    ]
+
+
+def _entries(retrieved: Retrieved, one: Influence) -> Entries:
+    return retrieved.own if one.scope == "own" else retrieved.collective
