@@ -25,19 +25,12 @@ RUN = 8192
 """Items of a run: its columns take milliseconds to build, and a million items are few runs."""
 KEPT = 64
 """Filters whose masks are kept, a byte for each item of the catalogue."""
-KINDS = 3
-"""Truth values, numbers and texts: those of one kind can be compared. True is not 1, and "1" is neither."""
+KIND: dict[type, int] = {bool: 0, int: 1, float: 1, str: 2}
+"""Values of one kind can be compared. True is not 1, and "1" is neither."""
 Mask = NDArray[np.bool_]
 Conditions = Mapping[str, Any]
 """Operators and their operands, as `api.schemas.Condition` lets them through."""
 Filter = Mapping[str, Conditions]
-
-
-def values_of(attribute: Any) -> Iterator[Any]:
-    """The values that an attribute stands for."""
-    for value in attribute if isinstance(attribute, list) else [attribute]:
-        if isinstance(value, bool | int | float | str):
-            yield value
 
 
 class Column:
@@ -45,30 +38,36 @@ class Column:
 
     def __init__(self, attributes: Sequence[Any]) -> None:
         self.present: Mask = np.array([attribute is not None for attribute in attributes], bool)
-        pairs = [(value, place) for place, attribute in enumerate(attributes) for value in values_of(attribute)]
-        self._of_kind = [_Sorted(pair for pair in pairs if _kind(pair[0]) == kind) for kind in range(KINDS)]
+        values: list[list[Any]] = [[], [], []]
+        places: list[list[int]] = [[], [], []]
+        for place, attribute in enumerate(attributes):
+            for value in attribute if isinstance(attribute, list) else (attribute,):
+                if (kind := KIND.get(type(value))) is not None:
+                    values[kind].append(value)
+                    places[kind].append(place)
+        self._of_kind = [_Sorted(*column) for column in zip(values, places, strict=True)]
 
     def among(self, values: Iterable[Any]) -> Mask:
         """Where one of the values is among the attribute's."""
         found = np.zeros(len(self.present), bool)
         for value in values:
-            found[self._of_kind[_kind(value)].between(value, value)] = True
+            found[self._of_kind[KIND[type(value)]].between(value, value)] = True
         return found
 
     def within(self, bounds: Conditions) -> Mask:
         """Where one of the attribute's values is inside all of the bounds."""
         found = np.zeros(len(self.present), bool)
-        found[self._of_kind[_kind(next(iter(bounds.values())))].inside(bounds)] = True
+        found[self._of_kind[KIND[type(next(iter(bounds.values())))]].inside(bounds)] = True
         return found
 
 
 class _Sorted:
     """Values of one kind in order, and the place of each."""
 
-    def __init__(self, pairs: Iterable[tuple[Any, int]]) -> None:
-        ordered = sorted(pairs, key=lambda pair: pair[0])
-        self._values = [value for value, _ in ordered]
-        self._places: NDArray[np.int32] = np.array([place for _, place in ordered], np.int32)
+    def __init__(self, values: Sequence[Any], places: Sequence[int]) -> None:
+        order = sorted(range(len(values)), key=values.__getitem__)
+        self._values = [values[n] for n in order]
+        self._places: NDArray[np.int32] = np.array(places, np.int32)[order]
 
     def between(self, low: Any, high: Any) -> NDArray[np.int32]:
         """Places of the values from `low` to `high`, both included."""
@@ -194,13 +193,12 @@ def _brought_up_to(runs: tuple[Run, ...], seen: tuple[Run, ...], mask: Mask, wan
 
 
 def _texts(item: Item) -> list[str]:
-    values = (value for attribute in (item.metadata or {}).values() for value in values_of(attribute))
-    return [item.item_id.casefold(), *(value.casefold() for value in values if isinstance(value, str))]
+    texts = [item.item_id.casefold()]
+    for attribute in (item.metadata or {}).values():
+        values = attribute if isinstance(attribute, list) else (attribute,)
+        texts += [value.casefold() for value in values if isinstance(value, str)]
+    return texts
 
 
 def _key(wanted: Filter) -> bytes:
     return msgspec.json.encode(wanted, order="deterministic")
-
-
-def _kind(value: Any) -> int:
-    return 0 if isinstance(value, bool) else 2 if isinstance(value, str) else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Annotated
 
@@ -135,7 +136,8 @@ async def users(request: Request, prefix: Prefix = "", limit: Limit = 100) -> fa
 async def items(request: Request, query: Search = "", limit: Limit = 20) -> face.ItemsResponse:
     """Items whose id or metadata contains the query."""
     engine: Engine = request.app.state.engine
-    return face.ItemsResponse(items=[_item(engine, item) for item in await engine.catalogue.find(query, limit)])
+    found = await asyncio.to_thread(engine.catalogue.find, query, limit)  # a large catalogue takes its time
+    return face.ItemsResponse(items=[_item(engine, item) for item in found])
 
 
 @router.get("/items/{item_id:path}", tags=["catalogue"], responses=failures(NO_ITEM, INVALID_ID))

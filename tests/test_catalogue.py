@@ -1,7 +1,5 @@
 """The live catalogue: what changed comes over in small pieces, every process sees it, a search holds nobody up."""
 
-import asyncio
-
 import httpx2
 import msgspec
 import pytest
@@ -167,20 +165,5 @@ def test_a_search_finds_what_a_look_at_every_item_finds(items, query, limit):
         patched.setattr("api.filters.RUN", 3)
         mirror = CatalogueMirror({})
         mirror.take(CatalogueReply(1, 0, items, len(items)))
-        found = asyncio.run(mirror.find(query, limit))
+        found = mirror.find(query, limit)
     assert found == [item for item in items if mentions(item, query)][:limit]
-
-
-def test_others_get_their_turn_during_a_search(monkeypatch, go):
-    monkeypatch.setattr("api.filters.RUN", 1)
-    mirror = CatalogueMirror({})
-    mirror.take(CatalogueReply(1, 0, [Item(f"i{n}") for n in range(50)], 50))
-
-    async def turns() -> int:
-        search, count = asyncio.create_task(mirror.find("nothing", 5)), 0
-        while not search.done():
-            await asyncio.sleep(0)
-            count += 1
-        return count
-
-    assert go(turns()) >= 50
