@@ -23,7 +23,7 @@ from model.explanation import explain as explained
 from model.fusion import Copying, Fused, MemoryFusion, MemoryTokens, ProjectedItems
 from model.marks import mark
 from model.rules import Bools, Ints, unit
-from model.shortlist import EXACT_ITEMS, SCORED, WIDER, Shortlist, allowed, shortlist
+from model.shortlist import EXACT_ITEMS, WIDER, Shortlist, permitted, shortlist
 
 TINY = 1e-30
 NO_ITEMS: NDArray[np.int64] = np.zeros(0, np.int64)
@@ -140,7 +140,8 @@ class Recommender:
             self.index = ItemIndex(self.table.numpy())
         else:
             self.projected = self.fusion.project(self.table)
-        self._by_popularity = _taken_first(np.arange(self.item_count + 1), checkpoint.popularity)
+        order = np.argsort(-checkpoint.popularity, kind="stable")
+        self._by_popularity = order[checkpoint.popularity[order] > 0]
         self.index_of = {item: index for index, item in enumerate(checkpoint.item_ids, start=1)}
 
     @property
@@ -224,23 +225,13 @@ class Recommender:
 
     def most_popular(self, query: Query) -> Ranked:
         """The most taken items of the training data; `query.state` does not matter."""
-        popularity, pool = self.checkpoint.popularity, self._by_popularity
-        if query.candidates is not None and len(query.candidates) <= SCORED:
-            named = np.unique(query.candidates[query.candidates <= self.item_count])
-            pool = _taken_first(named, popularity[named])
-        looked_at = query.top_n + len(query.excluded)
+        may, looked_at = permitted(query, self.item_count + 1), query.top_n + len(query.excluded)
         while True:
-            first = pool[:looked_at]
-            items = first[allowed(first, query)][: query.top_n]
-            if len(items) == query.top_n or looked_at >= len(pool):
-                return Ranked(items, np.log(popularity[items]))
+            first = self._by_popularity[:looked_at]
+            items = first[may[first]][: query.top_n]
+            if len(items) == query.top_n or looked_at >= len(self._by_popularity):
+                return Ranked(items, np.log(self.checkpoint.popularity[items]))
             looked_at *= WIDER
-
-
-def _taken_first(items: Ints, taken: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Items that were taken at all, the most taken first; ties go to the first in order."""
-    order = np.argsort(-taken, kind="stable")
-    return np.asarray(items[order[taken[order] > 0]], np.int64)
 
 
 def top_items(
@@ -271,13 +262,8 @@ def _bar(scores: NDArray[np.float32], queries: Sequence[Query]) -> None:
     inside = items < width
     scores[rows[inside], items[inside]] = -np.inf
     for row, query in enumerate(queries):
-        if query.candidates is not None:
-            wanted = np.zeros(width, bool)
-            wanted[query.candidates[query.candidates < width]] = True
-            scores[row, ~wanted] = -np.inf
-        if query.passing is not None:
-            passing = query.passing[:width]
-            scores[row, : len(passing)][~passing] = -np.inf
+        if query.candidates is not None or query.passing is not None:
+            scores[row, ~permitted(query, width)] = -np.inf
 
 
 def _part(weights: dict[str, NDArray[Any]], prefix: str) -> dict[str, Tensor]:

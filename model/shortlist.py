@@ -27,8 +27,8 @@ EXACT_ITEMS = 100_000
 FETCH = 2000
 """Items fetched for each query; where too few of them are allowed, WIDER times as many, up to FETCH_LIMIT."""
 WIDER, FETCH_LIMIT = 4, 32_000
-SCORED = 32_768
-"""Candidates up to this number are scored one by one; among more the index searches first."""
+SCORED = 16_384
+"""Where no more than this are permitted, all of them are scored; else the index is searched."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Shortlist:
 
     def best(self, row: int, query: Query) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """The `top_n` allowed items with the largest scores, best first, and the scores. Ties go to the lower index."""
-        items = np.unique(self._pool(row, query)).astype(np.int64)
-        items = items[allowed(items, query)]
+        most = max([self.index.items, *self.memories.copied[row].tolist()])
+        items = self._pool(row, query.top_n, permitted(query, most + 1))
         scores = self.scores(row, items)
         order = np.argsort(-scores, kind="stable")
         order = order[np.isfinite(scores[order])][: query.top_n]
@@ -79,25 +79,24 @@ class Shortlist:
         np.add.at(shares, place[same], weights[same])
         return shares
 
-    def _pool(self, row: int, query: Query) -> Ints:
-        """Items with the best `top_n` allowed ones among them."""
-        named = _named(query)
-        if named is not None and len(named) <= SCORED:
-            return named
-        lifted, near = np.concatenate([self.seen[row], self.memories.copied[row].numpy()]), self.near[row]
-        while not self._suffices(row, near, query):
+    def _pool(self, row: int, top_n: int, may: Bools) -> NDArray[np.int64]:
+        """Permitted items, ascending, with the best `top_n` among them. may (items + 1 or more,): which."""
+        near = self.near[row]
+        if np.count_nonzero(may) <= SCORED:
+            return np.flatnonzero(may)
+        while not self._suffices(row, near, top_n, may):
             if len(near) * WIDER > FETCH_LIMIT:
-                return np.concatenate([lifted, np.arange(1, self.index.items + 1) if named is None else named])
+                return np.flatnonzero(may)
             near = self.index.nearest(self.directions[row : row + 1], len(near) * WIDER)[0][0]
-        return np.concatenate([lifted, near])
+        items: NDArray[np.int64] = np.unique(np.concatenate([near, self.seen[row], self.memories.copied[row].numpy()]))
+        return items[may[items]]
 
-    def _suffices(self, row: int, near: Ints, query: Query) -> bool:
-        """Whether enough may be returned of what was fetched before any gap; what the user had may fall behind."""
+    def _suffices(self, row: int, near: Ints, top_n: int, may: Bools) -> bool:
+        """Whether enough is permitted of what was fetched before any gap; what the user had may fall behind."""
         if len(near) >= self.index.items:
             return True
         first = near[: self.index.complete(len(near))]
-        fresh = allowed(first, query) & ~np.isin(first, self.seen[row])
-        return int(np.count_nonzero(fresh)) >= query.top_n
+        return int(np.count_nonzero(may[first] & ~np.isin(first, self.seen[row]))) >= top_n
 
 
 @torch.inference_mode()
@@ -146,16 +145,14 @@ def _copying(
     return copying
 
 
-def _named(query: Query) -> Ints | None:
-    """The items that candidates, or else a filter, restrict the answer to; None: not restricted."""
-    if query.candidates is not None or query.passing is None:
-        return query.candidates
-    return np.flatnonzero(query.passing)
-
-
-def allowed(items: Ints, query: Query) -> Bools:
-    """(n,) which of the items may be returned."""
-    left = (items > 0) & ~np.isin(items, query.excluded)
+def permitted(query: Query, width: int) -> Bools:
+    """(width,) which items may be returned."""
+    may = np.full(width, query.candidates is None)
+    if query.candidates is not None:
+        may[query.candidates[query.candidates < width]] = True
     if query.passing is not None:
-        left &= query.passing[items]
-    return left if query.candidates is None else left & np.isin(items, query.candidates)
+        passing = query.passing[:width]
+        may[: len(passing)] &= passing
+    may[query.excluded[query.excluded < width]] = False
+    may[0] = False
+    return may
