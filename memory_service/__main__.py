@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from memory_service.app import create_app
 from memory_service.embedded import embedded_valkey
 from memory_service.settings import MemorySettings
+from memory_service.telemetry import configure_logs
 from model.config import describe
 from model.errors import RamrecError
 
@@ -25,6 +26,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         settings = MemorySettings(**_options())
+        configure_logs(settings.log_level)
         with ExitStack() as stack:
             if settings.redis_url is None:
                 url = stack.enter_context(embedded_valkey(settings.data_dir, settings.fsync))
@@ -35,7 +37,7 @@ def main() -> int:
                     host=settings.host,
                     port=settings.port,
                     access_log=False,
-                    log_level="warning",
+                    log_config=None,
                     timeout_graceful_shutdown=10,
                 )
             )
@@ -56,6 +58,7 @@ def _options() -> dict[str, Any]:
     parser.add_argument("--run", type=Path, help="checkpoint folder")
     parser.add_argument("--host", help="address to listen on")
     parser.add_argument("--port", type=int)
+    parser.add_argument("--open", action="store_const", const=True, help="listen beyond loopback without a token")
     parser.add_argument("--redis-url", help="redis://, rediss:// or unix://; none: an embedded Valkey")
     parser.add_argument("--data-dir", type=Path, help="folder of the embedded Valkey")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where banks are searched")

@@ -6,19 +6,16 @@
     GET /v1/catalogue?since=&revision=, POST /v1/catalogue
     GET /health/live, /health/ready, /metrics, /openapi.json
 
-Errors are `Problem`: 400 no msgpack of the right shape, 404, 405, 409 another model, 413 too large, 422 columns that
-do not fit, 429 too many calls at once, 503 Redis out of reach. 429 and 503 carry `Retry-After`.
+Errors are `Problem`: 400 no msgpack of the right shape, 401 without the token, 404, 405, 409 another model, 413 too
+large, 422 columns that do not fit, 429 too many calls at once, 503 Redis out of reach. 429 and 503 carry `Retry-After`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -29,8 +26,8 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from memory_service.doorkeeper import RETRY_AFTER_S, Doorkeeper, problem
 from memory_service.metrics import Metrics
 from memory_service.openapi import document
 from memory_service.record import RecordError
@@ -38,7 +35,6 @@ from memory_service.replica import on_cuda
 from memory_service.schemas import (
     CONTENT_TYPE,
     PlanRequest,
-    Problem,
     RegisterRequest,
     RekeyRequest,
     RetrieveRequest,
@@ -48,11 +44,11 @@ from memory_service.schemas import (
 from memory_service.service import MemoryService, ModelMismatch
 from memory_service.settings import MemorySettings
 from memory_service.store import Store, StoreUnavailable
+from memory_service.telemetry import NO_NATIVE_TELEMETRY
 from memory_service.wire import BadRequest
 from model.checkpoint import load_checkpoint
 
 log = logging.getLogger(__name__)
-RETRY_AFTER_S = 1
 FAR = 2**53
 """Beyond any catalogue number and revision, and within what Redis can count."""
 START_WAIT_S = 2.0
@@ -85,8 +81,14 @@ def create_app(settings: MemorySettings) -> FastAPI:
     replicate = on_cuda() if settings.device == "cuda" else None
     collective = settings.collective_users if settings.collective else 0
     service = MemoryService(store, checkpoint, settings.resident_users, collective, replicate)
-    app = FastAPI(title="RAMRec memory service", lifespan=_lifespan, docs_url=None, redoc_url=None)
-    app.openapi = lambda: document(app)  # type: ignore[method-assign]
+    app = FastAPI(
+        title="RAMRec memory service",
+        lifespan=_lifespan,
+        docs_url=None,
+        redoc_url=None,
+        telemetry=NO_NATIVE_TELEMETRY,
+    )
+    app.openapi = lambda: document(app, settings.token is not None)  # type: ignore[method-assign]
     app.state.service, app.state.metrics, app.state.settings = service, Metrics(), settings
     app.state.started, app.state.loaded = False, asyncio.Event()  # whether catalogue and collective scope are loaded
     for error, (status, code) in STATUS.items():
@@ -155,7 +157,7 @@ def _add_calls(app: FastAPI, service: MemoryService, metrics: Metrics) -> None:
     @app.get("/v1/user")
     async def inspect(user_id: str) -> Response:
         found = await service.inspect(user_id)
-        return _answer(found) if found else _problem(404, "user_not_found", "nothing is known about this user")
+        return _answer(found) if found else problem(404, "user_not_found", "nothing is known about this user")
 
     @app.delete("/v1/user")
     async def forget(user_id: str) -> Response:
@@ -180,8 +182,10 @@ def _add_probes(app: FastAPI) -> None:
         return {"status": "alive"}
 
     @app.get("/health/ready")
-    async def ready() -> JSONResponse:
-        about = {"model_version": app.state.service.model_version}
+    async def ready(request: Request) -> JSONResponse:
+        # A wrong token does not come this far; without one a caller sees here that its calls would be refused.
+        authorized = app.state.settings.token is None or "authorization" in request.headers
+        about = {"model_version": app.state.service.model_version, "authorized": authorized}
         try:
             await app.state.service.check_store()
         except StoreUnavailable as error:
@@ -200,52 +204,6 @@ def _add_probes(app: FastAPI) -> None:
         app.state.metrics.resident.set(service.resident_users)
         app.state.metrics.collective.set(len(service.serving.collective or ()))
         return Response(generate_latest(app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-
-class Doorkeeper:
-    """ASGI middleware: counts and times calls, and turns them away where too many are under way."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics, settings: MemorySettings) -> None:
-        self.app, self.metrics = app, metrics
-        ingest = Queue(settings.queue_ingest)
-        self._queues = {f"/v1/{name}": ingest for name in ("plan", "write", "rekey")}
-        self._queues["/v1/retrieve"] = Queue(settings.queue_retrieve)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a call on, or answer 429."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        begin, status = time.perf_counter(), 500
-
-        async def noted(message: Message) -> None:
-            nonlocal status
-            status = message.get("status", status)
-            await send(message)
-
-        queue = self._queues.get(scope["path"], EVERYBODY)
-        if queue.under_way >= queue.limit:
-            await _problem(429, "queue_full", f"{queue.limit} calls are under way")(scope, receive, noted)
-        else:
-            queue.under_way += 1
-            try:
-                await self.app(scope, receive, noted)
-            finally:
-                queue.under_way -= 1
-        path = getattr(scope.get("route"), "path", "unknown")
-        self.metrics.seconds.labels(path).observe(time.perf_counter() - begin)
-        self.metrics.requests.labels(path, status).inc()
-
-
-@dataclass
-class Queue:
-    """Calls of a kind that are under way, and how many may be."""
-
-    limit: float
-    under_way: int = 0
-
-
-EVERYBODY = Queue(math.inf)
 
 
 async def _body(request: Request, kind: type[Body]) -> Body:
@@ -267,26 +225,20 @@ STATUS[TooLarge] = (413, "body_too_large")
 
 def _handler(status: int, code: str) -> Callable[[Request, Any], Awaitable[Response]]:
     async def handle(request: Request, error: Any) -> Response:
-        return _problem(status, code, str(error))
+        return problem(status, code, str(error))
 
     return handle
 
 
 async def _unrouted(request: Request, error: Any) -> Response:
     """No such path, or a method that it does not have."""
-    answer = _problem(error.status_code, f"http_{error.status_code}", f"{request.method} {request.url.path}")
+    answer = problem(error.status_code, f"http_{error.status_code}", f"{request.method} {request.url.path}")
     if error.status_code == 405:  # the framework names the methods of one route, not all of this path
         scopes = {method: {**request.scope, "method": method} for method in ("GET", "POST", "DELETE")}
         routes = request.app.routes
         has = [name for name, scope in scopes.items() if any(r.matches(scope)[0] is Match.FULL for r in routes)]
         answer.headers["Allow"] = ", ".join(has)
     return answer
-
-
-def _problem(status: int, code: str, detail: str) -> Response:
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else None
-    content = msgspec.msgpack.encode(Problem(code, detail))
-    return Response(content, status, headers, media_type=CONTENT_TYPE)
 
 
 def _answer(reply: msgspec.Struct) -> Response:

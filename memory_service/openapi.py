@@ -7,12 +7,14 @@ keys that are integers on the wire stand as strings.
 from __future__ import annotations
 
 import struct
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from fastapi import FastAPI
 
+from memory_service.doorkeeper import OPEN
 from memory_service.schemas import (
     CONTENT_TYPE,
     CatalogueReply,
@@ -75,6 +77,7 @@ class Call:
 INVALID_BODY = Failure(
     400, "invalid_body", "No msgpack of the right shape", "Expected `str`, got `int` - at `$.users[0]`"
 )
+UNAUTHORIZED = Failure(401, "unauthorized", "No token, or a wrong one", "this memory service wants its token")
 NOT_FOUND = Failure(404, "user_not_found", "Nothing is known about this user", "nothing is known about this user")
 MISMATCH = Failure(
     409,
@@ -239,20 +242,31 @@ CALLS = (
 )
 
 
-def document(app: FastAPI) -> Json:
-    """The OpenAPI 3.1 document."""
+def document(app: FastAPI, guarded: bool) -> Json:
+    """The OpenAPI 3.1 document; `guarded`: calls need the token."""
     structs = [type(part) for call in CALLS for part in (call.body, call.answer) if part is not None]
     _, schemas = msgspec.json.schema_components([*structs, Problem], ref_template=REFS)
     paths: Json = {}
     for call in CALLS:
         paths.setdefault(call.path, {})[call.method] = _operation(call)
-    return {
+    made = {
         "openapi": "3.1.0",
         "info": {"title": app.title, "version": app.version, "description": __doc__},
         "tags": [{"name": name, "description": about} for name, about in TAGS.items()],
-        "paths": paths | PROBES,
+        "paths": paths | deepcopy(PROBES),
         "components": {"schemas": _precise(schemas)},
     }
+    return _guarded(made) if guarded else made
+
+
+def _guarded(made: Json) -> Json:
+    made["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    for path, methods in made["paths"].items():
+        for operation in methods.values():
+            if path not in OPEN:
+                operation["security"] = [{"token": []}]
+            operation["responses"]["401"] = _failure(UNAUTHORIZED)  # where none is needed, a wrong one is refused
+    return made
 
 
 def _operation(call: Call) -> Json:
@@ -300,10 +314,12 @@ def _probe(name: str, about: str, answers: dict[str, Json]) -> Json:
     return {"get": {"operationId": name, "summary": about, "tags": ["probes"], "responses": answers}}
 
 
-def _json_answer(about: str, **example: str) -> Json:
+def _json_answer(about: str, **example: str | bool) -> Json:
     schema = {
         "type": "object",
-        "properties": dict.fromkeys(example, TEXT),
+        "properties": {
+            name: {"type": "boolean"} if isinstance(value, bool) else TEXT for name, value in example.items()
+        },
         "required": [name for name in example if name != "detail"],
     }
     return {"description": about, "content": {"application/json": {"schema": schema, "example": example}}}
@@ -316,9 +332,13 @@ PROBES = {
         "ready",
         "Redis answers, and what is in it is loaded",
         {
-            "200": _json_answer("Ready", status="ready", model_version=MODEL),
+            "200": _json_answer("Ready", status="ready", model_version=MODEL, authorized=True),
             "503": _json_answer(
-                "Not yet, or Redis is lost", status="redis is out of reach", model_version=MODEL, detail="timeout"
+                "Not yet, or Redis is lost",
+                status="redis is out of reach",
+                model_version=MODEL,
+                authorized=True,
+                detail="timeout",
             ),
         },
     ),

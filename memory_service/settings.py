@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from memory_service.telemetry import LogLevel
+
+TOKEN_LENGTH = 16
+"""Characters that a token has at least."""
 
 
 def user_data_dir() -> Path:
@@ -16,15 +22,32 @@ def user_data_dir() -> Path:
     return Path(base) / "ramrec"
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens on `host`."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:  # a name: wherever it points to
+        return False
+
+
 class MemorySettings(BaseSettings):
     """Everything the memory service can be told."""
 
-    model_config = SettingsConfigDict(env_prefix="RAMREC_MEMORY_", extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix="RAMREC_MEMORY_", extra="forbid", env_ignore_empty=True, hide_input_in_errors=True
+    )
 
     run: Path = Field(description="checkpoint folder")
     host: str = "127.0.0.1"
     port: int = Field(8001, ge=1, le=65535)
-    redis_url: str | None = Field(None, description="redis://, rediss:// or unix://; none: embedded Valkey")
+    token: SecretStr | None = Field(
+        None, min_length=TOKEN_LENGTH, description="callers must bring it: Authorization: Bearer …"
+    )
+    open: bool = Field(False, description="listen beyond loopback without a token")
+    log_level: LogLevel = "info"
+    redis_url: str | None = Field(
+        None, repr=False, description="redis://, rediss:// or unix://, with its password; none: embedded Valkey"
+    )
     data_dir: Path = Field(default_factory=user_data_dir, description="folder of the embedded Valkey")
     fsync: Literal["everysec", "always"] = Field("everysec", description="AOF policy of the embedded Valkey")
     redis_timeout_s: float = Field(2.0, gt=0)
@@ -47,3 +70,12 @@ class MemorySettings(BaseSettings):
     body_limit_bytes: int = Field(32 * 2**20, ge=1024)
     queue_retrieve: int = Field(256, ge=1, description="retrievals under way or waiting; more are answered 429")
     queue_ingest: int = Field(64, ge=1, description="plans and writes under way or waiting; more are answered 429")
+
+    @model_validator(mode="after")
+    def _guarded(self) -> Self:
+        if self.token is None and not self.open and not is_loopback(self.host):
+            raise ValueError(
+                f"listening on {self.host} needs a token (RAMREC_MEMORY_TOKEN), "
+                "or RAMREC_MEMORY_OPEN=true to answer whoever asks"
+            )
+        return self

@@ -35,12 +35,14 @@ from redis.exceptions import (
     NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
+    RedisError,
     ResponseError,
     TimeoutError,
 )
 
 from memory_service.record import CHECKSUM, STAMP, RecordError, pack_record, stamp_bytes, unpack_record
 from model.config import RulesConfig
+from model.errors import RamrecError
 from model.events import UserRecord
 
 TOMBSTONE_S = 30 * 86400
@@ -48,6 +50,10 @@ TOMBSTONE = struct.Struct("<dQ")
 SCAN_COUNT = 1000
 COMMIT_USERS = 64
 """Records that one script call stores: Redis serves nobody else meanwhile, about half a millisecond."""
+URL_ERROR = (
+    "the URL of Redis is not usable: wanted redis://, rediss:// (TLS) or unix://, a password percent-encoded, "
+    "and only options that redis-py knows"
+)
 Command = tuple[bytes | str | int, ...]
 log = logging.getLogger(__name__)
 
@@ -129,6 +135,10 @@ return {revision, behind > 0 and redis.call('LRANGE', KEYS[2], 0, behind - 1) or
 """The revision and the numbers of the items that changed since another one, where that is still known."""
 
 
+class StoreURLError(RamrecError):
+    """The URL of Redis cannot be used. Does not quote it: it may hold a password."""
+
+
 class StoreUnavailable(RuntimeError):  # noqa: N818 - a state of the store, not of the call
     """Redis cannot be reached, is loading, refuses writes (memory or disk full), or did not answer in time."""
 
@@ -167,14 +177,21 @@ def user_key(user_id: str) -> bytes:
 class Store:
     """Records, tombstones and catalogue in one Redis. `rules` lay out the banks that are read; records expire
     `idle_s` seconds after their last write (0: never).
+
+    Raises:
+        StoreURLError: `url` cannot be used.
     """
 
     def __init__(self, url: str, rules: RulesConfig, timeout_s: float, idle_s: int = 0) -> None:
         self.rules, self.idle_s = rules, idle_s
         once_more = Retry(NoBackoff(), 1, supported_errors=(ConnectionError,))  # pooled connections go stale
-        self._redis = redis.Redis.from_url(
-            url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=once_more
-        )
+        try:
+            self._redis = redis.Redis.from_url(
+                url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=once_more
+            )
+            self._redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # not connected: reads the options in the URL
+        except (ValueError, TypeError, RedisError):  # what they say may hold the password
+            raise StoreURLError(URL_ERROR) from None
         self._secret = b""
 
     async def close(self) -> None:
@@ -232,7 +249,8 @@ class Store:
                 if data is not None:
                     records[user] = unpack_record(data, self.rules)
             except RecordError as error:
-                log.error("left out: the record %s: %s", user_key(user), error)
+                log.error("left out: a damaged record: %s", error)
+                log.debug("the damaged record is %s", user_key(user))
         return records
 
     async def commit(self, writes: Sequence[tuple[str, int, UserRecord]]) -> list[UserRecord | None]:

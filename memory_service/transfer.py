@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -282,7 +283,11 @@ def main() -> int:
     parser.add_argument("what", choices=("export", "import"))
     parser.add_argument("--file", type=Path, required=True)
     parser.add_argument("--overwrite", action="store_true", help="import: replace users who are there already")
-    parser.add_argument("--redis-url", help="redis://, rediss:// or unix://; none: the embedded Valkey")
+    parser.add_argument(
+        "--redis-url",
+        default=os.environ.get("RAMREC_MEMORY_REDIS_URL") or None,
+        help="redis://, rediss:// or unix://; none: the embedded Valkey",
+    )
     parser.add_argument("--data-dir", type=Path, default=user_data_dir(), help="folder of the embedded Valkey")
     asked = parser.parse_args()
     try:
