@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from api.app import create_app
 from api.settings import ApiSettings
+from memory_service.telemetry import configure_logs
 from model.config import describe
 from model.errors import RamrecError
 
@@ -20,13 +21,14 @@ def main() -> int:
     """Serve until told to stop. Exit code 2 with one line where something expected is missing."""
     try:
         settings = ApiSettings(**_options())
+        configure_logs(settings.log_level)
         server = uvicorn.Server(
             uvicorn.Config(
                 create_app(settings),
                 host=settings.host,
                 port=settings.port,
                 access_log=False,
-                log_level="warning",
+                log_config=None,
                 timeout_graceful_shutdown=10,
             )
         )
@@ -47,6 +49,8 @@ def _options() -> dict[str, Any]:
     parser.add_argument("--run", type=Path, help="checkpoint folder")
     parser.add_argument("--host", help="address to listen on")
     parser.add_argument("--port", type=int)
+    parser.add_argument("--keys", type=Path, help="file of API keys (`ramrec keys create`)")
+    parser.add_argument("--open", action="store_const", const=True, help="listen beyond loopback without API keys")
     parser.add_argument("--memory-url", help="base URL of the memory service")
     return {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
 

@@ -14,14 +14,16 @@ from api.batching import MicroBatcher
 from api.direct import DirectCalls
 from api.engine import Engine
 from api.ingest import Intake
+from api.keys import KeyRing
 from api.memory_client import MemoryClient
 from api.metrics import Metrics
-from api.middleware import BodyLimit, CountRequests
+from api.middleware import BodyLimit, Gate
 from api.openapi import document, operation_id
 from api.problems import MemoryUnavailable, install
 from api.recommend import recommend
 from api.routes import direct, router
 from api.settings import ApiSettings
+from memory_service.telemetry import NO_NATIVE_TELEMETRY
 from model.recommender import Recommender
 
 REFRESH_S = 5.0
@@ -32,16 +34,18 @@ def create_app(settings: ApiSettings) -> FastAPI:
     """The application. Loads the model now, so that a broken checkpoint fails before any port is bound.
 
     Raises:
-        CheckpointError: no usable checkpoint in `settings.run`.
+        CheckpointError: no usable checkpoint in `settings.run`. KeyFileError: no usable keys in `settings.keys`.
     """
+    ring = KeyRing(settings.keys) if settings.keys is not None else None
     recommender = Recommender.load(settings.run)
     app = FastAPI(
         title="RAMRec",
         description="Recommendations that remember.",
         lifespan=_lifespan,
         generate_unique_id_function=operation_id,
+        telemetry=NO_NATIVE_TELEMETRY,
     )
-    app.openapi = lambda: document(app)  # type: ignore[method-assign]
+    app.openapi = lambda: document(app, guarded=ring is not None)  # type: ignore[method-assign]
     app.state.settings, app.state.recommender = settings, recommender
     app.state.metrics = Metrics(settings.feedback_key.get_secret_value())
     app.include_router(direct)
@@ -49,7 +53,7 @@ def create_app(settings: ApiSettings) -> FastAPI:
     install(app)
     app.add_middleware(DirectCalls, router=direct)
     app.add_middleware(BodyLimit)
-    app.add_middleware(CountRequests)
+    app.add_middleware(Gate, metrics=app.state.metrics, ring=ring)
     return app
 
 
@@ -58,7 +62,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: ApiSettings = app.state.settings
     torch.set_num_threads(settings.torch_threads)
     metrics: Metrics = app.state.metrics
-    memory = MemoryClient(settings.memory_url, settings.memory_timeout_s)
+    token = settings.memory_token.get_secret_value() if settings.memory_token else None
+    memory = MemoryClient(settings.memory_url, settings.memory_timeout_s, token)
     engine = Engine(app.state.recommender, memory, metrics)
     batcher: MicroBatcher[face.RecommendRequest, face.RecommendResponse] = MicroBatcher(
         lambda requests: recommend(engine, requests),

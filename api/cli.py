@@ -21,9 +21,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 data_app = typer.Typer(help="Get a dataset to start with.", no_args_is_help=True)
+keys_app = typer.Typer(help="API keys: who may call the REST API, and for what.", no_args_is_help=True)
 memory_app = typer.Typer(help="The memory service on its own.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(memory_app, name="memory")
+app.add_typer(keys_app, name="keys")
 
 RunOption = Annotated[Path, typer.Option("--run", help="Checkpoint folder that `ramrec train` wrote.")]
 DatasetOption = Annotated[
@@ -40,7 +42,12 @@ DataDirOption = Annotated[
 ]
 RedisOption = Annotated[
     str | None,
-    typer.Option("--redis-url", help="Redis or Valkey to keep memories in; without it one is embedded."),
+    typer.Option(
+        "--redis-url",
+        envvar="RAMREC_MEMORY_REDIS_URL",
+        show_envvar=True,
+        help="Redis or Valkey to keep memories in; without it one is embedded. A password is safer in the variable.",
+    ),
 ]
 
 
@@ -236,11 +243,17 @@ def serve(
     redis_url: RedisOption = None,
     memory_url: Annotated[str | None, typer.Option(help="Use a memory service that runs already.")] = None,
     data_dir: DataDirOption = None,
+    keys: Annotated[
+        Path | None, typer.Option(envvar="RAMREC_API_KEYS", help="File of API keys that `ramrec keys` wrote.")
+    ] = None,
+    everybody: Annotated[
+        bool, typer.Option("--open", envvar="RAMREC_API_OPEN", help="Listen beyond loopback without API keys.")
+    ] = False,
 ) -> None:
     """Serve a checkpoint: REST API and memory service as two processes, memories in an embedded Valkey."""
     from api.supervisor import serve as supervise
 
-    sys.exit(supervise(run, host, port, memory_port, redis_url, memory_url, data_dir))
+    sys.exit(supervise(run, host, port, memory_port, redis_url, memory_url, data_dir, keys, everybody))
 
 
 @memory_app.command("serve")
@@ -253,8 +266,8 @@ def memory_serve(
     device: Annotated[str | None, typer.Option(help="cpu, or cuda: banks are searched on the first GPU.")] = None,
 ) -> None:
     """Serve only the memory banks, for an api elsewhere."""
-    options = {"--run": run, "--host": host, "--port": port, "--redis-url": redis_url, "--data-dir": data_dir}
-    _become("memory_service", options | {"--device": device})
+    options = {"--run": run, "--host": host, "--port": port, "--data-dir": data_dir, "--device": device}
+    _become("memory_service", options, redis_url=redis_url)
 
 
 @memory_app.command("export")
@@ -264,8 +277,7 @@ def memory_export(
     data_dir: DataDirOption = None,
 ) -> None:
     """All items and users' memories as JSON lines. A running service goes on; each line is consistent in itself."""
-    options = {"--file": out, "--redis-url": redis_url, "--data-dir": data_dir}
-    _become("memory_service.transfer", options, "export")
+    _become("memory_service.transfer", {"--file": out, "--data-dir": data_dir}, "export", redis_url=redis_url)
 
 
 @memory_app.command("import")
@@ -276,18 +288,59 @@ def memory_import(
     data_dir: DataDirOption = None,
 ) -> None:
     """Take in exported memories. Users who are there already stay as they are; users forgotten here stay forgotten."""
-    options = {"--file": file, "--redis-url": redis_url, "--data-dir": data_dir}
-    _become("memory_service.transfer", options, "import", *(["--overwrite"] if overwrite else []))
+    options = {"--file": file, "--data-dir": data_dir}
+    more = ["--overwrite"] if overwrite else []
+    _become("memory_service.transfer", options, "import", *more, redis_url=redis_url)
 
 
-def _become(module: str, options: Mapping[str, object], *words: str) -> NoReturn:
-    """Go on as `python -m module`: the memory service is a program of its own, without torch."""
+def _become(module: str, options: Mapping[str, object], *words: str, redis_url: str | None) -> NoReturn:
+    """Go on as `python -m module`: the memory service is a program of its own, without torch. The URL of Redis may hold
+    a password and is handed on in the environment.
+    """
     import os
 
     from api.supervisor import HUGE_PAGES
 
     words += tuple(word for name, value in options.items() if value is not None for word in (name, str(value)))
-    os.execve(sys.executable, [sys.executable, "-m", module, *words], HUGE_PAGES | os.environ)
+    told = {} if redis_url is None else {"RAMREC_MEMORY_REDIS_URL": redis_url}
+    os.execve(sys.executable, [sys.executable, "-m", module, *words], {**HUGE_PAGES, **os.environ, **told})
+
+
+KeyFileOption = Annotated[Path, typer.Option("--file", help="File of API keys: RAMREC_API_KEYS of the api.")]
+
+
+@keys_app.command("create")
+def keys_create(
+    file: KeyFileOption,
+    name: Annotated[str, typer.Option(help="What the key is called in logs.")],
+    scope: Annotated[
+        list[str], typer.Option(help="What it may do: recommend, ingest (write), admin (read, delete, configure).")
+    ],
+    per_second: Annotated[int | None, typer.Option(min=1, max=1_000_000, help="Requests a second at most.")] = None,
+) -> None:
+    """Make a key and print it, this once: the file holds only its hash. A running api takes it up within a second."""
+    from api.keys import create_key
+
+    typer.echo(create_key(file, name, tuple(scope), per_second))
+
+
+@keys_app.command("list")
+def keys_list(file: KeyFileOption) -> None:
+    """Names, scopes, limits and first digits of the hashes of all keys."""
+    from api.keys import read_keys
+
+    for key in read_keys(file):
+        limit = f"{key.per_second}/s" if key.per_second else "no limit"
+        typer.echo(f"{key.name}\t{','.join(key.scopes)}\t{limit}\t{key.created}\tsha256 {key.sha256[:8]}…")
+
+
+@keys_app.command("revoke")
+def keys_revoke(file: KeyFileOption, name: Annotated[str, typer.Option(help="The key to remove.")]) -> None:
+    """Remove a key. A running api refuses it within a second."""
+    from api.keys import revoke_key
+
+    revoke_key(file, name)
+    typer.echo(f"revoked {name}", err=True)
 
 
 @app.command()

@@ -32,6 +32,7 @@ from memory_service.schemas import (
     WriteReply,
     WriteRequest,
 )
+from memory_service.telemetry import CALL, REQUEST_ID
 from model.bank import Retrieved
 
 Reply = TypeVar("Reply", bound=msgspec.Struct)
@@ -87,9 +88,10 @@ class MemoryClient:
     serves another model, or answers what no memory service does.
     """
 
-    def __init__(self, url: str, timeout_s: float) -> None:
+    def __init__(self, url: str, timeout_s: float, token: str | None = None) -> None:
         self._url = url.rstrip("/")
-        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout_s))
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout_s), headers=headers)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -141,11 +143,16 @@ class MemoryClient:
         """The model version that the service serves, once it is ready."""
         try:
             async with self._session.get(f"{self._url}/health/ready") as response:
-                about = msgspec.json.decode(await response.read(), type=Readiness)
+                content = await response.read()
+                if response.status == 401:
+                    raise MemoryUnavailable(f"memory service answered 401: {_detail(content)}")
+                about = msgspec.json.decode(content, type=Readiness)
         except (aiohttp.ClientError, TimeoutError) as error:
             raise MemoryUnavailable(f"memory service: {str(error) or 'no answer in time'}") from error
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise MemoryUnavailable(f"memory service: {error}: not a memory service?") from error
+        if not about.authorized:
+            raise MemoryUnavailable("memory service: it wants a token (RAMREC_API_MEMORY_TOKEN)")
         if response.status != 200:
             raise MemoryUnavailable(f"memory service: {about.status}")
         return about.model_version
@@ -164,6 +171,9 @@ class MemoryClient:
     ) -> Reply | None:
         """The decoded answer; None for 404."""
         headers = {"Content-Type": CONTENT_TYPE}
+        call = CALL.get()
+        if call is not None:
+            headers[REQUEST_ID] = call.request_id
         try:
             async with self._session.request(
                 method, self._url + path, data=data, params=params, headers=headers
@@ -184,6 +194,7 @@ class Readiness(msgspec.Struct):
 
     status: str
     model_version: str
+    authorized: bool = True
 
 
 def _decoded(content: bytes, kind: type[Reply]) -> Reply:

@@ -2,37 +2,66 @@
 
 from __future__ import annotations
 
+import logging
+import time
+
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.problems import BodyTooLarge, problem
+from api.access import admit, needed
+from api.keys import Key, KeyRing
+from api.metrics import Metrics
+from api.problems import ApiProblem, BodyTooLarge, refusal
+from memory_service.telemetry import CALL, REQUEST_ID, AccessLog, Call, request_id
 
 BODY_LIMIT_BYTES = 4 * 2**20
 LIMIT = f"a body has at most {BODY_LIMIT_BYTES} bytes"
+QUIET = frozenset({"/metrics"})
+"""Admin calls that come all the time."""
+PROBES = frozenset({"/health/live", "/health/ready"})
 
 
-class CountRequests:
-    """Counts answers by route and status, those that fail unforeseen included."""
+class Gate:
+    """The outermost: gives each request its id, lets in whose key may do this, counts and logs the answers, those that
+    fail unforeseen included. Without `ring` everybody is let in.
+    """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, metrics: Metrics, ring: KeyRing | None) -> None:
+        self.app, self._metrics, self._ring = app, metrics, ring
+        self._log = AccessLog(logging.getLogger("api.access"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        status = 500
+        begin, status = time.perf_counter(), 500
+        key: Key | None = None
+        headers = dict(scope["headers"])
+        call = Call(request_id(headers.get(b"x-request-id")))
+        CALL.set(call)
+        template, wanted = needed(scope["method"], scope["path"])
 
         async def noting(message: Message) -> None:
             nonlocal status
-            status = message.get("status", status)
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                own = (REQUEST_ID.lower().encode(), call.request_id.encode())
+                message = {**message, "headers": [*message.get("headers", ()), own]}
             await send(message)
 
         try:
+            if self._ring is not None and wanted is not None:
+                key = admit(self._ring, wanted, headers)
             await self.app(scope, receive, noting)
+        except ApiProblem as error:  # of `admit`: the application answers its own
+            await refusal(error)(scope, receive, noting)
         finally:
-            path = getattr(scope.get("route"), "path", "unknown")
-            scope["app"].state.metrics.requests.labels(path, status).inc()
+            if template == "unknown":
+                template = getattr(scope.get("route"), "path", template)
+            self._metrics.requests.labels(template, status).inc()
+            if template not in PROBES:
+                notable = wanted == "admin" and template not in QUIET
+                self._log.note(scope["method"], template, status, begin, notable=notable, key=key.name if key else None)
 
 
 class BodyLimit:
@@ -75,4 +104,4 @@ def _declared_bytes(scope: Scope) -> int:
 
 
 def _too_large() -> Response:
-    return problem(413, BodyTooLarge.code, BodyTooLarge.title, LIMIT)
+    return refusal(BodyTooLarge(LIMIT))

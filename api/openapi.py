@@ -12,8 +12,9 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic.json_schema import models_json_schema
 
+from api.access import ROUTES
 from api.examples import ANSWERS
-from api.problems import MEDIA_TYPE, RETRY_AFTER_S, ApiProblem, members
+from api.problems import MEDIA_TYPE, RETRY_AFTER_S, ApiProblem, Forbidden, Unauthorized, members
 from api.schemas import Problem
 
 Json = dict[str, Any]
@@ -23,6 +24,15 @@ TAGS = {
     "catalogue": "Items: what is known about them, and which are hidden.",
     "model": "The checkpoint that answers.",
     "probes": "For orchestration and Prometheus.",
+}
+SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key of `ramrec keys create`."},
+    "apiKey": {
+        "type": "apiKey",
+        "in": "header",
+        "name": "X-API-Key",
+        "description": "The same in a header of its own.",
+    },
 }
 REFS = "#/components/schemas/{model}"
 
@@ -53,8 +63,8 @@ def operation_id(route: APIRoute) -> str:
     return route.name
 
 
-def document(app: FastAPI) -> Json:
-    """The OpenAPI document, made once."""
+def document(app: FastAPI, *, guarded: bool) -> Json:
+    """The OpenAPI document, made once; `guarded`: callers need API keys."""
     if app.openapi_schema is None:
         tags = [{"name": name, "description": about} for name, about in TAGS.items()]
         made = get_openapi(
@@ -65,8 +75,21 @@ def document(app: FastAPI) -> Json:
         for methods in made["paths"].values():
             for operation in methods.values():
                 _show_answer(operation, schemas)
+        if guarded:
+            _secure(made)
         app.openapi_schema = made
     return app.openapi_schema
+
+
+def _secure(made: Json) -> None:
+    """Say which operation needs which scope, and how it refuses."""
+    made["components"]["securitySchemes"] = SCHEMES
+    for (method, path), scope in ROUTES.items():
+        operation = made["paths"].get(path.replace(":path}", "}"), {}).get(method.lower())
+        if operation is not None and scope is not None:
+            operation["security"] = [{name: [scope]} for name in SCHEMES]  # OpenAPI 3.1 has scopes for any scheme
+            refusals = failures(Unauthorized("an API key is wanted"), Forbidden(f"the scope {scope} is wanted"))
+            operation["responses"] |= {str(status): answer for status, answer in refusals.items()}
 
 
 def _show_answer(operation: Json, schemas: Json) -> None:

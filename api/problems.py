@@ -2,6 +2,8 @@
 
     ApiProblem                 status, code, title
     ├─ InvalidJson             400 invalid_json
+    ├─ Unauthorized            401 unauthorized, WWW-Authenticate
+    ├─ Forbidden               403 forbidden
     ├─ InvalidRequest          422 invalid_request (fields named), scope_unavailable
     ├─ NotFound                404 user_not_found, item_not_found
     ├─ BodyTooLarge            413 body_too_large
@@ -12,7 +14,7 @@
     └─ CallerGone              499 caller_gone (nobody reads it; it shows in the metrics)
 
 Unknown paths and methods are 404 `not_found` and 405 `method_not_allowed`; anything that should not
-happen is 500 `internal`, with no detail of the inside.
+happen is 500 `internal`, with no detail of the inside. `request_id` is that of the log.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
+
+from memory_service.telemetry import CALL, REQUEST_ID
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_S = 1
@@ -40,6 +44,23 @@ class ApiProblem(Exception):  # noqa: N818 - the word of RFC 9457
     def __init__(self, detail: str, code: str | None = None, **extra: Any) -> None:
         super().__init__(detail)
         self.detail, self.code, self.extra = detail, code or self.code, extra
+        self.headers: dict[str, str] = {}
+
+
+class Unauthorized(ApiProblem):
+    """No API key, or none that is known."""
+
+    status, code, title = 401, "unauthorized", "API key wanted"
+
+    def __init__(self, detail: str, *, known: bool = True) -> None:
+        super().__init__(detail)
+        self.headers = {"WWW-Authenticate": "Bearer" if known else 'Bearer error="invalid_token"'}
+
+
+class Forbidden(ApiProblem):
+    """The API key may do other things."""
+
+    status, code, title = 403, "forbidden", "Scope missing"
 
 
 class InvalidJson(ApiProblem):
@@ -104,8 +125,18 @@ def members(status: int, code: str, title: str, detail: str, **extra: Any) -> di
 
 def problem(status: int, code: str, title: str, detail: str, **extra: Any) -> JSONResponse:
     """A problem document as a response."""
+    call = CALL.get()
+    if call is not None:
+        extra["request_id"] = call.request_id
     headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else None
     return JSONResponse(members(status, code, title, detail, **extra), status, headers, media_type=MEDIA_TYPE)
+
+
+def refusal(error: ApiProblem) -> JSONResponse:
+    """An error of ours as a response."""
+    answer = problem(error.status, error.code, error.title, error.detail, **error.extra)
+    answer.headers.update(error.headers)
+    return answer
 
 
 def install(app: FastAPI) -> None:
@@ -113,7 +144,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(ApiProblem)
     async def ours(request: Request, error: ApiProblem) -> JSONResponse:
-        return problem(error.status, error.code, error.title, error.detail, **error.extra)
+        return refusal(error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -137,7 +168,11 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def internal(request: Request, error: Exception) -> JSONResponse:
-        return problem(500, ApiProblem.code, ApiProblem.title, "see the log of the api")
+        answer = problem(500, ApiProblem.code, ApiProblem.title, "see the log of the api")
+        call = CALL.get()
+        if call is not None:  # this answer is given outside of the middleware that adds it to the others
+            answer.headers[REQUEST_ID] = call.request_id
+        return answer
 
 
 def _methods(request: Request) -> list[str]:

@@ -376,8 +376,8 @@ class FieldError(BaseModel):
 
 
 class Problem(BaseModel):
-    """An error (RFC 9457): `code` is stable, `detail` is for people. `errors`: the fields of an invalid request;
-    `committed`: users whose interactions were kept nevertheless.
+    """An error (RFC 9457): `code` is stable, `detail` is for people; `request_id` stands in the log too. `errors`: the
+    fields of an invalid request; `committed`: users whose interactions were kept nevertheless.
     """
 
     type: str
@@ -385,6 +385,7 @@ class Problem(BaseModel):
     status: int
     detail: str
     code: str
+    request_id: str = ""
     errors: list[FieldError] = []
     committed: list[str] = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from memory_service.settings import user_data_dir
@@ -43,13 +44,19 @@ def serve(
     redis_url: str | None,
     memory_url: str | None,
     data_dir: Path | None,
+    keys: Path | None = None,
+    everybody: bool = False,
 ) -> int:
-    """Serve until Ctrl-C or SIGTERM. Returns the exit code.
+    """Serve until Ctrl-C or SIGTERM. Returns the exit code. `everybody`: listen beyond loopback without API keys.
+
+    The memory service takes calls only from our api: both are given one token, that of RAMREC_MEMORY_TOKEN or a new
+    one. It travels in the environment, as the URL of Redis does: others can read the arguments of a process.
 
     Raises:
         CheckpointError: no usable checkpoint. ServeError: a port is taken, or a process ended by itself.
     """
     load_checkpoint(run, with_weights=False)
+    shared = _environment(redis_url, memory_url)
     if memory_url is None and port == memory_port:
         raise ServeError(f"api and memory service cannot both listen on port {port}")
     _check_port(host, port)
@@ -60,9 +67,10 @@ def serve(
         if memory_url is None:
             _check_port("127.0.0.1", memory_port)
             memory_url = f"http://127.0.0.1:{memory_port}"
-            keep = ["--redis-url", redis_url] if redis_url else ["--data-dir", str(data_dir or data_dir_of(run))]
-            children.append(_start("memory_service", run, memory_port, "127.0.0.1", keep))
-        children.append(_start("api", run, port, host, ["--memory-url", memory_url]))
+            keep = [] if redis_url else ["--data-dir", str(data_dir or data_dir_of(run))]
+            children.append(_start("memory_service", run, memory_port, "127.0.0.1", keep, shared))
+        guard = [*(["--keys", str(keys)] if keys else []), *(["--open"] if everybody else [])]
+        children.append(_start("api", run, port, host, ["--memory-url", memory_url, *guard], shared))
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         wait_until_ready(children, url)
         print(f"RAMRec serves on {url} (API: /docs, stop: Ctrl-C)", flush=True)
@@ -73,6 +81,15 @@ def serve(
         return 0
     finally:
         _stop(children)
+
+
+def _environment(redis_url: str | None, memory_url: str | None) -> dict[str, str]:
+    """What the children are told and nobody else may read."""
+    told = {} if redis_url is None else {"RAMREC_MEMORY_REDIS_URL": redis_url}
+    if memory_url is None:
+        token = os.environ.get("RAMREC_MEMORY_TOKEN") or secrets.token_urlsafe(32)
+        told |= {"RAMREC_MEMORY_TOKEN": token, "RAMREC_API_MEMORY_TOKEN": token}
+    return told
 
 
 def data_dir_of(run: Path) -> Path:
@@ -90,14 +107,16 @@ def _check_port(host: str, port: int) -> None:
             raise ServeError(f"cannot listen on {host}:{port}: {error.strerror}") from error
 
 
-def _start(module: str, run: Path, port: int, host: str, more: Sequence[str]) -> subprocess.Popen[bytes]:
+def _start(
+    module: str, run: Path, port: int, host: str, more: Sequence[str], told: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
     words = ["--run", str(run), "--host", host, "--port", str(port), *more]
     # A session of its own: Ctrl-C reaches only us, and we stop the children in order.
     return subprocess.Popen(
         [sys.executable, "-m", module, *words],
         start_new_session=True,
         preexec_fn=_end_with(os.getpid()),
-        env=HUGE_PAGES | os.environ,
+        env={**HUGE_PAGES, **os.environ, **told},
     )
 
 

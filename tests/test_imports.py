@@ -21,7 +21,7 @@ ALLOWED = {
         "model.config",
         "model.errors",
     ),
-    "api": ("api", "model", "memory_service.schemas", "memory_service.settings"),
+    "api": ("api", "model", "memory_service.schemas", "memory_service.settings", "memory_service.telemetry"),
 }
 
 
