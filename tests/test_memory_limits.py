@@ -47,7 +47,7 @@ def test_calls_beyond_the_queue_are_turned_away_and_the_others_answered(run, val
     assert len(refused) == 14
     assert refused[0].headers["Retry-After"] == "1"
     assert msgspec.msgpack.decode(refused[0].content, type=Problem).code == "queue_full"
-    assert 'route="unknown",status="429"} 14.0' in metrics
+    assert 'route="/v1/plan",status="429"} 14.0' in metrics
 
 
 def test_a_call_names_so_many_users_at_most(caller):
