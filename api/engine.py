@@ -31,6 +31,8 @@ class Engine:
         self.recommender, self.memory, self.metrics = recommender, memory, metrics
         self.catalogue = CatalogueMirror(recommender.index_of)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self.changing = asyncio.Lock()
+        """Held from reading an item to writing what was made of it."""
         self._syncing, self._preparing = asyncio.Lock(), asyncio.Lock()
 
     async def close(self) -> None:

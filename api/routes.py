@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
@@ -15,7 +15,7 @@ from api.engine import Engine
 from api.examples import FULL, INVALID, INVALID_BODY, INVALID_ID, NO_ITEM, NO_USER, NOT_KEPT, UNAVAILABLE
 from api.ingest import ingest
 from api.openapi import failures
-from api.problems import MemoryUnavailable, NotFound
+from api.problems import InvalidRequest, MemoryUnavailable, NotFound
 from api.recommend import SCOPES
 from memory_service.schemas import Item, RegisterRequest, UserMemory
 from model.recommender import Recommender
@@ -149,23 +149,34 @@ async def item(item_id: ItemId, request: Request) -> face.ItemOut:
 @router.put("/items/{item_id:path}", tags=["catalogue"], responses=failures(*INVALID_BODY, UNAVAILABLE))
 async def put_item(item_id: ItemId, body: face.ItemPut, request: Request) -> face.ItemOut:
     """Register an item, or replace all that is said about it."""
-    return await _change_item(request.app.state.engine, Item(item_id, body.metadata, body.hidden))
+    engine: Engine = request.app.state.engine
+    async with engine.changing:
+        return await _change_item(engine, RegisterRequest([Item(item_id, body.metadata, body.hidden)], overwrite=True))
 
 
 @router.patch("/items/{item_id:path}", tags=["catalogue"], responses=failures(*INVALID_BODY, NO_ITEM, UNAVAILABLE))
 async def patch_item(item_id: ItemId, body: face.ItemPatch, request: Request) -> face.ItemOut:
-    """Change an item's metadata, or hide it from recommendations."""
+    """Change some of an item's metadata, or hide it from recommendations; what is not named stays as it is."""
     engine: Engine = request.app.state.engine
-    await engine.sync()  # another process may have changed it since
-    now = _known_item(engine, item_id)
-    metadata = now.metadata | (body.metadata or {})
-    return await _change_item(engine, Item(item_id, metadata, now.hidden if body.hidden is None else body.hidden))
+    async with engine.changing:
+        await engine.sync()  # another process may have changed it since
+        now = _known_item(engine, item_id)
+        metadata = None if body.metadata is None else _merged(now.metadata, body.metadata)
+        change = Item(item_id, metadata, bool(body.hidden))
+        return await _change_item(engine, RegisterRequest([change], overwrite=True, flags=body.hidden is not None))
 
 
-async def _change_item(engine: Engine, item: Item) -> face.ItemOut:
-    await engine.memory.register(RegisterRequest([item], overwrite=True))
+def _merged(metadata: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return face.checked_metadata(metadata | changes)
+    except ValueError as error:
+        raise InvalidRequest(f"with what the item has already: {error}") from error
+
+
+async def _change_item(engine: Engine, change: RegisterRequest) -> face.ItemOut:
+    await engine.memory.register(change)
     await engine.sync()
-    return _known_item(engine, item.item_id)
+    return _known_item(engine, change.items[0].item_id)
 
 
 def _known_item(engine: Engine, item_id: str) -> face.ItemOut:

@@ -33,7 +33,7 @@ def _identifier(value: str) -> str:
     return value
 
 
-def _metadata(value: dict[str, Any]) -> dict[str, Any]:
+def checked_metadata(value: dict[str, Any]) -> dict[str, Any]:
     """Refuse what the wire or Redis cannot carry: it would be found out only after it was stored."""
     try:
         size = len(json.dumps(value, allow_nan=False, ensure_ascii=False).encode())
@@ -54,7 +54,7 @@ def _depth(value: Any) -> int:
 
 ID_SCHEMA = {"type": "string", "minLength": 1, "maxLength": ID_LIMIT_BYTES, "pattern": r"^[^\x00]*$"}
 Identifier = Annotated[str, AfterValidator(_identifier), WithJsonSchema(ID_SCHEMA)]
-Metadata = Annotated[dict[str, Any], AfterValidator(_metadata)]
+Metadata = Annotated[dict[str, Any], AfterValidator(checked_metadata)]
 Scope = Literal["own", "collective"]
 
 

@@ -61,7 +61,7 @@ class Catalogue:
     async def register(self, request: RegisterRequest) -> RegisterReply:
         """Register or change items."""
         items = [CatalogueItem(item.item_id, _json(item.metadata), item.hidden) for item in request.items]
-        numbers = await self._store.register(items, overwrite=request.overwrite)
+        numbers = await self._store.register(items, overwrite=request.overwrite, flags=request.flags)
         await self.sync()
         return RegisterReply(numbers, self.size, self.revision)
 

@@ -294,10 +294,13 @@ class CatalogueReply(msgspec.Struct):
 
 
 class RegisterRequest(msgspec.Struct):
-    """Make items known. Metadata is set only where an item has none, unless `overwrite`; None leaves it alone."""
+    """Make items known. Metadata is set only where an item has none, unless `overwrite`; None leaves it alone. Hidden
+    flags are set only where `overwrite` and `flags` are.
+    """
 
     items: list[Item]
     overwrite: bool = False
+    flags: bool = True
 
 
 class RegisterReply(msgspec.Struct):

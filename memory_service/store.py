@@ -313,11 +313,11 @@ class Store:
 
     # ---------------------------------------------------------------------------------------- catalogue
 
-    async def register(self, items: Iterable[CatalogueItem], *, overwrite: bool) -> list[int]:
-        """Catalogue numbers of items, registering those that are new."""
+    async def register(self, items: Iterable[CatalogueItem], *, overwrite: bool, flags: bool = True) -> list[int]:
+        """Catalogue numbers of items, registering those that are new; `flags`: hidden flags are overwritten, too."""
         args: list[Any] = ["1" if overwrite else "0", CHANGES_KEPT]
         for item in items:
-            args += [item.item_id, item.about, "1" if item.hidden else "0"]
+            args += [item.item_id, item.about, str(int(item.hidden)) if flags else ""]
         if len(args) == 2:
             return []
         numbers: list[int] = (await self._send([self._script(REGISTER, CATALOGUE, args)]))[0]

@@ -1,5 +1,7 @@
 """The live catalogue: what changed comes over in small pieces, every process sees it, a search holds nobody up."""
 
+import asyncio
+
 import httpx2
 import msgspec
 import pytest
@@ -140,6 +142,37 @@ def test_what_one_process_hides_the_others_hide_too(run, memory_url, stack, monk
     while one.get("/items/i1").json()["metadata"] != {"title": "Back"}:
         pass
     assert ids(recommend(one, top_n=3)) == ["i1", "i2", "i3"]
+
+
+def test_changes_of_one_item_at_the_same_time_are_all_kept(api_url, go):
+    async def changed() -> list[int]:
+        async with httpx2.AsyncClient(base_url=api_url) as client:
+            changes = [{"metadata": {str(n): n}} for n in range(15)] + [{"hidden": True}]
+            answers = await asyncio.gather(*(client.patch("/items/i1", json=change) for change in changes))
+            return [answer.status_code for answer in answers]
+
+    assert set(go(changed())) == {200}
+    item = httpx2.get(f"{api_url}/items/i1").json()
+    assert item["metadata"] == {"title": "One"} | {str(n): n for n in range(15)}
+    assert item["hidden"] is True
+
+
+def test_what_a_change_does_not_name_is_left_alone(store, go):
+    go(register(store, "a", about=b"1", hidden=True, overwrite=True))
+    go(store.register([CatalogueItem("a", b"2", False)], overwrite=True, flags=False))
+    assert go(store.catalogue(1))[1] == [CatalogueItem("a", b"2", True)]
+    go(register(store, "a", hidden=False, overwrite=True))
+    assert go(store.catalogue(1))[1] == [CatalogueItem("a", b"2", False)]
+
+
+def test_metadata_does_not_outgrow_its_limit_by_and_by(api_url):
+    with httpx2.Client(base_url=api_url) as client:
+        assert client.patch("/items/i1", json={"metadata": {"a": "x" * 40_000}}).status_code == 200
+        refused = client.patch("/items/i1", json={"metadata": {"b": "x" * 40_000}})
+        assert (refused.status_code, refused.json()["code"]) == (422, "invalid_request")
+        assert "at most 65536 bytes" in refused.json()["detail"]
+        assert set(client.get("/items/i1").json()["metadata"]) == {"title", "a"}
+        assert client.patch("/items/i1", json={}).json()["metadata"]["title"] == "One"
 
 
 # ---------------------------------------------------------------------------------------------- search
