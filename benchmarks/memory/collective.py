@@ -19,7 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import faiss
 import numpy as np
 
-from benchmarks.memory.measures import Measure, measured, store
+from benchmarks.measures import Measure, measured, store
+from benchmarks.memory.run import RESULTS
 from model.bank import Banks
 from model.collective import CollectiveIndex, cells
 from model.config import RulesConfig, load_config
@@ -129,7 +130,7 @@ def main() -> None:
     parser.add_argument("--dataset", type=Path, required=True)
     asked = parser.parse_args()
     command = "python -m benchmarks.memory.collective --run RUN --dataset ml-1m.txt.gz"
-    store("collective", measure(asked.run, asked.dataset), measured_with() | {"command": command})
+    store("collective", measure(asked.run, asked.dataset), measured_with() | {"command": command}, RESULTS)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from benchmarks.measures import Measure, measured, percentile, resident_bytes
 from benchmarks.memory import banks as made
-from benchmarks.memory.measures import Measure, measured, percentile, resident_bytes
 from memory_service.index import OwnIndex
 from memory_service.residents import Residents, Wish
 from model.checkpoint import Checkpoint

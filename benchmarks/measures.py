@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results.json"
-
 
 @dataclass(frozen=True)
 class Measure:
@@ -69,7 +67,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def store(part: str, measures: list[Measure], about: dict[str, Any], file: Path = RESULTS) -> None:
+def store(part: str, measures: list[Measure], about: dict[str, Any], file: Path) -> None:
     """Put the measures of one part into the results, in place of its former ones."""
     results = json.loads(file.read_text()) if file.exists() else {"about": {}, "measures": []}
     others = [one for one in results["measures"] if one["part"] != part]
