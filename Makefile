@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test conformance check format install bench-quality bench-memory clean
+.PHONY: quickstart test conformance check format install bench-quality bench-memory bench-serving clean
 
 quickstart: $(BIN)/.ready
 	$(BIN)/ramrec quickstart $(if $(ML_100K),--source $(ML_100K))
@@ -53,6 +53,11 @@ bench-memory: $(BIN)/.ready-dev
 	test ! -d $(ML_1M_RUN) || OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.memory.collective \
 		--run $(ML_1M_RUN) --dataset $(DATA)/ml-1m.txt.gz
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m benchmarks.memory.peers --json benchmarks/memory/peers.json
+
+# All of benchmarks/serving (needs wrk: apt install wrk); on a machine that does nothing else. BENCH passes arguments on,
+# for example BENCH="--seconds 2 speed". Memories, LitServe's environment and bodies are kept in build/bench-serving.
+bench-serving: $(BIN)/.ready-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.serving.run --run $(ML_1M_RUN) --dataset $(DATA)/ml-1m.txt.gz $(BENCH)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
