@@ -18,6 +18,7 @@ from model.events import (
     plan,
     rekey,
     rekey_job,
+    without,
 )
 from model.rules import unit
 from tests.synthetic import random_banks
@@ -263,6 +264,28 @@ def test_rekeying_asks_for_the_last_time_each_item_was_logged(new):
     assert items_of(fresh) == items_of(record)
     wider = rekey(record, "wide", np.ones((2, 8)), np.ones(8))
     assert wider.banks.key.shape[2] == 8
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    taken=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 20)), min_size=1, max_size=20),
+    ignored=st.lists(st.integers(1, 12), max_size=6),
+)
+def test_a_record_without_items_is_that_of_one_who_never_took_them(taken, ignored):
+    """Where nothing was pruned and keys do not depend on what was taken before: bank and log, to the bit."""
+    roomy = UserRecord.new(DIM, RULES.model_copy(update={"capacity": 20}))
+    stream = [Event(n, item, float(time), event_id=n + 1) for n, (item, time) in enumerate(taken)]
+    record, others = remember(roomy, stream), [event for event in stream if event.item not in ignored]
+    found, never = without(record, ignored), remember(roomy, others) if others else roomy
+    assert (found.size, found.events) == (never.size, never.events)
+    for name, values in (*found.banks.fields.items(), ("key", found.banks.key)):
+        wanted = never.banks.key if name == "key" else never.banks.fields[name]
+        assert np.array_equal(values[0, : found.size], wanted[0, : never.size], equal_nan=name == "rating"), name
+    assert np.array_equal(found.log_item, never.log_item)
+    assert np.array_equal(found.log_time, never.log_time)
+    assert np.array_equal(found.seen, record.seen)  # what the user really had
+    assert (found is record) == (len(others) == len(stream))
+    assert items_of(record) == items_of(remember(roomy, stream))  # the given one is left as it was
 
 
 def test_banks_of_many_users_do_not_touch_each_other():

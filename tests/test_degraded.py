@@ -112,11 +112,14 @@ def test_resident_banks_answer_as_before_and_say_degraded(caller, valkey, how):
     with valkey.out_of_reach(how):
         after = caller.retrieve("here", uncounted=[0])
         mixed = caller.retrieve("gone", "here", "stranger", "")
+        ignoring = caller.retrieve("here", "here", ignore={0: [4]}, uncounted=[1])
         told = asking(caller, "stranger")
     assert msgspec.structs.replace(after, degraded=False) == before
     assert (after.degraded, mixed.degraded, told.degraded) == (True, True, True)
     assert column(mixed.known, "u1") == [0, 1, 0, 0]  # only one bank may stay
     assert column(mixed.bank_size, "<i4") == [0, 3, 0, 0]
+    assert column(ignoring.known, "u1") == [0, 1]  # without the record nobody knows what would be left
+    assert (ignoring.degraded, ignoring.without) == (True, {})
     assert others(told) == others_before
     assert len(others_before) == 4
 

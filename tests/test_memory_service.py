@@ -305,6 +305,24 @@ def test_k_can_be_asked_for_and_memories_ignored(caller):
     assert 3 not in column(found.own.item, "<u4")
     most = caller.retrieve("u", k=np.array([100], "<i4").tobytes(), ignore={0: [3]})
     assert column(most.own.count, "<i4") == [7]
+    assert column(found.bank_size, "<i4") == [7]
+    assert column(found.without[0].items, "<u4") == [1, 2, 4, 5, 6, 7, 8]  # what the state would be made of
+    assert caller.retrieve("u", "x", "", ignore={0: [9], 1: [3], 2: [3]}).without == {}  # none of them had that
+
+
+def test_users_who_ignore_memories_leave_no_trace(caller):
+    """They are asked about among others, even beside themselves, and nothing of it is counted or stays."""
+    caller.remember("u", *(took(n, f"i{n + 1}") for n in range(5)))
+    caller.remember("v", took(0, "i1"), took(1, "i2"))
+    plain, resident = caller.retrieve("u", "v", uncounted=[0, 1]), caller.client.app.state.service.resident_users
+    mixed = caller.retrieve("u", "v", "u", "u", ignore={0: [1, 2], 3: [1, 2, 3, 4, 5]}, uncounted=[1, 2])
+    assert column(mixed.bank_size, "<i4") == [3, 2, 5, 0]
+    assert mixed.without.keys() == {0, 3}
+    assert (column(mixed.known, "u1"), column(mixed.versions, "<i8")) == ([1] * 4, [1] * 4)
+    assert caller.retrieve("u", "v", uncounted=[0, 1]) == plain
+    assert caller.client.app.state.service.resident_users == resident
+    caller.remember("u", took(9, "i9"))
+    assert {entry.access for entry in caller.inspect("u").entries} == {0}
 
 
 def test_retrievals_count_at_the_next_write_and_only_if_wanted(caller):
