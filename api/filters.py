@@ -99,7 +99,9 @@ class Run:
 
     def __init__(self, items: Sequence[Item]) -> None:
         self.items = items
-        self._columns: dict[str, Column] = {}
+        self.columns: dict[str, Column] = {}
+        """Those asked for so far, of attributes that some item has: callers may name any others."""
+        self._names: frozenset[str] | None = None
         self._text: tuple[str, list[int]] | None = None
 
     def matching(self, wanted: Filter) -> Mask:
@@ -132,11 +134,13 @@ class Run:
         return self._text
 
     def _column(self, name: str) -> Column:
-        column = self._columns.get(name)
-        if column is None:  # two threads may build the same: no harm
-            column = Column([(item.metadata or {}).get(name) for item in self.items])
-            self._columns[name] = column
-        return column
+        if self._names is None:
+            self._names = frozenset(name for item in self.items for name in item.metadata or ())
+        if name not in self._names:
+            return Column([None] * len(self.items))
+        if name not in self.columns:  # two threads may build the same: no harm
+            self.columns[name] = Column([(item.metadata or {}).get(name) for item in self.items])
+        return self.columns[name]
 
 
 NOTHING_KNOWN = Run([Item("")])
@@ -172,8 +176,8 @@ class Filters:
         """Catalogue number → whether the item fulfils the filter. Number 0 is an item of which nothing is known."""
         key, runs = _key(wanted), self.runs
         with self._lock:
-            seen, mask = self._kept.pop(key, ((), NOTHING_KNOWN.matching(wanted)))
-            self._kept[key] = seen, mask
+            seen, mask = self._kept[key] = self._kept.get(key) or ((), NOTHING_KNOWN.matching(wanted))
+            self._kept.move_to_end(key)
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         if seen is not runs:

@@ -178,6 +178,14 @@ def test_masks_are_kept_for_the_last_filters_only():
     assert [filters.is_ready({"year": {"eq": year}}) for year in (0, 1, 2)] == [True, False, True]
 
 
+def test_attributes_that_no_item_has_leave_nothing_behind():
+    filters = filters_of(FILMS)
+    for n in range(KEPT * 3):
+        assert filters.mask({f"made up {n}": {"exists": False}}).all()
+    assert filters.mask({"year": {"gte": 1990}}).sum() == 2
+    assert [list(run.columns) for run in filters.runs] == [["year"]]
+
+
 def test_an_item_of_which_nothing_is_known_passes_what_items_without_the_attribute_pass():
     filters = filters_of(FILMS)
     wanted = [{"a": {"ne": 1}}, {"a": {"exists": False}}, {"a": {"eq": 1}}, {"a": {"lt": 1}}, {}]
