@@ -4,6 +4,8 @@
     GET, DELETE /v1/user?user_id=      a bank laid open; forget
     GET /v1/users?prefix=&limit=
     GET /v1/catalogue?since=&revision=, POST /v1/catalogue
+    GET, POST /v1/model                which models are loaded; want another one, or cut over to it
+    GET /v1/stale?version=&cursor=&limit=      users of other models, step by step
     GET /health/live, /health/ready, /metrics, /openapi.json
 
 Errors are `Problem`: 400 no msgpack of the right shape, 401 without the token, 404, 405, 409 another model, 413 too
@@ -16,6 +18,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -29,11 +32,13 @@ from starlette.routing import Match
 
 from memory_service.doorkeeper import RETRY_AFTER_S, Doorkeeper, problem
 from memory_service.metrics import Metrics
+from memory_service.models import ModelMismatch
 from memory_service.openapi import document
 from memory_service.record import RecordError
 from memory_service.replica import on_cuda
 from memory_service.schemas import (
     CONTENT_TYPE,
+    ModelRequest,
     PlanRequest,
     RegisterRequest,
     RekeyRequest,
@@ -41,22 +46,25 @@ from memory_service.schemas import (
     Users,
     WriteRequest,
 )
-from memory_service.service import MemoryService, ModelMismatch
+from memory_service.service import MemoryService
 from memory_service.settings import MemorySettings
 from memory_service.store import Store, StoreUnavailable
 from memory_service.telemetry import NO_NATIVE_TELEMETRY
 from memory_service.wire import BadRequest
-from model.checkpoint import load_checkpoint
+from model.checkpoint import CheckpointError, load_checkpoint
 
 log = logging.getLogger(__name__)
 FAR = 2**53
-"""Beyond any catalogue number and revision, and within what Redis can count."""
+"""Beyond any catalogue number, revision and cursor, and within what Redis can count."""
+FOLLOW_S = 1.0
+"""How often a process looks which model is wanted. A call that names a model unknown to it has it look at once."""
 START_WAIT_S = 2.0
 """A small store is loaded before the first call; a large one while calls are answered, marked as degraded."""
 STATUS: dict[type[Exception], tuple[int, str]] = {
     msgspec.MsgspecError: (400, "invalid_body"),
     UnicodeDecodeError: (400, "invalid_body"),  # what msgspec raises for text that is no UTF-8
     RequestValidationError: (422, "invalid_query"),
+    CheckpointError: (422, "checkpoint_refused"),
     ModelMismatch: (409, "model_mismatch"),
     BadRequest: (422, "invalid_columns"),
     RecordError: (500, "damaged_record"),
@@ -80,7 +88,7 @@ def create_app(settings: MemorySettings) -> FastAPI:
     store = Store(settings.redis_url, checkpoint.config.rules, settings.redis_timeout_s, idle_s)
     replicate = on_cuda() if settings.device == "cuda" else None
     collective = settings.collective_users if settings.collective else 0
-    service = MemoryService(store, checkpoint, settings.resident_users, collective, replicate)
+    service = MemoryService(store, checkpoint, settings.resident_users, collective, replicate, settings.run.resolve())
     app = FastAPI(
         title="RAMRec memory service",
         lifespan=_lifespan,
@@ -90,6 +98,7 @@ def create_app(settings: MemorySettings) -> FastAPI:
     )
     app.openapi = lambda: document(app, settings.token is not None)  # type: ignore[method-assign]
     app.state.service, app.state.metrics, app.state.settings = service, Metrics(), settings
+    app.state.trouble = ""  # why it cannot start
     app.state.started, app.state.loaded = False, asyncio.Event()  # whether catalogue and collective scope are loaded
     for error, (status, code) in STATUS.items():
         app.add_exception_handler(error, _handler(status, code))
@@ -102,20 +111,22 @@ def create_app(settings: MemorySettings) -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    loading = asyncio.create_task(_load(app))
-    loading.add_done_callback(_report)
+    background = [asyncio.create_task(_load(app)), asyncio.create_task(_follow(app))]
+    for task in background:
+        task.add_done_callback(_report)
     with suppress(TimeoutError):
         await asyncio.wait_for(app.state.loaded.wait(), START_WAIT_S)  # calls may come from then on
     yield
-    loading.cancel()
-    await asyncio.gather(loading, return_exceptions=True)
+    for task in background:
+        task.cancel()
+    await asyncio.gather(*background, return_exceptions=True)
     await app.state.service.close()
 
 
 def _report(task: asyncio.Task[None]) -> None:
     """Nobody waits for this task: what ends it must not go unseen."""
     if not task.cancelled() and task.exception() is not None:
-        log.error("records are no longer loaded or compared with Redis", exc_info=task.exception())
+        log.error("records or models are no longer compared with Redis", exc_info=task.exception())
 
 
 async def _load(app: FastAPI) -> None:
@@ -129,6 +140,19 @@ async def _load(app: FastAPI) -> None:
             await asyncio.sleep(settings.compare_s)
         except StoreUnavailable:
             await asyncio.sleep(RETRY_AFTER_S)
+        except CheckpointError as error:
+            app.state.trouble = str(error)
+            log.error("not ready: %s", error)
+            await asyncio.sleep(RETRY_AFTER_S)
+
+
+async def _follow(app: FastAPI) -> None:
+    """Look now and then which model Redis wants, from when everything is loaded."""
+    await app.state.loaded.wait()
+    while True:
+        with suppress(StoreUnavailable):
+            await app.state.service.models.follow()
+        await asyncio.sleep(FOLLOW_S)
 
 
 def _add_calls(app: FastAPI, service: MemoryService, metrics: Metrics) -> None:
@@ -175,6 +199,23 @@ def _add_calls(app: FastAPI, service: MemoryService, metrics: Metrics) -> None:
     async def register(request: Request) -> Response:
         return _answer(await service.catalogue.register(await _body(request, RegisterRequest)))
 
+    @app.get("/v1/model")
+    async def model() -> Response:
+        return _answer(await service.model())
+
+    @app.post("/v1/model")
+    async def change_model(request: Request) -> Response:
+        asked = await _body(request, ModelRequest)
+        if asked.cut_over:
+            await service.models.cut_over(asked.version)
+        else:
+            await service.models.want(asked.version, Path(asked.run))
+        return _answer(await service.model())
+
+    @app.get("/v1/stale")
+    async def stale(version: str, cursor: int = 0, limit: int = 200) -> Response:
+        return _answer(await service.stale(version, max(0, min(cursor, FAR)), max(1, min(limit, 1000))))
+
 
 def _add_probes(app: FastAPI) -> None:
     @app.get("/health/live")
@@ -183,20 +224,21 @@ def _add_probes(app: FastAPI) -> None:
 
     @app.get("/health/ready")
     async def ready(request: Request) -> JSONResponse:
+        service, state = app.state.service, app.state
         # A wrong token does not come this far; without one a caller sees here that its calls would be refused.
-        authorized = app.state.settings.token is None or "authorization" in request.headers
-        about = {"model_version": app.state.service.model_version, "authorized": authorized}
+        authorized = state.settings.token is None or "authorization" in request.headers
+        about = {"model_version": service.model_version, "authorized": authorized}
         try:
-            await app.state.service.check_store()
+            await service.check_store()
         except StoreUnavailable as error:
-            app.state.metrics.redis_up.set(0)
+            state.metrics.redis_up.set(0)
             return JSONResponse({"status": "redis is out of reach", "detail": str(error), **about}, 503)
-        app.state.metrics.redis_up.set(1)
-        if app.state.started:
-            return JSONResponse({"status": "ready", **about})
-        collective = app.state.service.serving.collective
+        state.metrics.redis_up.set(1)
+        if state.started:
+            return JSONResponse({"status": "ready", **about, **_transition(service)})
+        collective = service.serving.collective
         loaded = f", {collective.users} users so far" if collective is not None else ""
-        return JSONResponse({"status": f"loading from redis{loaded}", **about}, 503)
+        return JSONResponse({"status": state.trouble or f"loading from redis{loaded}", **about}, 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -204,6 +246,15 @@ def _add_probes(app: FastAPI) -> None:
         app.state.metrics.resident.set(service.resident_users)
         app.state.metrics.collective.set(len(service.serving.collective or ()))
         return Response(generate_latest(app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _transition(service: MemoryService) -> dict[str, Any]:
+    """How far the wanted model is, where it is not the one that serves, and what stands in its way."""
+    wanted, about = service.models.wanted, {"trouble": service.models.trouble} if service.models.trouble else {}
+    if wanted is service.serving or wanted.collective is None or service.serving.collective is None:
+        return about
+    users = {"users": service.serving.collective.known, "moved": wanted.collective.users}
+    return about | {"wanted": wanted.model_version, **users}
 
 
 async def _body(request: Request, kind: type[Body]) -> Body:

@@ -7,7 +7,7 @@ expired. Slots are this process's own; they never leave it.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 
 import numpy as np
 
@@ -39,30 +39,36 @@ class CollectiveScope:
         self._stamp: dict[str, int] = {}
         self._free: list[int] = []
         self._touched: set[str] = set()  # users who changed while Redis was being read
-        self.ready = False
-        """Whether everything in Redis has been read."""
 
     @property
     def users(self) -> int:
         """Users whose entries can be found."""
         return len(self._slot)
 
+    @property
+    def known(self) -> int:
+        """Users whose records were looked at, whether their entries can be found or not."""
+        return len(self._stamp)
+
     def __len__(self) -> int:
         """Entries that can be found."""
         return len(self._index)
 
-    async def compare(self, users: AsyncIterator[list[str]], stamps: Stamps, read: Read) -> None:
-        """Bring the index to what Redis has, batch by batch. What was done stays where a batch fails."""
+    async def compare(
+        self, users: AsyncIterator[list[str]], stamps: Stamps, read: Read, loaded: Collection[str]
+    ) -> None:
+        """Bring the index to what Redis has, batch by batch. What was done stays where a batch fails. `loaded`: see
+        `put`.
+        """
         missing = set(self._stamp)
         async for names in users:
             missing.difference_update(names)
-            await self._compare(names, stamps, read)
+            await self._compare(names, stamps, read, loaded)
         left = sorted(missing)
         for at in range(0, len(left), COMPARE_USERS):
-            await self._compare(left[at : at + COMPARE_USERS], stamps, read)
-        self.ready = True
+            await self._compare(left[at : at + COMPARE_USERS], stamps, read, loaded)
 
-    async def _compare(self, names: list[str], stamps: Stamps, read: Read) -> None:
+    async def _compare(self, names: list[str], stamps: Stamps, read: Read, loaded: Collection[str]) -> None:
         self._touched.clear()
         found = dict(zip(names, await stamps(names), strict=True))
         changed = [name for name, stamp in found.items() if stamp != self._stamp.get(name, 0)]
@@ -70,14 +76,17 @@ class CollectiveScope:
         for name in changed:
             if name not in records and name not in self._touched:
                 self.drop(name)
-        self.put((name, record) for name, record in records.items() if name not in self._touched)
+        self.put(((name, record) for name, record in records.items() if name not in self._touched), loaded)
 
-    def put(self, records: Iterable[tuple[str, UserRecord]]) -> None:
-        """Make these the users' entries; a record that does not share, or is of another model, has none."""
+    def put(self, records: Iterable[tuple[str, UserRecord]], loaded: Collection[str] = ()) -> None:
+        """Make these the users' entries; a record that does not share, or is of another model, has none. One that
+        shares and is of a `loaded` other model leaves the entries as they were before it moved there.
+        """
         new = [(name, record) for name, record in records if self._stamp.get(name) != record.stamp]
         for name, record in new:
             if not self._shares(record):
-                self._take_out(name)
+                if not record.share or record.model_version not in loaded:
+                    self._take_out(name)
                 self._note(name, record)
         shared = [(name, record) for name, record in new if self._shares(record)]
         if shared:

@@ -24,6 +24,8 @@ from memory_service.schemas import (
     Forgotten,
     Item,
     Job,
+    ModelReply,
+    ModelRequest,
     PlanReply,
     PlanRequest,
     Problem,
@@ -33,6 +35,8 @@ from memory_service.schemas import (
     RekeyRequest,
     RetrieveReply,
     RetrieveRequest,
+    StalePage,
+    StaleUser,
     UserEvents,
     UserMemory,
     UserPlan,
@@ -46,7 +50,7 @@ from memory_service.schemas import (
 
 Json = dict[str, Any]
 REFS = "#/components/schemas/{name}"
-MODEL = "5f0c2a7be1d94386"
+MODEL, NEXT = "5f0c2a7be1d94386", "0a6c19d2f48b7e53"
 TEXT: Json = {"type": "string"}
 
 
@@ -82,9 +86,10 @@ NOT_FOUND = Failure(404, "user_not_found", "Nothing is known about this user", "
 MISMATCH = Failure(
     409,
     "model_mismatch",
-    "The service serves another model",
+    "The model is not loaded here, or not the wanted one",
     f"this service serves model {MODEL}, the call is for a1b2",
 )
+REFUSED = Failure(422, "checkpoint_refused", "The checkpoint cannot be used; nothing has changed", "no model a1b2")
 TOO_LARGE = Failure(413, "body_too_large", "The body exceeds the limit", "the body is larger than 33554432 bytes")
 INVALID_COLUMNS = Failure(
     422, "invalid_columns", "Columns do not fit together", "queries has 12 bytes, wanted 64 values of 4"
@@ -238,6 +243,36 @@ CALLS = (
         RegisterReply([1682], 1682, 4),
         (*BODY, INVALID_COLUMNS, UNAVAILABLE),
         RegisterRequest([Item("alien", {"title": "Alien", "year": 1979})], overwrite=True),
+    ),
+    Call(
+        "get",
+        "/v1/model",
+        "model",
+        "Which model serves here, which is wanted, and how far that one is",
+        ModelReply(MODEL, NEXT, "/runs/one", "/runs/two", 943, 120),
+        (UNAVAILABLE,),
+    ),
+    Call(
+        "post",
+        "/v1/model",
+        "change_model",
+        "Want another model, in every process; or let the wanted one serve",
+        ModelReply(MODEL, NEXT, "/runs/one", "/runs/two", 943, 0),
+        (*BODY, MISMATCH, REFUSED, UNAVAILABLE),
+        ModelRequest(NEXT, "/runs/two"),
+    ),
+    Call(
+        "get",
+        "/v1/stale",
+        "stale",
+        "A step through all users: those whose records are not of the wanted model, and what they need",
+        StalePage(0, 200, 1682, [StaleUser("196", 3, Job(0, struct.pack("<I", 50), struct.pack("<q", 0)))]),
+        (MISMATCH, INVALID_QUERY, UNAVAILABLE),
+        query=(
+            _parameter("version", TEXT, "The wanted model.", required=True, example=NEXT),
+            _parameter("cursor", {"type": "integer", "default": 0}, "Where the last step ended.", example=0),
+            _parameter("limit", {"type": "integer", "default": 200}, "About as many users, 1…1000.", example=200),
+        ),
     ),
 )
 

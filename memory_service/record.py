@@ -40,6 +40,7 @@ STAMP = struct.Struct("<QI")
 SHARE = 1
 
 CHECKSUM = slice(16, 20)
+MODEL = slice(20, 36)
 FORMATS = (1, FORMAT)
 """Formats that can be read."""
 
@@ -98,6 +99,11 @@ def unpack_record(data: bytes, rules: RulesConfig) -> UserRecord:
         event_ids=event_ids,
         state=state,
     )
+
+
+def model_of(data: bytes) -> str:
+    """The model version as it stands at `MODEL` in a record, which may be damaged."""
+    return data.rstrip(b"\0").decode("latin-1")
 
 
 def stamp_bytes(stamp: int) -> bytes:

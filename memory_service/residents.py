@@ -65,6 +65,8 @@ class Residents:
         self.index = ReplicatedOwnIndex(dim, slots, places, replicate) if replicate else OwnIndex(dim, slots, places)
         self.version, self._checksum = np.zeros(slots, np.int64), np.zeros(slots, np.uint32)
         self.stale = np.zeros(slots, bool)
+        self.model_of: dict[int, str] = {}
+        """Model version of the stale records, by slot."""
         self.size = np.zeros(slots, np.int32)
         self.entropy = np.zeros(slots, np.float32)
         self.k = np.zeros(slots, np.int32)
@@ -120,7 +122,7 @@ class Residents:
         for n in (n for n, is_fresh in enumerate(here) if not is_fresh):  # keys of another model answer nothing
             slots = self._described([users[n]], [records[n]])
             self._empty(slots)
-            self.stale[slots] = True
+            self.stale[slots], self.model_of[int(slots[0])] = True, records[n].model_version
         for user, record in zip(users, records, strict=True):
             if user in uncounted:
                 self._carry_over(user, record, uncounted[user])
@@ -161,6 +163,7 @@ class Residents:
         self.version[slots], self._checksum[slots], self.stale[slots], self._used[slots] = 0, 0, False, 0
         for slot in slots.tolist():
             self._name[slot], self.seen[slot] = "", b""
+            self.model_of.pop(slot, None)
         self._free.extend(slots.tolist())
 
     @contextmanager

@@ -1,6 +1,7 @@
 """The wire between api and memory service: msgpack bodies, vectors and number columns as little-endian bytes.
 
-Every call names the model version it was made with; the service answers 409 `model_mismatch` to any other.
+Every call names the model version it was made with; the service answers 409 `model_mismatch` to one that is not loaded,
+and to a plan or rekey for another than the wanted one.
 Items travel as catalogue numbers; `catalogue_size` in a reply tells the caller when to fetch new ones.
 """
 
@@ -109,6 +110,8 @@ class RetrieveReply(msgspec.Struct):
     was out of reach and the answer comes from resident banks, or the collective index is still being filled.
     `without`: for rows that ignore some of what the user had, the job that makes the state without it, which is to be
     sent as the row's query; a job without items: nothing is left that a state could be made of.
+    `moved`: rows of users whose records are of another model that is loaded too, which this call does not answer: ask
+    again for that model.
     """
 
     catalogue_size: int
@@ -126,6 +129,7 @@ class RetrieveReply(msgspec.Struct):
     seen: bytes
     stale: list[StaleUser]
     without: dict[int, Job] = {}
+    moved: dict[int, str] = {}
 
 
 class EventIn(msgspec.Struct):
@@ -315,6 +319,37 @@ class Users(msgspec.Struct):
     """User ids that begin with the prefix asked for, sorted, at most the limit asked for."""
 
     users: list[str]
+
+
+class ModelReply(msgspec.Struct):
+    """Which model serves in this process and which one it writes records for, with the folders that Redis names for
+    them. `moved` of about `users` are in the wanted model's collective index already.
+    """
+
+    serving: str
+    wanted: str
+    serving_run: str
+    wanted_run: str
+    users: int
+    moved: int
+    trouble: str = ""
+
+
+class ModelRequest(msgspec.Struct):
+    """Want the model `version` from folder `run`; with `cut_over`: the wanted model `version` is to serve."""
+
+    version: str
+    run: str = ""
+    cut_over: bool = False
+
+
+class StalePage(msgspec.Struct):
+    """A step through all users: `cursor` goes on (0: all were named), `looked_at` users, and those of other models."""
+
+    cursor: int
+    looked_at: int
+    catalogue_size: int
+    users: list[StaleUser]
 
 
 class Problem(msgspec.Struct):

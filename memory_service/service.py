@@ -12,9 +12,11 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -22,17 +24,20 @@ import numpy as np
 from memory_service import wire
 from memory_service.catalogue import Catalogue
 from memory_service.merging import Merged
+from memory_service.models import ModelMismatch, Models
 from memory_service.replica import Replicate
 from memory_service.residents import NOBODY
 from memory_service.schemas import (
     EventIn,
     Forgotten,
+    ModelReply,
     PlanReply,
     PlanRequest,
     RekeyReply,
     RekeyRequest,
     RetrieveReply,
     RetrieveRequest,
+    StalePage,
     StaleUser,
     UserEvents,
     UserMemory,
@@ -60,10 +65,6 @@ User = TypeVar("User", UserEvents, UserWrite)
 log = logging.getLogger(__name__)
 
 
-class ModelMismatch(ValueError):  # noqa: N818 - a state, answered with 409
-    """The caller works with another model than this service."""
-
-
 @dataclass(frozen=True)
 class Known:
     """A user's record as of the last look at Redis, the tombstone that was there then, and what was planned last."""
@@ -77,14 +78,15 @@ class Known:
 
 @dataclass(frozen=True)
 class Asked(Generic[User]):
-    """A user's part of a call, and when the call came."""
+    """A user's part of a call, the space of the model it was made with, and when the call came."""
 
     user: User
+    space: Space
     received_at: float
 
 
 class MemoryService:
-    """All banks behind one Redis, for one model."""
+    """All banks behind one Redis."""
 
     def __init__(
         self,
@@ -93,11 +95,15 @@ class MemoryService:
         resident_users: int,
         collective: int = 1,
         replicate: Replicate | None = None,
+        run: Path = Path(),
     ) -> None:
+        def space_of(checkpoint: Checkpoint) -> Space:
+            return Space(checkpoint, self.catalogue, resident_users, collective, replicate)
+
         self.store = store
         self.catalogue = Catalogue(store)
-        self._checkpoint = checkpoint
-        self.serving = Space(checkpoint, self.catalogue, resident_users, collective, replicate)
+        self.models = Models(store, self.catalogue, checkpoint, run, space_of, self._complete)
+        self._comparing = asyncio.Lock()
         self._recent: OrderedDict[str, Known] = OrderedDict()
         self._outage: asyncio.Task[None] | None = None
         self._watchers: list[set[str]] = []
@@ -105,26 +111,48 @@ class MemoryService:
         self._merged_write = Merged(self._write, lambda asked: asked.user.user_id)
 
     @property
+    def serving(self) -> Space:
+        """What belongs to the model that serves."""
+        return self.models.serving
+
+    @property
     def model_version(self) -> str:
-        """The model that is served."""
+        """The model that serves."""
         return self.serving.model_version
 
     @property
     def resident_users(self) -> int:
         """Banks in memory."""
-        return len(self.serving.residents)
+        return sum(len(space.residents) for space in self.models.spaces.values())
 
     async def start(self) -> None:
-        """Load the catalogue and the collective scope. Raises StoreUnavailable; may be called again."""
-        await self.catalogue.start(self._checkpoint)
+        """Load models, catalogue and the collective scope. May be called again.
+
+        Raises:
+            StoreUnavailable. CheckpointError: the model that Redis says serves cannot be loaded.
+        """
+        await self.models.start()
         await self.compare()
 
     async def compare(self) -> None:
         """Bring the collective scope to what is in Redis: all of it at start, later what other processes wrote or
         forgot, and what expired. Raises StoreUnavailable.
         """
-        if self.serving.collective is not None:
-            await self.serving.collective.compare(self.store.all_users(LOAD_USERS), self.store.stamps, self._read)
+        for space in list(self.models.spaces.values()):
+            if space is self.serving:
+                await self._complete(space)
+            else:  # complete once it serves
+                await self._compare(space)
+
+    async def _complete(self, space: Space) -> None:
+        await self._compare(space)
+        space.complete = True
+
+    async def _compare(self, space: Space) -> None:
+        if space.collective is not None:
+            async with self._comparing:
+                users = self.store.all_users(LOAD_USERS)
+                await space.collective.compare(users, self.store.stamps, partial(self._read, space), self.models.spaces)
 
     async def close(self) -> None:
         """Stop looking for Redis and close all connections to it."""
@@ -137,14 +165,14 @@ class MemoryService:
 
     async def retrieve(self, request: RetrieveRequest) -> RetrieveReply:
         """Entropy, K, memories, state and seen items of a batch of users. Unknown users come back as not known."""
-        self._check_model(request.model_version)
+        space = await self._space(request.model_version)
         self._check_users(request.users)
         if not request.users:
             raise BadRequest("no users")
-        space, degraded = self.serving, self.serving.degraded
-        altered = await self._altered(request) if request.ignore else {}
+        degraded = not space.complete
+        altered = await self._altered(space, request) if request.ignore else {}
         try:
-            damaged = await self._refresh(request.users)
+            damaged = await self._refresh(space, request.users)
             degraded = degraded or damaged
         except StoreUnavailable:
             degraded = True  # what is resident goes on answering, and the answer says so
@@ -153,12 +181,17 @@ class MemoryService:
         with space.residents.visited(visitors, space.clusters):
             slots = space.residents.find(users)
             stale = space.residents.stale[slots]
+            model_of = {row: space.residents.model_of[int(slots[row])] for row in np.flatnonzero(stale).tolist()}
             reply = space.answer(request, np.where(stale, NOBODY, slots), degraded)
         reply.without = {row: wire.state_job(record) for row, record in altered.items() if record is not None}
-        reply.stale = await self._jobs([user for user, is_old in zip(users, stale.tolist(), strict=True) if is_old])
+        if model_of:
+            await self._follow_to(model_of.values())
+            followed = {one.model_version for one in (self.models.serving, self.models.wanted)}
+            reply.moved = {row: model for row, model in model_of.items() if model in followed}
+            reply.stale = await self._jobs(space, [users[row] for row in model_of if row not in reply.moved])
         return reply
 
-    async def _altered(self, request: RetrieveRequest) -> dict[int, UserRecord | None]:
+    async def _altered(self, space: Space, request: RetrieveRequest) -> dict[int, UserRecord | None]:
         """Rows that ignore something of what the user had, and the record without it; None where Redis cannot tell."""
         ignored = wire.ignored(request)
         try:
@@ -167,33 +200,33 @@ class MemoryService:
                 await self._know_items(list(records.values()))
         except StoreUnavailable:
             return dict.fromkeys(ignored)
-        here = {name: record for name, record in records.items() if not self.serving.is_stale(record)}
+        here = {name: record for name, record in records.items() if not space.is_stale(record)}
         pairs = [(row, here[request.users[row]]) for row in ignored if request.users[row] in here]
         altered = {row: without(record, ignored[row]) for row, record in pairs}
         return {row: altered[row] for row, record in pairs if altered[row] is not record}
 
-    async def _jobs(self, users: Sequence[str]) -> list[StaleUser]:
-        """What would bring these users to this model; nothing while Redis is out of reach."""
+    async def _jobs(self, space: Space, users: Sequence[str]) -> list[StaleUser]:
+        """What would bring these users to a loaded model; nothing while Redis is out of reach."""
         if not users:
             return []
         try:
             records = await self.store.load_readable(list(dict.fromkeys(users)))
         except StoreUnavailable:
             return []
-        return [wire.stale_user(user, record) for user, record in records.items() if self.serving.is_stale(record)]
+        return [wire.stale_user(user, record) for user, record in records.items() if space.is_stale(record)]
 
     # -------------------------------------------------------------------------------------------- write
 
     async def plan(self, request: PlanRequest) -> PlanReply:
         """What the events would mean, and which keys writing them needs. Nothing is changed."""
-        self._check_model(request.model_version)
+        space = await self._wanted(request.model_version)
         self._check_distinct([user.user_id for user in request.users])
-        planned = await self._merged_plan([Asked(user, request.received_at) for user in request.users])
+        planned = await self._merged_plan([Asked(user, space, request.received_at) for user in request.users])
         return PlanReply(self.catalogue.size, planned)
 
     async def _plan(self, asked: Sequence[Asked[UserEvents] | Asked[UserWrite]]) -> list[UserPlan]:
-        known = await self._know([one.user.user_id for one in asked])
-        return [wire.plan_out(one, self.serving.is_stale(one.record)) for one in await self._prepare(asked, known)]
+        prepared = await self._prepare(asked, await self._know({one.user.user_id: one.space for one in asked}))
+        return [wire.plan_out(one, of.space.is_stale(one.record)) for of, one in zip(asked, prepared, strict=True)]
 
     async def write(self, request: WriteRequest) -> WriteReply:
         """Write planned events with their keys, atomically per user, if nobody wrote in between.
@@ -201,30 +234,35 @@ class MemoryService:
         Raises:
             StoreUnavailable: it is not known what was written; repeating the events is harmless (event ids).
         """
-        self._check_model(request.model_version)
+        space = await self._space(request.model_version)
         self._check_distinct([user.user_id for user in request.users])
-        written = await self._merged_write([Asked(user, request.received_at) for user in request.users])
+        written = await self._merged_write([Asked(user, space, request.received_at) for user in request.users])
         return WriteReply(self.catalogue.size, written)
 
     async def _write(self, asked: list[Asked[UserWrite]]) -> list[UserWritten]:
-        prepared = await self._prepare(asked, await self._know_planned([one.user for one in asked]))
-        outdated = {row for row, one in enumerate(asked) if self._is_outdated(prepared[row], one.user)}
+        prepared = await self._prepare(asked, await self._know_planned(asked))
+        outdated = {row for row, one in enumerate(asked) if self._is_outdated(prepared[row], one)}
         rows = [row for row, one in enumerate(prepared) if row not in outdated and one.plan.accepted]
-        chosen = [prepared[row] for row in rows]
-        changes = self.serving.changes(chosen, [asked[row].user for row in rows], [*map(self._first_version, chosen)])
-        stored = await self._commit(chosen, apply_stacked(changes)) if rows else []
-        written = {row: record for row, record in zip(rows, stored, strict=True) if record is not None}
+        written: dict[int, UserRecord] = {}
+        for space in dict.fromkeys(asked[row].space for row in rows):  # two only while one model follows another
+            mine = [row for row in rows if asked[row].space is space]
+            chosen = [prepared[row] for row in mine]
+            changes = space.changes(chosen, [asked[row].user for row in mine], [*map(self._first_version, chosen)])
+            stored = await self._commit(space, chosen, apply_stacked(changes))
+            written |= {row: record for row, record in zip(mine, stored, strict=True) if record is not None}
         outdated.update(set(rows) - written.keys())
         again = [asked[row] for row in sorted(outdated)]
         retries = dict(zip(sorted(outdated), await self._plan(again) if again else [], strict=True))
         return [wire.written_out(one, written.get(row), retries.get(row)) for row, one in enumerate(prepared)]
 
-    async def _know(self, names: list[str]) -> dict[str, Known]:
-        """Records and tombstones as they are in Redis now; what is kept from a moment ago is not read again.
+    async def _know(self, spaces: Mapping[str, Space]) -> dict[str, Known]:
+        """Records and tombstones of users as they are in Redis now, new ones for the space of each; what is kept from
+        a moment ago is not read again.
 
         Raises RecordError for a damaged record: it is not overwritten.
         """
-        kept = {name: self._recent[name] for name in names if name in self._recent}
+        names = list(spaces)
+        kept = {name: one for name in names if (one := self._recent.get(name)) and _is_for(one.record, spaces[name])}
         records = {name: one.record for name, one in kept.items()}
         rest = [name for name in names if name not in records]
         with self._watching() as changed:
@@ -235,9 +273,8 @@ class MemoryService:
                 loaded |= await self.store.load([name for name, stamp in seen if records[name].stamp != stamp])
             await self._know_items([record for record in loaded.values() if record is not None])
         self._remove([name for name, record in loaded.items() if record is None and name not in changed])
-        new = ((name, record) for name, record in loaded.items() if record is not None and name not in changed)
-        self.serving.share(new)
-        records |= {name: record or self.serving.new for name, record in loaded.items()}
+        self._share([(name, record) for name, record in loaded.items() if record is not None and name not in changed])
+        records |= {name: record or spaces[name].new for name, record in loaded.items()}
         stones = dict(zip([*kept, *rest], look.stones, strict=True))
         known = {name: Known(records[name], stones[name]) for name in names}
         for name, one in kept.items():
@@ -246,16 +283,16 @@ class MemoryService:
         self._keep(known)
         return known
 
-    async def _know_planned(self, users: Sequence[UserWrite]) -> dict[str, Known]:
+    async def _know_planned(self, asked: Sequence[Asked[UserWrite]]) -> dict[str, Known]:
         """What the plans were made from, where it is still kept: whether it is current, the commit will show. Where
         there is no record yet to be compared, or nothing will be committed, only Redis can say.
         """
         known = {}
-        for user in users:
+        for user in (one.user for one in asked):
             kept = self._recent.get(user.user_id)
             if kept is not None and 0 < kept.record.version == user.version and kept.plan and kept.plan.accepted:
                 known[user.user_id] = kept
-        rest = [user.user_id for user in users if user.user_id not in known]
+        rest = {one.user.user_id: one.space for one in asked if one.user.user_id not in known}
         return known | await self._know(rest) if rest else known
 
     def _keep(self, known: dict[str, Known]) -> None:
@@ -284,12 +321,13 @@ class MemoryService:
         events = [wire.event(user.user_id, event, numbers[event.item_id], received_at) for event in user.events]
         return plan(now.record, events, now.stone.time if now.stone else -np.inf)
 
-    def _is_outdated(self, one: Prepared, write: UserWrite) -> bool:
+    def _is_outdated(self, one: Prepared, asked: Asked[UserWrite]) -> bool:
         """Whether the plan behind a write is not that of the present record. A forget between plan and first write
         shows in keys for more events than count now.
         """
-        forgotten = one.stone is not None and len(write.keys) > len(one.plan.accepted) * self.serving.dim * 4
-        return one.record.version != write.version or self.serving.is_stale(one.record) or forgotten
+        write, space = asked.user, asked.space
+        forgotten = one.stone is not None and len(write.keys) > len(one.plan.accepted) * space.dim * 4
+        return one.record.version != write.version or space.is_stale(one.record) or forgotten
 
     def _first_version(self, one: Prepared) -> int:
         """What the versions of a new record follow: those before a forget. Where banks expire, nothing is left of the
@@ -298,8 +336,8 @@ class MemoryService:
         clock = int(time.time() * 1000) if self.store.idle_s and one.record.version == 0 else 0
         return max(clock, one.stone.version if one.stone else 0)
 
-    async def _commit(self, prepared: list[Prepared], stacked: Stacked) -> list[UserRecord | None]:
-        """Store new records; None where one lost against another writer or against a forget."""
+    async def _commit(self, space: Space, prepared: list[Prepared], stacked: Stacked) -> list[UserRecord | None]:
+        """Store new records of a space's model; None where one lost against another writer or against a forget."""
         names = [one.user_id for one in prepared]
         before = [one.record.stamp for one in prepared]
         with self._reaching():
@@ -311,7 +349,7 @@ class MemoryService:
             self._recent.pop(name, None)
         if kept:
             done = [record for record in outcome if record is not None]
-            self._show([prepared[row] for row in kept], replace(stacked.take(kept), records=done))
+            self._show(space, [prepared[row] for row in kept], replace(stacked.take(kept), records=done))
         return outcome
 
     async def _forgotten_meanwhile(self, stored: list[Prepared]) -> set[str]:
@@ -325,27 +363,34 @@ class MemoryService:
                 lost.add(one.user_id)
         return lost
 
-    def _show(self, prepared: list[Prepared], stacked: Stacked) -> None:
+    def _show(self, space: Space, prepared: list[Prepared], stacked: Stacked) -> None:
         """Let the next retrieval see what was just stored."""
         names = [one.user_id for one in prepared]
         new = zip(prepared, stacked.records, strict=True)
         self._keep({one.user_id: Known(record, one.stone) for one, record in new})
-        self.serving.show(names, stacked)
+        space.show(names, stacked)
+        for other in self._others(space):
+            other.residents.drop(names)
+            other.share(zip(names, stacked.records, strict=True), self.models.spaces)
         self._note(names)
+
+    def _others(self, space: Space) -> list[Space]:
+        return [other for other in self.models.spaces.values() if other is not space]
 
     async def rekey(self, request: RekeyRequest) -> RekeyReply:
         """Give stale records the keys and states of this model; those that changed meanwhile are left alone."""
-        self._check_model(request.model_version)
+        space = await self._wanted(request.model_version)
         self._check_distinct([user.user_id for user in request.users])
-        known = await self._know([user.user_id for user in request.users])
+        known = await self._know({user.user_id: space for user in request.users})
         prepared: list[Prepared] = []
         records: list[UserRecord] = []
         for user in request.users:
             record = known[user.user_id].record
-            if record.version == user.version and self.serving.is_stale(record):
-                records.append(self.serving.rekeyed(record, user.keys, user.state))
+            if record.version == user.version and space.is_stale(record):
+                accesses = [one for of in self._others(space) for one in of.residents.accesses(user.user_id)]
+                records.append(space.rekeyed(record, user, accesses))
                 prepared.append(Prepared(user.user_id, record, known[user.user_id].stone, plan(record, [])))
-        stored = await self._commit(prepared, Stacked.of(records)) if records else []
+        stored = await self._commit(space, prepared, Stacked.of(records)) if records else []
         return RekeyReply([one.user_id for one, done in zip(prepared, stored, strict=True) if done is not None])
 
     async def forget(self, user_id: str) -> Forgotten:
@@ -359,17 +404,67 @@ class MemoryService:
 
     async def inspect(self, user_id: str) -> UserMemory | None:
         """A user's bank laid open; None where nothing is known."""
-        known = await self._know([user_id])
+        known = await self._know({user_id: self.serving})
         record = known[user_id].record
         if record.version == 0:
             return None
-        return wire.user_memory(user_id, record, self.serving.clusters)
+        space = self.models.spaces.get(record.model_version, self.serving)
+        return wire.user_memory(user_id, record, space.clusters)
+
+    # ------------------------------------------------------------------------------------------- models
+
+    async def stale(self, version: str, cursor: int, limit: int) -> StalePage:
+        """A step through all users: what brings those of other models to the wanted one, which `version` must be."""
+        space = await self._wanted(version)
+        with self._reaching():
+            cursor, models = await self.store.walk(cursor, limit)
+            records = await self.store.load_readable([user for user, model in models.items() if model != version])
+            await self._know_items(list(records.values()))
+        jobs = [wire.stale_user(user, record) for user, record in records.items() if space.is_stale(record)]
+        return StalePage(cursor, len(models), self.catalogue.size, jobs)
+
+    async def model(self) -> ModelReply:
+        """Which models are loaded here and what for."""
+        with self._reaching():
+            state = await self.store.model()
+        serving, wanted = self.serving, self.models.wanted
+        return ModelReply(
+            serving=serving.model_version,
+            wanted=wanted.model_version,
+            serving_run=state.serving_run if state else "",
+            wanted_run=state.wanted_run if state else "",
+            users=serving.collective.known if serving.collective is not None else 0,
+            moved=wanted.collective.users if wanted.collective is not None else 0,
+            trouble=self.models.trouble,
+        )
+
+    async def _space(self, version: str) -> Space:
+        """The space of a loaded model. Raises ModelMismatch."""
+        return self.models.spaces.get(version) or await self._found_space(version)
+
+    async def _found_space(self, version: str) -> Space:
+        await self._follow_to([version])
+        space = self.models.spaces.get(version)
+        if space is None:
+            raise ModelMismatch(f"this service serves model {self.model_version}, the call is for {version}")
+        return space
+
+    async def _wanted(self, version: str) -> Space:
+        """The space that records are written for. Raises ModelMismatch where the caller means another."""
+        space = await self._space(version)
+        if space is not self.models.wanted:
+            raise ModelMismatch(
+                f"records are written for model {self.models.wanted.model_version}, the call is for {version}"
+            )
+        return space
+
+    async def _follow_to(self, versions: Collection[str]) -> None:
+        """Look into Redis where a model is named that is not loaded: it may have become the wanted one."""
+        if not self.models.spaces.keys() >= set(versions):
+            with suppress(StoreUnavailable), self._reaching():
+                await self.models.follow()
 
     # ----------------------------------------------------------------------------------------- resident
-
-    def _check_model(self, version: str) -> None:
-        if version != self.model_version:
-            raise ModelMismatch(f"this service serves model {self.model_version}, the call is for {version}")
 
     def _check_users(self, names: Sequence[str]) -> None:
         if len(names) > USERS_PER_CALL:
@@ -380,17 +475,17 @@ class MemoryService:
         if len(set(names)) < len(names):
             raise BadRequest("a user is named twice")
 
-    async def _refresh(self, users: Sequence[str]) -> bool:
+    async def _refresh(self, space: Space, users: Sequence[str]) -> bool:
         """Bring residents of these users to what Redis has; returns whether some record could not be read.
 
         One round trip compares the stamps of residents and loads the others. Other calls run while this one waits:
         whom they changed, and whoever is not at the stamp agreed on once nothing is awaited, is looked at again.
         """
-        self.serving.residents.make_room()
+        space.residents.make_room()
         agreed: dict[str, int] = {}
         pending, damaged = [name for name in dict.fromkeys(users) if name], False
         while pending:
-            here = self._stamps(pending)
+            here = _stamps(space, pending)
             check = [name for name in pending if here[name] and agreed.get(name, here[name]) == here[name]]
             load = sorted(set(pending).difference(check))
             with self._watching() as changed:
@@ -402,23 +497,23 @@ class MemoryService:
             found = dict(zip(check, look.stamps, strict=True))
             found |= {name: records[name].stamp if name in records else 0 for name in load}
             agreed |= {name: stamp for name, stamp in found.items() if name not in changed}
-            self._settle([name for name in pending if name not in changed], agreed, records)
-            now = self._stamps(list(agreed))
+            self._settle(space, [name for name in pending if name not in changed], agreed, records)
+            now = _stamps(space, list(agreed))
             pending = [name for name in found if name in changed]
             pending += [name for name in agreed if now[name] != agreed[name] and name not in changed]
         return damaged
 
-    def _settle(self, names: list[str], agreed: dict[str, int], records: dict[str, UserRecord]) -> None:
+    def _settle(self, space: Space, names: list[str], agreed: dict[str, int], records: dict[str, UserRecord]) -> None:
         """Take over what was read: who is not there goes, who was loaded stays."""
         self._remove([name for name in names if agreed[name] == 0])
         new = {name: records[name] for name in names if name in records}
-        self.serving.put(new)
+        space.put(new)
+        self._share(list(new.items()))
         self._note(new)
 
-    def _stamps(self, names: list[str]) -> dict[str, int]:
-        """Stamps of residents, 0 where there is none; they count as used."""
-        residents = self.serving.residents
-        return dict(zip(names, residents.stamps(residents.find(names)), strict=True))
+    def _share(self, records: Sequence[tuple[str, UserRecord]]) -> None:
+        for space in self.models.spaces.values():
+            space.share(records, self.models.spaces)
 
     @contextmanager
     def _watching(self) -> Iterator[set[str]]:
@@ -434,11 +529,16 @@ class MemoryService:
         for changed in self._watchers:
             changed.update(users)
 
-    async def _read(self, names: list[str]) -> dict[str, UserRecord]:
-        """The readable records of these users; as many as there is room for become residents."""
+    async def _read(self, space: Space, names: list[str]) -> dict[str, UserRecord]:
+        """The readable records of these users; as many as there is room for become residents. Those of other models
+        matter only to the serving one's space, which keeps whom it has.
+        """
+        if space is not self.serving:
+            models = await self.store.models(names)
+            names = [name for name, model in zip(names, models, strict=True) if model == space.model_version]
         records = await self.store.load_readable(names)
         await self._know_items(list(records.values()))
-        self.serving.fill(records)
+        space.fill({name: record for name, record in records.items() if not space.is_stale(record)})
         return records
 
     async def _know_items(self, records: Sequence[UserRecord]) -> None:
@@ -448,7 +548,8 @@ class MemoryService:
 
     def _remove(self, users: Sequence[str]) -> None:
         """Nothing is known about these users any more."""
-        self.serving.drop(users)
+        for space in self.models.spaces.values():
+            space.drop(users)
         self._note(users)
         for user in users:
             self._recent.pop(user, None)
@@ -494,3 +595,13 @@ class MemoryService:
                 self._outage = None
                 log.warning("Redis answers again")
                 return
+
+
+def _is_for(record: UserRecord, space: Space) -> bool:
+    """Whether a record may be planned for in a space: a new one is laid out for one space only."""
+    return record.version > 0 or record is space.new
+
+
+def _stamps(space: Space, names: list[str]) -> dict[str, int]:
+    """Stamps of residents, 0 where there is none; they count as used."""
+    return dict(zip(names, space.residents.stamps(space.residents.find(names)), strict=True))

@@ -6,7 +6,7 @@ Banks of one space hold keys of one model; they are searched with states of that
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from memory_service.catalogue import Catalogue
 from memory_service.collective import CollectiveScope
 from memory_service.replica import Replicate
 from memory_service.residents import NOBODY, Found, Residents, Wish
-from memory_service.schemas import RetrieveReply, RetrieveRequest, UserWrite
+from memory_service.schemas import RetrieveReply, RetrieveRequest, UserRekey, UserWrite
 from memory_service.wire import Prepared, column
 from model import rules as rule
 from model.bank import Entries
@@ -46,6 +46,8 @@ class Space:
         """The record of a user of whom nothing is known."""
         self.residents = Residents(resident_users, self.dim, self.rules, self.model_version, replicate)
         self.collective = CollectiveScope(checkpoint, collective, replicate) if collective else None
+        self.complete = self.collective is None
+        """Whether others' memories are all here."""
         self._centroids = checkpoint.index_centroids
         self._catalogue = catalogue
         self._cluster_of = dict(zip(checkpoint.item_ids, checkpoint.item_clusters[1:].tolist(), strict=True))
@@ -59,11 +61,6 @@ class Space:
             clusters = np.array([self._cluster_of.get(item, -1) for item in new], np.int32)
             self._clusters = np.concatenate([self._clusters, clusters])
         return self._clusters
-
-    @property
-    def degraded(self) -> bool:
-        """Whether others' memories are not all here yet."""
-        return self.collective is not None and not self.collective.ready
 
     def is_stale(self, record: UserRecord) -> bool:
         """Whether a record's keys are another model's."""
@@ -133,23 +130,29 @@ class Space:
             )
         ]
 
-    def rekeyed(self, record: UserRecord, keys: bytes, state: bytes) -> UserRecord:
-        """A record of another model with keys and state of this one. Raises BadRequest where they do not fit."""
-        made = column(keys, "<f4", record.size * self.dim, "keys").reshape(record.size, self.dim)
+    def rekeyed(self, record: UserRecord, write: UserRekey, accesses: Sequence[tuple[int, int, float]]) -> UserRecord:
+        """A record of another model with keys and state of this one, and retrievals counted there. Raises BadRequest
+        where they do not fit.
+        """
+        made = column(write.keys, "<f4", record.size * self.dim, "keys").reshape(record.size, self.dim)
         listed = cells(made, rekey_job(record).positions, self._centroids)
-        return rekey(record, self.model_version, made, column(state, "<f4", self.dim, "state"), listed)
+        state = column(write.state, "<f4", self.dim, "state")
+        new = rekey(record, self.model_version, made, state, listed, self.rules)
+        new.banks.touch(0, accesses)
+        return new
 
     # --------------------------------------------------------------------------------------------- keep
 
     def put(self, records: Mapping[str, UserRecord]) -> None:
-        """Make these the users' banks and, where they are this model's, others' memories."""
+        """Make these the users' banks, whatever model they are of."""
         self.residents.put(list(records), list(records.values()), self.clusters)
-        self.share(records.items())
 
-    def share(self, records: Iterable[tuple[str, UserRecord]]) -> None:
-        """Make these others' memories, as far as they are this model's."""
+    def share(self, records: Iterable[tuple[str, UserRecord]], loaded: Collection[str]) -> None:
+        """Make these others' memories, as far as they are this model's. Who moved to another of the `loaded` models
+        stays as before: those who did not move still need neighbours.
+        """
         if self.collective is not None:
-            self.collective.put(records)
+            self.collective.put(records, loaded)
 
     def show(self, names: list[str], stacked: Stacked) -> None:
         """What was just written, of this model: for the next retrieval. Banks that nobody asked for push none out."""

@@ -4,6 +4,8 @@
     ramrec:forgotten:HASH             tombstone of a forgotten user: time f8, last version u8; expires. HASH is a
                                       keyed hash of the user id, so that it does not say who was forgotten
     ramrec:secret                     the key of that hash, made once
+    ramrec:model                      the model that serves, and the one that is wanted (`ModelState`, JSON); not there
+                                      until somebody asks for another model
     ramrec:catalogue:{items}:number   hash item id → catalogue number (from 1; a number never changes)
     ramrec:catalogue:{items}:id       list of item ids in order of their numbers
     ramrec:catalogue:{items}:about    hash item id → JSON metadata
@@ -25,6 +27,7 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b, sha1
 from typing import Any
 
+import msgspec
 import redis.asyncio as redis
 from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
@@ -40,7 +43,7 @@ from redis.exceptions import (
     TimeoutError,
 )
 
-from memory_service.record import CHECKSUM, STAMP, RecordError, pack_record, stamp_bytes, unpack_record
+from memory_service.record import CHECKSUM, MODEL, STAMP, RecordError, model_of, pack_record, stamp_bytes, unpack_record
 from model.config import RulesConfig
 from model.errors import RamrecError
 from model.events import UserRecord
@@ -57,6 +60,7 @@ URL_ERROR = (
 Command = tuple[bytes | str | int, ...]
 log = logging.getLogger(__name__)
 
+MODEL_KEY = "ramrec:model"
 CATALOGUE = NUMBERS, IDS, ABOUT, HIDDEN, REVISION, CHANGES = [
     f"ramrec:catalogue:{{items}}:{name}" for name in ("number", "id", "about", "hidden", "revision", "changes")
 ]
@@ -135,12 +139,36 @@ return {revision, behind > 0 and redis.call('LRANGE', KEYS[2], 0, behind - 1) or
 """The revision and the numbers of the items that changed since another one, where that is still known."""
 
 
+SWAP = """
+if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[2])
+return 1
+"""
+"""Compare-and-set of a small value."""
+
+
 class StoreURLError(RamrecError):
     """The URL of Redis cannot be used. Does not quote it: it may hold a password."""
 
 
 class StoreUnavailable(RuntimeError):  # noqa: N818 - a state of the store, not of the call
     """Redis cannot be reached, is loading, refuses writes (memory or disk full), or did not answer in time."""
+
+
+class ModelState(msgspec.Struct, frozen=True):
+    """Versions of the serving and the wanted model and the folders that hold them. `base`: what the process that asked
+    was started with; one that is started with it again follows, one started with something new makes that serve.
+    """
+
+    serving: str
+    serving_run: str
+    wanted: str
+    wanted_run: str
+    base: str
+
+    def replace(self, **changes: str) -> ModelState:
+        """The same but for these fields."""
+        return msgspec.structs.replace(self, **changes)
 
 
 @dataclass(frozen=True)
@@ -184,6 +212,8 @@ class Store:
 
     def __init__(self, url: str, rules: RulesConfig, timeout_s: float, idle_s: int = 0) -> None:
         self.rules, self.idle_s = rules, idle_s
+        self.rules_of: dict[str, RulesConfig] = {}
+        """Rules that the banks of a model version are laid out for; `rules` those of all others."""
         once_more = Retry(NoBackoff(), 1, supported_errors=(ConnectionError,))  # pooled connections go stale
         try:
             self._redis = redis.Redis.from_url(
@@ -232,7 +262,7 @@ class Store:
         records: dict[str, UserRecord | None] = {}
         for user, data in zip(users, found, strict=True):
             try:
-                records[user] = None if data is None else unpack_record(data, self.rules)
+                records[user] = None if data is None else self._unpack(data)
             except RecordError as error:
                 raise RecordError(f"user {user!r}: {error}") from error
         return records
@@ -247,11 +277,14 @@ class Store:
         for user, data in zip(users, found, strict=True):
             try:
                 if data is not None:
-                    records[user] = unpack_record(data, self.rules)
+                    records[user] = self._unpack(data)
             except RecordError as error:
                 log.error("left out: a damaged record: %s", error)
                 log.debug("the damaged record is %s", user_key(user))
         return records
+
+    def _unpack(self, data: bytes) -> UserRecord:
+        return unpack_record(data, self.rules_of.get(model_of(data[MODEL]), self.rules))
 
     async def commit(self, writes: Sequence[tuple[str, int, UserRecord]]) -> list[UserRecord | None]:
         """Store records (user, stamp of what it was computed from, record); the record as it is stored now, None where
@@ -301,6 +334,21 @@ class Store:
                     names = []
             if names:
                 yield names
+
+    async def walk(self, cursor: int, count: int) -> tuple[int, dict[str, str]]:
+        """A step through all users, about `count` of them, with the model versions of their records: where to go on (0:
+        all were named), and users; one may be named at several steps. Does not block Redis.
+        """
+        keys: Any
+        async with self._translated():
+            cursor, keys = await self._redis.scan(cursor, b"ramrec:{*}", count)
+        names = list(dict.fromkeys(key[len(b"ramrec:{") : -1].decode() for key in keys))
+        return int(cursor), dict(zip(names, await self.models(names), strict=True))
+
+    async def models(self, users: Sequence[str]) -> list[str]:
+        """Model version of each user's record, "" where there is none. One round trip."""
+        found = await self._send([("GETRANGE", user_key(user), MODEL.start, MODEL.stop - 1) for user in users])
+        return [model_of(data) for data in found]
 
     async def users(self, prefix: str, limit: int) -> list[str]:
         """User ids with a prefix, sorted, at most `limit`. Walks the key space without blocking Redis."""
@@ -370,6 +418,21 @@ class Store:
             size, revision = await pipe.execute()
         return int(size), int(revision or 0)
 
+    # -------------------------------------------------------------------------------------------- model
+
+    async def model(self) -> ModelState | None:
+        """Which model serves and which is wanted; None until somebody asked for another."""
+        data = (await self._send([("GET", MODEL_KEY)]))[0]
+        return None if data is None else msgspec.json.decode(data, type=ModelState)
+
+    async def swap_model(self, before: ModelState, after: ModelState) -> bool:
+        """Set what is wanted, unless it is not `before` (or nothing) any more."""
+        data = (await self._send([("GET", MODEL_KEY)]))[0]
+        if data is not None and msgspec.json.decode(data, type=ModelState) != before:
+            return False
+        args = [data or b"", msgspec.json.encode(after)]
+        return bool((await self._send([self._script(SWAP, [MODEL_KEY], args)]))[0])
+
     # -------------------------------------------------------------------------------------------- seams
 
     async def _tombstone_key(self, user: str) -> str:
@@ -414,7 +477,7 @@ class Store:
             raise StoreUnavailable(str(error)) from error
 
 
-SHA = {text: sha1(text.encode()).hexdigest() for text in (STAMPS, COMMIT, FORGET, REGISTER, CHANGED)}
+SHA = {text: sha1(text.encode()).hexdigest() for text in (STAMPS, COMMIT, FORGET, REGISTER, CHANGED, SWAP)}
 
 
 def _tombstone(data: bytes | None) -> Tombstone | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,24 @@ def load_checkpoint(folder: Path, *, with_weights: bool = True) -> Checkpoint:
         raise CheckpointError(f"{folder}/{HEADER_FILE}: {describe(error)}") from error
     _check(folder, checkpoint, with_weights)
     return checkpoint
+
+
+def find_checkpoint(version: str, folders: Sequence[Path]) -> Checkpoint:
+    """The checkpoint of a version, whole and checked against it, from the first of these folders that has it.
+
+    Raises:
+        CheckpointError: none has; says what is in each.
+    """
+    found = []
+    for folder in dict.fromkeys(folders):
+        try:
+            there = load_checkpoint(folder, with_weights=False).version
+            if there == version:
+                return load_checkpoint(folder)
+            found.append(f"{folder}: holds model {there}")
+        except CheckpointError as error:
+            found.append(str(error))
+    raise CheckpointError(f"no model {version}: {'; '.join(found)}")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -351,10 +351,19 @@ def rekey_job(record: UserRecord) -> EncodeJob:
     return EncodeJob(record.log_start, record.log_item, np.array(positions, np.int64))
 
 
-def rekey(record: UserRecord, model_version: str, keys: Floats, state: Floats, cells: Ints | None = None) -> UserRecord:
-    """The record with keys (size, d) and state (d,) of another model; everything else stays."""
+def rekey(
+    record: UserRecord,
+    model_version: str,
+    keys: Floats,
+    state: Floats,
+    cells: Ints | None = None,
+    rules: RulesConfig | None = None,
+) -> UserRecord:
+    """The record with keys (size, d) and state (d,) of another model, under its rules (of the same capacity; none: as
+    before); everything else stays.
+    """
     old = record.banks.row(0)
-    fitted = Banks(1, keys.shape[1], old.rules)
+    fitted = Banks(1, keys.shape[1], rules or old.rules)
     fitted.fields, fitted.size, fitted.pruned = old.fields, old.size, old.pruned
     fitted.key[0, : record.size] = keys
     fitted.fields["cell"][0, : record.size] = NOT_SHARED if cells is None else cells
