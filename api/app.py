@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+import signal
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import torch
 from fastapi import FastAPI
@@ -15,6 +17,7 @@ from api.direct import DirectCalls
 from api.engine import Engine
 from api.ingest import Intake
 from api.keys import KeyRing
+from api.lifecycle import Models
 from api.memory_client import MemoryClient
 from api.metrics import Metrics
 from api.middleware import BodyLimit, Gate
@@ -27,7 +30,7 @@ from memory_service.telemetry import NO_NATIVE_TELEMETRY
 from model.recommender import Recommender
 
 REFRESH_S = 5.0
-"""How often changes that other api processes made to the catalogue are looked for."""
+"""How often changes that other processes made, to the catalogue or to what model serves, are looked for."""
 
 
 def create_app(settings: ApiSettings) -> FastAPI:
@@ -65,8 +68,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     token = settings.memory_token.get_secret_value() if settings.memory_token else None
     memory = MemoryClient(settings.memory_url, settings.memory_timeout_s, token)
     engine = Engine(app.state.recommender, memory, metrics)
+    models = Models(engine, settings.run, lambda serving: setattr(app.state, "engine", serving))
     batcher: MicroBatcher[face.RecommendRequest, face.RecommendResponse] = MicroBatcher(
-        lambda requests: recommend(engine, requests),
+        lambda requests: recommend(models, requests),
         settings.batch_size,
         settings.batch_wait_s,
         settings.queue_limit,
@@ -74,20 +78,39 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         settings.patience_s,
         settings.batch_lanes,
     )
-    app.state.engine, app.state.batcher, app.state.intake = engine, batcher, Intake(settings.ingest_limit)
+    app.state.models, app.state.batcher, app.state.intake = models, batcher, Intake(settings.ingest_limit)
     batcher.start()
     with suppress(MemoryUnavailable):
-        await engine.sync()  # before any request: what is hidden stays so from the first answer on
-    refresh = asyncio.get_running_loop().create_task(_refresh_catalogue(engine))
-    yield
+        await models.sync()  # before any request: what is hidden stays so from the first answer on
+    refresh = asyncio.get_running_loop().create_task(_refresh(models))
+    with _reloading(models):
+        yield
     refresh.cancel()
     await asyncio.gather(refresh, return_exceptions=True)
     await batcher.stop()
     await engine.close()
 
 
-async def _refresh_catalogue(engine: Engine) -> None:
+async def _refresh(models: Models) -> None:
     while True:
         await asyncio.sleep(REFRESH_S)
         with suppress(MemoryUnavailable):
-            await engine.sync()
+            await models.sync()
+
+
+@contextmanager
+def _reloading(models: Models) -> Iterator[None]:
+    """SIGHUP reads the configured checkpoint anew. Only a process's main thread hears signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop, tasks = asyncio.get_running_loop(), set[asyncio.Task[None]]()
+
+    def reload() -> None:
+        task = loop.create_task(models.reload_on_signal())
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    yield
+    loop.remove_signal_handler(signal.SIGHUP)

@@ -344,6 +344,22 @@ def keys_revoke(file: KeyFileOption, name: Annotated[str, typer.Option(help="The
 
 
 @app.command()
+def reembed(
+    run: RunOption,
+    memory_url: Annotated[str, typer.Option(help="Base URL of the memory service.")] = "http://127.0.0.1:8001",
+) -> None:
+    """Move all users to the model that `POST /model/reload` (or SIGHUP) asked for, then let it serve. May be broken off
+    and started again. RAMREC_MEMORY_TOKEN holds the memory service's token, where it has one.
+    """
+    import os
+
+    from api.reembed import reembed as move
+
+    token = os.environ.get("RAMREC_MEMORY_TOKEN") or os.environ.get("RAMREC_API_MEMORY_TOKEN")
+    typer.echo(f"{move(run, memory_url, token):,} users moved; the model in {run} serves")
+
+
+@app.command()
 def ingest(
     file: Annotated[
         Path,

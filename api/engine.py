@@ -27,13 +27,30 @@ T = TypeVar("T")
 class Engine:
     """Model, memory and catalogue. The model runs in one thread of its own, never on the event loop."""
 
-    def __init__(self, recommender: Recommender, memory: MemoryClient, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        recommender: Recommender,
+        memory: MemoryClient,
+        metrics: Metrics,
+        thread: ThreadPoolExecutor | None = None,
+    ) -> None:
         self.recommender, self.memory, self.metrics = recommender, memory, metrics
         self.catalogue = CatalogueMirror(recommender.index_of)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._thread = thread or ThreadPoolExecutor(1, thread_name_prefix="model")
         self.changing = asyncio.Lock()
         """Held from reading an item to writing what was made of it."""
         self._syncing, self._preparing = asyncio.Lock(), asyncio.Lock()
+
+    @property
+    def version(self) -> str:
+        """The model's version."""
+        return self.recommender.version
+
+    def beside(self, recommender: Recommender) -> Engine:
+        """The same for another model: it shares memory client, metrics, thread and lock."""
+        other = Engine(recommender, self.memory, self.metrics, self._thread)
+        other.changing = self.changing
+        return other
 
     async def close(self) -> None:
         """Let the model finish and close the connections."""
@@ -59,14 +76,16 @@ class Engine:
         wire = job.unpack()
         return EncodeJob(wire.start, self.catalogue.indices(wire.items.astype(np.int64)), wire.positions)
 
-    async def rekey(self, stale: Sequence[StaleUser]) -> None:
-        """Give records of another model the keys and states of this one."""
+    async def rekey(self, stale: Sequence[StaleUser]) -> int:
+        """Give records of another model the keys and states of this one; those that changed meanwhile are left alone.
+        Returns how many.
+        """
         encoded = await self.encode([user.job for user in stale])
         users = [
             UserRekey(user.user_id, user.version, keys.astype("<f4").tobytes(), state.astype("<f4").tobytes())
             for user, (keys, state) in zip(stale, encoded, strict=True)
         ]
-        await self.memory.rekey(RekeyRequest(self.recommender.version, users))
+        return len((await self.memory.rekey(RekeyRequest(self.recommender.version, users))).rekeyed)
 
     async def know(self, catalogue_size: int) -> None:
         """Make sure that catalogue numbers up to `catalogue_size` are known here."""

@@ -7,6 +7,7 @@ from typing import Any
 from api.middleware import BODY_LIMIT_BYTES
 from api.problems import (
     BodyTooLarge,
+    CheckpointRefused,
     IngestionFull,
     InvalidJson,
     InvalidRequest,
@@ -24,6 +25,15 @@ INVALID_BODY = (
         errors=[{"field": "top_n", "message": "Input should be less than or equal to 1000"}],
     ),
 )
+INVALID_RELOAD = (
+    InvalidJson("Expecting value"),
+    BodyTooLarge(f"a body has at most {BODY_LIMIT_BYTES} bytes"),
+    InvalidRequest(
+        "runs: Extra inputs are not permitted",
+        errors=[{"field": "runs", "message": "Extra inputs are not permitted"}],
+    ),
+)
+REFUSED = CheckpointRefused("/runs/ml-100k-new: content does not match version 0a6c19d2f48b7e53; the files are damaged")
 INVALID = InvalidRequest(
     "limit: Input should be greater than or equal to 1",
     errors=[{"field": "limit", "message": "Input should be greater than or equal to 1"}],
@@ -42,7 +52,7 @@ FULL = Overloaded("2048 of at most 2048 requests are waiting already")
 NO_USER = NotFound("nothing is known about this user", "user_not_found")
 NO_ITEM = NotFound("this item is not in the catalogue", "item_not_found")
 
-MODEL = "5f0c2a7be1d94386"
+MODEL, NEXT = "5f0c2a7be1d94386", "0a6c19d2f48b7e53"
 RECOMMENDED: dict[str, Any] = {
     "recommendation_id": "a3c9b1d2e4f54c0b8f6a7d8e9f0a1b2c",
     "user_id": "196",
@@ -129,11 +139,13 @@ ANSWERS: dict[str, Any] = {
     "patch_item": ITEM | {"hidden": True},
     "model": {
         "model_version": MODEL,
+        "wanted": MODEL,
         "items": 1682,
         "scopes": ["own", "collective"],
         "config": {"encoder": {"dim": 64, "window": 50}},
     },
     "live": {"status": "alive"},
+    "reload_model": {"serving": MODEL, "wanted": NEXT, "state": "moving", "users": 943, "moved": 0},
     "ready": {"status": "ready", "model_version": MODEL, "memory_s": 0.0007},
     "metrics": "# HELP ramrec_requests_total Answers by route and status\n",
 }

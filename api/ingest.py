@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from api.engine import Engine
-from api.problems import IngestionFull, MemoryUnavailable, WriteConflict
+from api.lifecycle import MODEL_TRIES, Models
+from api.problems import IngestionFull, MemoryUnavailable, ModelGone, WriteConflict
 from api.schemas import MILLISECONDS, IngestResponse, Interaction, Rejected
 from memory_service.schemas import EventIn, PlanRequest, UserEvents, UserPlan, UserWrite, UserWritten, WriteRequest
 
@@ -37,7 +38,7 @@ class Intake:
             self.under_way -= count
 
 
-async def ingest(engine: Engine, interactions: Sequence[Interaction]) -> IngestResponse:
+async def ingest(models: Models, interactions: Sequence[Interaction]) -> IngestResponse:
     """Keep interactions.
 
     Raises:
@@ -47,7 +48,7 @@ async def ingest(engine: Engine, interactions: Sequence[Interaction]) -> IngestR
     rejected = [one for one in (_refusal(n, i, received_at) for n, i in enumerate(interactions)) if one]
     refused = {one.index for one in rejected}
     users = _by_user([(n, i) for n, i in enumerate(interactions) if n not in refused])
-    written = await _write_all(engine, users, received_at) if users else {}
+    written = await _write_all(models, users, received_at) if users else {}
     rejected += [_forgotten(index) for user in written.values() for index in user.forgotten]
     response = IngestResponse(
         accepted=sum(len(user.accepted) for user in written.values()),
@@ -60,9 +61,9 @@ async def ingest(engine: Engine, interactions: Sequence[Interaction]) -> IngestR
         ("duplicate", response.duplicates),
         ("rejected", len(response.rejected)),
     ):
-        engine.metrics.interactions.labels(outcome).inc(count)
+        models.wanted.metrics.interactions.labels(outcome).inc(count)
     accepted = (interactions[index] for user in written.values() for index in user.accepted)
-    engine.metrics.feedback.taken(accepted)
+    models.wanted.metrics.feedback.taken(accepted)
     return response
 
 
@@ -91,30 +92,46 @@ def _by_user(interactions: Sequence[tuple[int, Interaction]]) -> dict[str, UserE
     return users
 
 
-async def _write_all(engine: Engine, users: dict[str, UserEvents], received_at: float) -> dict[str, UserWritten]:
-    version = engine.recommender.version
+async def _write_all(models: Models, users: dict[str, UserEvents], received_at: float) -> dict[str, UserWritten]:
+    """Write for the wanted model; where another is wanted by now, what is left for that one."""
     written: dict[str, UserWritten] = {}
     try:
-        plans = await _plans(engine, list(users.values()), received_at)
-        for _ in range(TRIES):
-            writes = await _encode(engine, plans, users)
-            reply = await engine.memory.write(WriteRequest(version, received_at, writes))
-            await engine.know(reply.catalogue_size)
-            written |= {user.user_id: user for user in reply.users if user.retry is None}
-            plans = [user.retry for user in reply.users if user.retry is not None]
-            if not plans:
-                return written
-            if any(plan.stale for plan in plans):
-                plans = await _plans(engine, [users[plan.user_id] for plan in plans], received_at)
+        for left in reversed(range(MODEL_TRIES)):
+            try:
+                rest = {name: user for name, user in users.items() if name not in written}
+                await _write(models.wanted, rest, received_at, written)
+                break
+            except ModelGone:
+                if not left:
+                    raise
+                await models.follow()
     except MemoryUnavailable as error:
         raise MemoryUnavailable(error.detail, committed=sorted(written)) from error
+    return written
+
+
+async def _write(
+    engine: Engine, users: dict[str, UserEvents], received_at: float, written: dict[str, UserWritten]
+) -> None:
+    """Write with the keys of one model; whoever is done is put into `written`."""
+    plans = await _plans(engine, list(users.values()), received_at)
+    for _ in range(TRIES):
+        writes = await _encode(engine, plans, users)
+        reply = await engine.memory.write(WriteRequest(engine.version, received_at, writes))
+        await engine.know(reply.catalogue_size)
+        written.update({user.user_id: user for user in reply.users if user.retry is None})
+        plans = [user.retry for user in reply.users if user.retry is not None]
+        if not plans:
+            return
+        if any(plan.stale for plan in plans):
+            plans = await _plans(engine, [users[plan.user_id] for plan in plans], received_at)
     detail = f"{len(plans)} users were written by others {TRIES} times in a row; nothing of theirs was kept"
     raise WriteConflict(detail, committed=sorted(written))
 
 
 async def _plans(engine: Engine, users: list[UserEvents], received_at: float) -> list[UserPlan]:
     """Plans for all users; records of another model are keyed anew first."""
-    request = PlanRequest(engine.recommender.version, received_at, users)
+    request = PlanRequest(engine.version, received_at, users)
     reply = await engine.memory.plan(request)
     await engine.know(reply.catalogue_size)
     stale = [plan.stale for plan in reply.users if plan.stale is not None]

@@ -11,12 +11,14 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from api.problems import MemoryUnavailable
+from api.problems import ApiProblem, CheckpointRefused, MemoryUnavailable, ModelGone
 from memory_service.schemas import (
     CONTENT_TYPE,
     CatalogueReply,
     Forgotten,
     Job,
+    ModelReply,
+    ModelRequest,
     PlanReply,
     PlanRequest,
     Problem,
@@ -26,6 +28,7 @@ from memory_service.schemas import (
     RekeyRequest,
     RetrieveReply,
     RetrieveRequest,
+    StalePage,
     StaleUser,
     UserMemory,
     Users,
@@ -35,6 +38,8 @@ from memory_service.schemas import (
 from memory_service.telemetry import CALL, REQUEST_ID
 from model.bank import Retrieved
 
+LOADING_S = 600.0
+"""The memory service reads a checkpoint, or all that changed, before it answers a change of models."""
 Reply = TypeVar("Reply", bound=msgspec.Struct)
 
 
@@ -43,7 +48,8 @@ class Remembered:
     """A retrieval reply unpacked. Columns of length B; items are catalogue numbers.
 
     `known`: something is remembered; `states` (B, d) float32; `seen`: items each user had; `stale`: users to be
-    keyed anew first; `without`: rows that ignore something of what the user had, and how the state without it is made.
+    keyed anew first; `without`: rows that ignore something of what the user had, and how the state without it is made;
+    `moved`: rows whose users must be asked about with another model, and which.
     """
 
     retrieved: Retrieved
@@ -53,6 +59,7 @@ class Remembered:
     seen: list[NDArray[np.uint32]]
     stale: list[StaleUser]
     without: dict[int, Job]
+    moved: dict[int, str]
     degraded: bool
     catalogue_size: int
 
@@ -76,6 +83,7 @@ def unpack(reply: RetrieveReply) -> Remembered:
         seen=np.split(np.frombuffer(reply.seen, "<u4"), np.cumsum(seen_count)[:-1]),
         stale=reply.stale,
         without=reply.without,
+        moved=reply.moved,
         degraded=reply.degraded,
         catalogue_size=reply.catalogue_size,
     )
@@ -117,6 +125,20 @@ class MemoryClient:
         """Give stale records the keys of this model."""
         return await self._post("/v1/rekey", request, RekeyReply)
 
+    async def model(self) -> ModelReply:
+        """Which models serve and are wanted."""
+        return _there(await self._call("GET", "/v1/model", ModelReply))
+
+    async def change_model(self, request: ModelRequest) -> ModelReply:
+        """Want another model, or let the wanted one serve. Raises CheckpointRefused, too."""
+        data = msgspec.msgpack.encode(request)
+        return _there(await self._call("POST", "/v1/model", ModelReply, data=data, timeout_s=LOADING_S))
+
+    async def stale(self, version: str, cursor: int, limit: int) -> StalePage:
+        """A step through all users: those who are not of a model."""
+        params = {"version": version, "cursor": str(cursor), "limit": str(limit)}
+        return _there(await self._call("GET", "/v1/stale", StalePage, params=params))
+
     async def inspect(self, user_id: str) -> UserMemory | None:
         """A user's bank; None where nothing is known."""
         return await self._call("GET", "/v1/user", UserMemory, params={"user_id": user_id})
@@ -139,13 +161,13 @@ class MemoryClient:
         """Register or change items."""
         return await self._post("/v1/catalogue", request, RegisterReply)
 
-    async def ready(self) -> str:
-        """The model version that the service serves, once it is ready."""
+    async def ready(self) -> Readiness:
+        """Which model the service serves, once it is ready."""
         try:
             async with self._session.get(f"{self._url}/health/ready") as response:
                 content = await response.read()
                 if response.status == 401:
-                    raise MemoryUnavailable(f"memory service answered 401: {_detail(content)}")
+                    raise _failure(401, content)
                 about = msgspec.json.decode(content, type=Readiness)
         except (aiohttp.ClientError, TimeoutError) as error:
             raise MemoryUnavailable(f"memory service: {str(error) or 'no answer in time'}") from error
@@ -155,7 +177,7 @@ class MemoryClient:
             raise MemoryUnavailable("memory service: it wants a token (RAMREC_API_MEMORY_TOKEN)")
         if response.status != 200:
             raise MemoryUnavailable(f"memory service: {about.status}")
-        return about.model_version
+        return about
 
     async def _post(self, path: str, body: msgspec.Struct, kind: type[Reply]) -> Reply:
         return _there(await self._call("POST", path, kind, data=msgspec.msgpack.encode(body)))
@@ -168,15 +190,17 @@ class MemoryClient:
         *,
         data: bytes | None = None,
         params: dict[str, str] | None = None,
+        timeout_s: float | None = None,
     ) -> Reply | None:
         """The decoded answer; None for 404."""
         headers = {"Content-Type": CONTENT_TYPE}
         call = CALL.get()
         if call is not None:
             headers[REQUEST_ID] = call.request_id
+        timeout = aiohttp.ClientTimeout(total=timeout_s) if timeout_s else self._session.timeout
         try:
             async with self._session.request(
-                method, self._url + path, data=data, params=params, headers=headers
+                method, self._url + path, data=data, params=params, headers=headers, timeout=timeout
             ) as response:
                 content = await response.read()
                 status = response.status
@@ -186,7 +210,7 @@ class MemoryClient:
             return _decoded(content, kind)
         if status == 404:
             return None
-        raise MemoryUnavailable(f"memory service answered {status}: {_detail(content)}")
+        raise _failure(status, content)
 
 
 class Readiness(msgspec.Struct):
@@ -195,6 +219,9 @@ class Readiness(msgspec.Struct):
     status: str
     model_version: str
     authorized: bool = True
+    wanted: str | None = None
+    users: int = 0
+    moved: int = 0
 
 
 def _decoded(content: bytes, kind: type[Reply]) -> Reply:
@@ -210,9 +237,13 @@ def _there(reply: Reply | None) -> Reply:
     return reply
 
 
-def _detail(content: bytes) -> str:
+def _failure(status: int, content: bytes) -> ApiProblem:
+    """What an answer that is none means to our callers."""
     try:
         found = msgspec.msgpack.decode(content, type=Problem)
-    except msgspec.MsgspecError:
-        return "no detail"
-    return f"{found.code}: {found.detail}"
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return MemoryUnavailable(f"memory service answered {status}: no detail")
+    if found.code == CheckpointRefused.code:
+        return CheckpointRefused(found.detail)
+    kind = ModelGone if status == 409 else MemoryUnavailable
+    return kind(f"memory service answered {status}: {found.code}: {found.detail}")

@@ -5,12 +5,14 @@
     ├─ Unauthorized            401 unauthorized, WWW-Authenticate
     ├─ Forbidden               403 forbidden
     ├─ InvalidRequest          422 invalid_request (fields named), scope_unavailable
+    ├─ CheckpointRefused       422 checkpoint_refused
     ├─ NotFound                404 user_not_found, item_not_found
     ├─ BodyTooLarge            413 body_too_large
     ├─ Overloaded              503 overloaded, Retry-After
     ├─ IngestionFull           429 ingestion_full, Retry-After
     ├─ WriteConflict           503 write_conflict, Retry-After
     ├─ MemoryUnavailable       503 memory_unavailable, Retry-After
+    │  └─ ModelGone            the same, where the memory service has let go of the model that it was asked with
     └─ CallerGone              499 caller_gone (nobody reads it; it shows in the metrics)
 
 Unknown paths and methods are 404 `not_found` and 405 `method_not_allowed`; anything that should not
@@ -75,6 +77,12 @@ class InvalidRequest(ApiProblem):
     status, code, title = 422, "invalid_request", "Invalid request"
 
 
+class CheckpointRefused(ApiProblem):
+    """The folder holds no checkpoint that could be served; the one that serves goes on."""
+
+    status, code, title = 422, "checkpoint_refused", "Checkpoint refused"
+
+
 class NotFound(ApiProblem):
     """Nothing is known about what was asked for."""
 
@@ -109,6 +117,10 @@ class MemoryUnavailable(ApiProblem):
     """The memory service or its Redis cannot be reached."""
 
     status, code, title = 503, "memory_unavailable", "Memory unavailable"
+
+
+class ModelGone(MemoryUnavailable):
+    """The memory service works with another model by now; following it helps."""
 
 
 class CallerGone(ApiProblem):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -17,8 +18,9 @@ from numpy.typing import NDArray
 from api.catalogue import Indices
 from api.engine import Engine
 from api.explain import tell
+from api.lifecycle import MODEL_TRIES, Models
 from api.memory_client import Remembered
-from api.problems import MemoryUnavailable
+from api.problems import MemoryUnavailable, ModelGone
 from api.schemas import MemoryUse, Recommended, RecommendRequest, RecommendResponse, Scope
 from memory_service.schemas import RetrieveRequest
 from model import rules as rule
@@ -58,11 +60,43 @@ class Asked:
         return self.request.user_id is not None or (self.state is not None and self.wants("collective"))
 
 
-async def recommend(engine: Engine, requests: Sequence[RecommendRequest]) -> list[RecommendResponse]:
-    """Answer a batch of requests."""
+async def recommend(models: Models, requests: Sequence[RecommendRequest]) -> list[RecommendResponse]:
+    """Answer a batch of requests, each user by the model that the user's record belongs to."""
+    for _ in range(MODEL_TRIES):
+        try:
+            return await _recommend(models, models.serving, requests)
+        except ModelGone:
+            with suppress(MemoryUnavailable):
+                await models.follow()
+    return await _recommend(models, models.serving, requests, last=True)
+
+
+async def _recommend(
+    models: Models, engine: Engine, requests: Sequence[RecommendRequest], last: bool = False
+) -> list[RecommendResponse]:
+    """Answer with one model, except for users who have moved to another. `last`: what is still not right then is
+    answered without memory.
+    """
     asked = [_resolve(engine, request) for request in requests]
     await _encode_sequences(engine, asked)
-    retrieved, degraded = await _remember(engine, asked)
+    retrieved, degraded, moved = await _remember(models, engine, asked, last)
+    if not moved:
+        return await _answers(engine, asked, retrieved, degraded)
+    answers: dict[int, RecommendResponse] = {}
+    for other, rows in moved.items():
+        elsewhere = await _recommend(models, other, [requests[row] for row in rows], last)
+        answers |= zip(rows, elsewhere, strict=True)
+    stay = [row for row in range(len(asked)) if row not in answers]
+    if stay:
+        here = [asked[row] for row in stay]
+        answers |= zip(stay, await _answers(engine, here, retrieved.take(np.array(stay)), degraded), strict=True)
+    return [answers[row] for row in range(len(asked))]
+
+
+async def _answers(
+    engine: Engine, asked: Sequence[Asked], retrieved: Retrieved, degraded: bool
+) -> list[RecommendResponse]:
+    """Rank for what is known now."""
     indices = Indices(engine.catalogue, engine.recommender.index_of, retrieved.collective.item)
     ranked = await engine.compute(_rank, engine, asked, retrieved, indices)
     return _responses(engine, asked, retrieved, indices, ranked, degraded)
@@ -86,32 +120,51 @@ async def _encode_sequences(engine: Engine, asked: Sequence[Asked]) -> None:
             one.state = np.asarray(state, np.float32)
 
 
-async def _remember(engine: Engine, asked: Sequence[Asked]) -> tuple[Retrieved, bool]:
-    """What memory says, for every row of the batch, and whether it could not be asked properly."""
+async def _remember(
+    models: Models, engine: Engine, asked: Sequence[Asked], last: bool
+) -> tuple[Retrieved, bool, dict[Engine, list[int]]]:
+    """What memory says, for every row of the batch, whether it could not be asked properly, and the rows that have
+    moved to other models. Raises ModelGone, unless this is the `last` attempt.
+    """
     rows = [row for row, one in enumerate(asked) if one.asks_memory]
     nothing = _nothing(engine, asked)
     if not rows:
-        return nothing, False
+        return nothing, False, {}
     begin = time.perf_counter()
     try:
-        remembered = await _retrieve(engine, [asked[row] for row in rows], nothing.entropy[rows])
-    except MemoryUnavailable:
-        return nothing, True
+        remembered = await _retrieve(models, engine, [asked[row] for row in rows], nothing.entropy[rows])
+        moved = await _moved(models, remembered, rows) if remembered.moved and not last else {}
+    except MemoryUnavailable as error:
+        if isinstance(error, ModelGone) and not last:
+            raise
+        return nothing, True, {}
     finally:
         engine.metrics.stage("retrieve", begin)
     for n, row in enumerate(rows):
         if remembered.known[n]:
             _learn(asked[row], remembered, n)
-    return _spread(nothing, remembered.retrieved, rows, asked), remembered.degraded
+    degraded = remembered.degraded or sum(map(len, moved.values())) < len(remembered.moved)
+    return _spread(nothing, remembered.retrieved, rows, asked), degraded, moved
 
 
-async def _retrieve(engine: Engine, asked: Sequence[Asked], entropy: NDArray[np.float32]) -> Remembered:
-    """One call for all users. Users of another model are keyed anew, those who ignore memories get another state, and
-    all are asked about once more.
+async def _moved(models: Models, remembered: Remembered, rows: Sequence[int]) -> dict[Engine, list[int]]:
+    """Rows to be answered by other models, as far as those can be loaded here."""
+    moved: dict[Engine, list[int]] = {}
+    for n, version in remembered.moved.items():
+        engine = await models.find(version)
+        if engine is not None:
+            moved.setdefault(engine, []).append(rows[n])
+    return moved
+
+
+async def _retrieve(models: Models, engine: Engine, asked: Sequence[Asked], entropy: NDArray[np.float32]) -> Remembered:
+    """One call for all users. Users of a model that nobody serves any more are keyed anew for the wanted one, those who
+    ignore memories get another state, and all are asked about once more.
     """
     remembered = await _ask(engine, asked, entropy)
     if remembered.stale:
-        await engine.rekey(remembered.stale)
+        await models.wanted.know(remembered.catalogue_size)
+        await models.wanted.rekey(remembered.stale)
         remembered = await _ask(engine, asked, entropy)
     if any(one.request.ignore_memories and one.request.user_id is not None for one in asked):
         remembered = await _ask_without(engine, asked, entropy, remembered)

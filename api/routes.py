@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path as FilePath
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Body, Path, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from api import schemas as face
 from api.engine import Engine
-from api.examples import FULL, INVALID, INVALID_BODY, INVALID_ID, NO_ITEM, NO_USER, NOT_KEPT, UNAVAILABLE
+from api.examples import (
+    FULL,
+    INVALID,
+    INVALID_BODY,
+    INVALID_ID,
+    INVALID_RELOAD,
+    NO_ITEM,
+    NO_USER,
+    NOT_KEPT,
+    REFUSED,
+    UNAVAILABLE,
+)
 from api.ingest import ingest
+from api.lifecycle import Models
 from api.openapi import failures
 from api.problems import InvalidRequest, MemoryUnavailable, NotFound
 from api.recommend import SCOPES
 from memory_service.schemas import Item, RegisterRequest, UserMemory
-from model.recommender import Recommender
 
 UserId = Annotated[
     face.Identifier,
@@ -27,6 +39,9 @@ UserId = Annotated[
 ItemId = Annotated[
     face.Identifier,
     Path(description="The caller's item id, percent-encoded.", openapi_examples={"item": {"value": "50"}}),
+]
+Reload = Annotated[
+    face.ReloadRequest | None, Body(openapi_examples={"another": {"value": {"run": "/runs/ml-100k-new"}}})
 ]
 Limit = Annotated[int, Query(ge=1, le=1000, description="The most that is listed.", examples=[10])]
 Prefix = Annotated[
@@ -68,7 +83,7 @@ async def recommend_batch(body: face.RecommendBatchRequest, request: Request) ->
 async def remember(body: face.IngestRequest, request: Request) -> face.IngestResponse:
     """Keep interactions. What is acknowledged is durable and seen by the next recommendation."""
     with request.app.state.intake.admitted(len(body.interactions)):
-        return await ingest(request.app.state.engine, body.interactions)
+        return await ingest(request.app.state.models, body.interactions)
 
 
 @router.get("/users/{user_id:path}/memory", tags=["memory"], responses=failures(NO_USER, INVALID_ID, UNAVAILABLE))
@@ -197,12 +212,30 @@ def _item(engine: Engine, item: Item) -> face.ItemOut:
 @router.get("/model", tags=["model"])
 async def model(request: Request) -> face.ModelResponse:
     """The checkpoint that answers, and its configuration."""
-    recommender: Recommender = request.app.state.recommender
+    models: Models = request.app.state.models
+    recommender = models.serving.recommender
     return face.ModelResponse(
         model_version=recommender.version,
+        wanted=models.wanted.version,
         items=len(recommender.checkpoint.item_ids),
         scopes=list(SCOPES),
         config=recommender.config.model_dump(),
+    )
+
+
+@router.post("/model/reload", tags=["model"], responses=failures(*INVALID_RELOAD, REFUSED, UNAVAILABLE))
+async def reload_model(request: Request, body: Reload = None) -> face.ReloadResponse:
+    """Read a checkpoint, and have it wanted everywhere. It serves once `ramrec reembed` has moved all users to it; who
+    takes something before moves at once. The checkpoint that serves already: it stays, and nothing else is wanted.
+    """
+    models: Models = request.app.state.models
+    state = await models.reload(FilePath(body.run) if body is not None and body.run is not None else None)
+    return face.ReloadResponse(
+        serving=state.serving,
+        wanted=state.wanted,
+        state="serving" if state.wanted == state.serving else "moving",
+        users=state.users,
+        moved=state.moved,
     )
 
 
@@ -215,15 +248,21 @@ async def live() -> face.Alive:
 @router.get("/health/ready", tags=["probes"], response_model=face.Ready, responses={503: {"model": face.Unready}})
 async def ready(request: Request) -> JSONResponse:
     """Recommendations with memory can be given: memory service and Redis answer, with the same model."""
-    engine: Engine = request.app.state.engine
+    models: Models = request.app.state.models
     begin = time.perf_counter()
     try:
-        served = await engine.memory.ready()
+        memory = await models.serving.memory.ready()
+        served = memory.model_version
+        if served != models.serving.version:
+            await models.follow()
     except MemoryUnavailable as error:
         return JSONResponse({"status": error.detail}, 503)
-    if served != engine.recommender.version:
+    if served not in models.engines:
         return JSONResponse({"status": f"the memory service serves model {served}"}, 503)
-    return JSONResponse({"status": "ready", "model_version": served, "memory_s": time.perf_counter() - begin})
+    about = {"status": "ready", "model_version": served, "memory_s": time.perf_counter() - begin}
+    if memory.wanted is not None:
+        about["moving"] = {"wanted": memory.wanted, "users": memory.users, "moved": memory.moved}
+    return JSONResponse(about)
 
 
 @router.get("/metrics", tags=["probes"], response_class=PlainTextResponse)

@@ -390,12 +390,21 @@ class Problem(BaseModel):
     committed: list[str] = []
 
 
+class Moving(BaseModel):
+    """A model is to take over: `moved` of about `users` are in its collective index already."""
+
+    wanted: str
+    users: int
+    moved: int
+
+
 class Ready(BaseModel):
     """Recommendations with memory can be given; `memory_s` is what the question took."""
 
     status: Literal["ready"]
     model_version: str
     memory_s: float
+    moving: Moving | None = None
 
 
 class Unready(BaseModel):
@@ -412,10 +421,27 @@ class Alive(BaseModel):
     status: Literal["alive"]
 
 
+class ReloadRequest(_Face):
+    """Folder of the checkpoint, as all processes see it; none: each process's configured one, read anew."""
+
+    run: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+
+
+class ReloadResponse(BaseModel):
+    """Which model serves and which is wanted; `moved` of about `users` belong to the wanted one's collective index."""
+
+    serving: str
+    wanted: str
+    state: Literal["serving", "moving"]
+    users: int
+    moved: int
+
+
 class ModelResponse(BaseModel):
-    """The checkpoint that answers."""
+    """The checkpoint that answers, and the one that is wanted (the same, unless another is to take over)."""
 
     model_version: str
+    wanted: str
     items: int
     scopes: list[Scope]
     config: dict[str, Any]

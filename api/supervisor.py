@@ -61,6 +61,7 @@ def serve(
         raise ServeError(f"api and memory service cannot both listen on port {port}")
     _check_port(host, port)
     children: list[subprocess.Popen[bytes]] = []
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background jobs begin with it ignored
         signal.signal(number, signal.default_int_handler)
     try:
@@ -73,6 +74,7 @@ def serve(
         children.append(_start("api", run, port, host, ["--memory-url", memory_url, *guard], shared))
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         wait_until_ready(children, url)
+        signal.signal(signal.SIGHUP, lambda *_: children[-1].send_signal(signal.SIGHUP))  # the api reads its run anew
         print(f"RAMRec serves on {url} (API: /docs, stop: Ctrl-C)", flush=True)
         while True:
             _check_alive(children)

@@ -201,7 +201,7 @@ def _add_calls(app: FastAPI, service: MemoryService, metrics: Metrics) -> None:
 
     @app.get("/v1/model")
     async def model() -> Response:
-        return _answer(await service.model())
+        return _answer(service.model())
 
     @app.post("/v1/model")
     async def change_model(request: Request) -> Response:
@@ -210,7 +210,7 @@ def _add_calls(app: FastAPI, service: MemoryService, metrics: Metrics) -> None:
             await service.models.cut_over(asked.version)
         else:
             await service.models.want(asked.version, Path(asked.run))
-        return _answer(await service.model())
+        return _answer(service.model())
 
     @app.get("/v1/stale")
     async def stale(version: str, cursor: int = 0, limit: int = 200) -> Response:

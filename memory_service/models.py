@@ -44,6 +44,8 @@ class Models:
         self._own, self._run = checkpoint, run
         self.serving = self.wanted = space_of(checkpoint)
         self.spaces = {checkpoint.version: self.serving}
+        self.run_of = {checkpoint.version: str(run)}
+        """The folder that each loaded model was read from."""
         self.trouble = ""
         """Why what Redis wants cannot be followed."""
         self._failed: tuple[ModelState, float] | None = None
@@ -139,7 +141,7 @@ class Models:
             self._check_fits(checkpoint)
             await self._catalogue.start(checkpoint)
             space = self.spaces[version] = await asyncio.to_thread(self._space_of, checkpoint)
-            self._store.rules_of[version] = space.rules
+            self._store.rules_of[version], self.run_of[version] = space.rules, run
         return space
 
     def _check_fits(self, checkpoint: Checkpoint) -> None:
@@ -154,3 +156,4 @@ class Models:
         self.spaces = {space.model_version: space for space in spaces}
         self._store.rules_of = {version: space.rules for version, space in self.spaces.items()}
         self._store.rules = self.wanted.rules
+        self.run_of = {version: self.run_of[version] for version in self.spaces}

@@ -270,7 +270,7 @@ CALLS = (
         (MISMATCH, INVALID_QUERY, UNAVAILABLE),
         query=(
             _parameter("version", TEXT, "The wanted model.", required=True, example=NEXT),
-            _parameter("cursor", {"type": "integer", "default": 0}, "Where the last step ended.", example=0),
+            _parameter("cursor", {"type": "integer", "default": 0}, "Where the last step ended.", example=17),
             _parameter("limit", {"type": "integer", "default": 200}, "About as many users, 1…1000.", example=200),
         ),
     ),

@@ -322,8 +322,8 @@ class Users(msgspec.Struct):
 
 
 class ModelReply(msgspec.Struct):
-    """Which model serves in this process and which one it writes records for, with the folders that Redis names for
-    them. `moved` of about `users` are in the wanted model's collective index already.
+    """Which model serves in this process and which one it writes records for, with the folders that they were
+    read from. `moved` of about `users` are in the wanted model's collective index already.
     """
 
     serving: str

@@ -423,16 +423,14 @@ class MemoryService:
         jobs = [wire.stale_user(user, record) for user, record in records.items() if space.is_stale(record)]
         return StalePage(cursor, len(models), self.catalogue.size, jobs)
 
-    async def model(self) -> ModelReply:
+    def model(self) -> ModelReply:
         """Which models are loaded here and what for."""
-        with self._reaching():
-            state = await self.store.model()
         serving, wanted = self.serving, self.models.wanted
         return ModelReply(
             serving=serving.model_version,
             wanted=wanted.model_version,
-            serving_run=state.serving_run if state else "",
-            wanted_run=state.wanted_run if state else "",
+            serving_run=self.models.run_of[serving.model_version],
+            wanted_run=self.models.run_of[wanted.model_version],
             users=serving.collective.known if serving.collective is not None else 0,
             moved=wanted.collective.users if wanted.collective is not None else 0,
             trouble=self.models.trouble,

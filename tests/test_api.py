@@ -300,8 +300,14 @@ def test_a_retrained_model_takes_over_the_memories(run, valkey_url, memory_url, 
     assert (bank["model_version"], bank["bank_size"]) == (answer["model_version"], 2)
 
 
-def test_an_api_and_a_memory_service_of_different_models_say_so(memory_url, tmp_path, stack):
+def test_an_api_serves_the_memory_services_model_and_says_so_where_it_cannot(valkey_url, run, tmp_path, stack):
     save_checkpoint(tmp_path, random_checkpoint(seed=2))
+    theirs = tmp_path / "theirs"
+    save_checkpoint(theirs, load_checkpoint(run))
+    memory_url = stack.enter_context(served(create_memory(MemorySettings(run=theirs, redis_url=valkey_url))))
+    follows = stack.enter_context(served(create_api(ApiSettings(run=tmp_path, memory_url=memory_url))))
+    assert httpx2.get(f"{follows}/health/ready").json()["model_version"] == load_checkpoint(run).version
+    save_checkpoint(theirs, random_checkpoint(seed=3))  # what the memory service has loaded is not there any more
     url = stack.enter_context(served(create_api(ApiSettings(run=tmp_path, memory_url=memory_url))))
     ready = httpx2.get(f"{url}/health/ready")
     assert (ready.status_code, "serves model" in ready.json()["status"]) == (503, True)
