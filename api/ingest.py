@@ -14,10 +14,14 @@ from api.engine import Engine
 from api.lifecycle import MODEL_TRIES, Models
 from api.problems import IngestionFull, MemoryUnavailable, ModelGone, WriteConflict
 from api.schemas import MILLISECONDS, IngestResponse, Interaction, Rejected
-from memory_service.schemas import EventIn, PlanRequest, UserEvents, UserPlan, UserWrite, UserWritten, WriteRequest
+from memory_service.schemas import EventIn, Job, PlanRequest, UserEvents, UserPlan, UserWrite, UserWritten, WriteRequest
+from model.config import EncoderConfig
+from model.rules import Floats
 
 TRIES = 3
 FUTURE_S = 86400.0
+SLICE_TOKENS = 2000
+"""What the model encodes in one go: about 15 ms, for which recommendations wait beside a backfill."""
 
 
 class Intake:
@@ -143,7 +147,9 @@ async def _plans(engine: Engine, users: list[UserEvents], received_at: float) ->
 
 async def _encode(engine: Engine, plans: list[UserPlan], users: dict[str, UserEvents]) -> list[UserWrite]:
     """The writes that the plans ask for, with keys and last states."""
-    encoded = await engine.encode([plan.job for plan in plans])
+    encoded: list[tuple[Floats, Floats]] = []
+    for jobs in _slices([plan.job for plan in plans], engine.recommender.config.encoder):
+        encoded += await engine.encode(jobs)
     return [
         UserWrite(
             user_id=plan.user_id,
@@ -154,3 +160,19 @@ async def _encode(engine: Engine, plans: list[UserPlan], users: dict[str, UserEv
         )
         for plan, (keys, state) in zip(plans, encoded, strict=True)
     ]
+
+
+def _slices(jobs: Sequence[Job], config: EncoderConfig) -> Iterator[list[Job]]:
+    """Jobs in portions after each of which the model's thread is free for recommendations."""
+    portion: list[Job] = []
+    tokens = 0
+    for job in jobs:
+        positions, items = len(job.positions) // 8, len(job.items) // 4
+        windows = 1 + positions // config.window_stride
+        if portion and tokens + windows * min(items, config.window) > SLICE_TOKENS:
+            yield portion
+            portion, tokens = [], 0
+        portion.append(job)
+        tokens += windows * min(items, config.window)
+    if portion:
+        yield portion

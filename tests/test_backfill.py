@@ -287,3 +287,10 @@ def test_no_home_for_the_journal_is_said(tmp_path, monkeypatch):
     with pytest.raises(JournalError, match="set XDG_STATE_HOME"), journal_file("x"):
         pass
     assert os.environ["XDG_STATE_HOME"]
+
+
+def test_a_large_request_is_encoded_in_portions_between_which_others_come_first(client):
+    """1000 events of 50 users: 11 windows of 8 items each."""
+    events = [{"user_id": f"u{n % 50}", "item_id": f"i{1 + n % 30}"} for n in range(1000)]
+    assert client.post("/memories", json={"interactions": events}).json()["accepted"] == 1000
+    assert 'ramrec_api_seconds_count{stage="encode"} 3.0' in client.get("/metrics").text
