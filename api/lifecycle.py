@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from api.engine import Engine
+from api.filters import Filter
 from api.problems import ApiProblem, CheckpointRefused
 from memory_service.schemas import ModelReply, ModelRequest
 from model.checkpoint import CheckpointError, find_checkpoint
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 class Models:
     """The engines of the loaded models, by version. `serves` is told of the serving one, now and at every change."""
 
-    def __init__(self, engine: Engine, run: Path, serves: Callable[[Engine], None]) -> None:
+    def __init__(self, engine: Engine, run: Path, serves: Callable[[Engine], None] = lambda engine: None) -> None:
         self.serving = self.wanted = engine
         self.engines = {engine.version: engine}
         self._run, self._serves = run, serves
@@ -39,6 +40,10 @@ class Models:
     async def sync(self) -> None:
         """Follow the memory service, in its models and its catalogue. Raises MemoryUnavailable."""
         await self.follow()
+        await self.sync_catalogues()
+
+    async def sync_catalogues(self) -> None:
+        """Learn what is new or changed in the catalogue, for every model. Raises MemoryUnavailable."""
         for engine in list(self.engines.values()):
             await engine.sync()
 
@@ -64,6 +69,11 @@ class Models:
                 self.serving = serving
                 self._serves(serving)
             self.engines = {engine.version: engine for engine in (serving, wanted)}
+
+    async def prepare(self, wanted: Collection[Filter]) -> None:
+        """Find out what passes filters, for every model that may answer."""
+        for engine in list(self.engines.values()):
+            await engine.prepare(wanted)
 
     async def find(self, version: str) -> Engine | None:
         """The engine of a model, looking whether it is wanted by now. Raises MemoryUnavailable."""

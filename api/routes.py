@@ -64,7 +64,7 @@ direct = APIRouter()
 async def recommend_one(body: face.RecommendRequest, request: Request) -> face.RecommendResponse:
     """The top-N for a user, a sequence of items, both, or nobody in particular."""
     if body.filter:
-        await request.app.state.engine.prepare([body.filter])
+        await request.app.state.models.prepare([body.filter])
     answer: face.RecommendResponse = (await request.app.state.batcher.submit([body], request.is_disconnected))[0]
     return answer
 
@@ -72,7 +72,7 @@ async def recommend_one(body: face.RecommendRequest, request: Request) -> face.R
 @direct.post("/recommend/batch", tags=["recommend"], responses=failures(*INVALID_BODY, FULL))
 async def recommend_batch(body: face.RecommendBatchRequest, request: Request) -> face.RecommendBatchResponse:
     """The same for up to 256 requests."""
-    await request.app.state.engine.prepare([one.filter for one in body.requests if one.filter])
+    await request.app.state.models.prepare([one.filter for one in body.requests if one.filter])
     return {"results": await request.app.state.batcher.submit(body.requests, request.is_disconnected)}
 
 
@@ -166,7 +166,9 @@ async def put_item(item_id: ItemId, body: face.ItemPut, request: Request) -> fac
     """Register an item, or replace all that is said about it."""
     engine: Engine = request.app.state.engine
     async with engine.changing:
-        return await _change_item(engine, RegisterRequest([Item(item_id, body.metadata, body.hidden)], overwrite=True))
+        return await _change_item(
+            request.app.state.models, RegisterRequest([Item(item_id, body.metadata, body.hidden)], overwrite=True)
+        )
 
 
 @router.patch("/items/{item_id:path}", tags=["catalogue"], responses=failures(*INVALID_BODY, NO_ITEM, UNAVAILABLE))
@@ -178,7 +180,9 @@ async def patch_item(item_id: ItemId, body: face.ItemPatch, request: Request) ->
         now = _known_item(engine, item_id)
         metadata = None if body.metadata is None else _merged(now.metadata, body.metadata)
         change = Item(item_id, metadata, bool(body.hidden))
-        return await _change_item(engine, RegisterRequest([change], overwrite=True, flags=body.hidden is not None))
+        return await _change_item(
+            request.app.state.models, RegisterRequest([change], overwrite=True, flags=body.hidden is not None)
+        )
 
 
 def _merged(metadata: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -188,10 +192,10 @@ def _merged(metadata: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
         raise InvalidRequest(f"with what the item has already: {error}") from error
 
 
-async def _change_item(engine: Engine, change: RegisterRequest) -> face.ItemOut:
-    await engine.memory.register(change)
-    await engine.sync()
-    return _known_item(engine, change.items[0].item_id)
+async def _change_item(models: Models, change: RegisterRequest) -> face.ItemOut:
+    await models.serving.memory.register(change)
+    await models.sync_catalogues()
+    return _known_item(models.serving, change.items[0].item_id)
 
 
 def _known_item(engine: Engine, item_id: str) -> face.ItemOut:

@@ -12,12 +12,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 
 from memory_service.catalogue import Catalogue
 from memory_service.space import Space
 from memory_service.store import ModelState, Store
-from model.checkpoint import Checkpoint, CheckpointError, find_checkpoint
+from model.checkpoint import Checkpoint, CheckpointError, find_checkpoint, load_checkpoint
 
 AGAIN_S = 30.0
 """A model that could not be loaded is tried again after this: its files may have come meanwhile."""
@@ -109,8 +110,8 @@ class Models:
         """
         async with self._lock:
             await self._loaded(version, str(run))
-            state = await self._state()
-            await self._swap(state, state.replace(wanted=version, wanted_run=str(run), base=self._own.version))
+            folder, state = await self._folder_of(version, run), await self._state()
+            await self._swap(state, state.replace(wanted=version, wanted_run=folder, base=self._own.version))
         await self.follow()
 
     async def cut_over(self, version: str) -> None:
@@ -143,6 +144,13 @@ class Models:
             space = self.spaces[version] = await asyncio.to_thread(self._space_of, checkpoint)
             self._store.rules_of[version], self.run_of[version] = space.rules, run
         return space
+
+    async def _folder_of(self, version: str, run: Path) -> str:
+        """`run`, where it holds the model; else the folder that the model was read from."""
+        with suppress(CheckpointError):
+            if (await asyncio.to_thread(load_checkpoint, run, with_weights=False)).version == version:
+                return str(run)
+        return self.run_of[version]
 
     def _check_fits(self, checkpoint: Checkpoint) -> None:
         """Records must go from one model to the other and back without losing a memory."""

@@ -26,6 +26,9 @@ def before_call(context: schemathesis.HookContext, case: schemathesis.Case, kwar
     number of users leave out columns, which do not fit by chance.
     """
     body = case.body
+    for named in (body, case.query):
+        if isinstance(named, dict) and isinstance(named.get("version"), str):
+            named["version"] = os.environ["RAMREC_TEST_MODEL"]
     if not isinstance(body, dict) or not isinstance(body.get("model_version"), str):
         return
     body["model_version"] = os.environ["RAMREC_TEST_MODEL"]

@@ -139,9 +139,9 @@ def test_answers_without_our_api_are_the_same(api_url, memory_url, valkey_url, r
     served = [httpx2.post(f"{api_url}/recommend", json={"user_id": f"u{n}"}).json() for n in range(3)]
 
     async def asked(opening):
-        engine = await opening
-        answers = await recommend(engine, [RecommendRequest(user_id=f"u{n}") for n in range(3)])
-        await engine.close()
+        models = await opening
+        answers = await recommend(models, [RecommendRequest(user_id=f"u{n}") for n in range(3)])
+        await models.serving.close()
         return answers
 
     for opening in (with_memory_inside(run, valkey_url), with_memory_service(run, memory_url)):

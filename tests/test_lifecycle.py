@@ -201,6 +201,25 @@ def test_the_model_that_serves_already_changes_nothing(service, run):
     same(service.answers(*USERS), before)
 
 
+def test_an_item_hidden_in_between_is_hidden_for_both_models_at_once(service, run, other):
+    service.reload(other)
+    service.take("u0", items=range(4, 5))
+    assert service.models("u0", "u7") == {version(run), version(other)}
+    shown = {user: {item["item_id"] for item in one["items"]} for user, one in service.answers("u0", "u7").items()}
+    both = sorted(shown["u0"] & shown["u7"])[0]
+    assert service.api.patch(f"/items/{both}", json={"hidden": True}).status_code == 200
+    for one in service.answers("u0", "u7").values():
+        assert both not in {item["item_id"] for item in one["items"]}
+
+
+def test_retrievals_counted_before_a_move_come_along(service, other):
+    service.api.post("/recommend", json={"user_id": "u0"})
+    service.reload(other)
+    service.take("u0", items=range(4, 5))
+    entries = service.api.get("/users/u0/memory").json()["entries"]
+    assert sum(entry["access"] for entry in entries) > 0
+
+
 # --------------------------------------------------------------------------------- several processes
 
 

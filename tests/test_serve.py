@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import httpx2
@@ -14,6 +15,8 @@ import pytest
 import redis
 
 from memory_service.embedded import EmbeddedError, embedded_valkey
+from model.checkpoint import load_checkpoint, save_checkpoint
+from tests.synthetic import random_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SERVING = re.compile(r"RAMRec serves on (\S+)")
@@ -31,11 +34,11 @@ def ramrec(*words: object, **more: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def start(run, tmp_path) -> Iterator[Callable[[], tuple[subprocess.Popen, httpx2.Client]]]:
+def start(run, tmp_path) -> Iterator[Callable[..., tuple[subprocess.Popen, httpx2.Client]]]:
     """Start `ramrec serve` on one data folder; gives the process and a client once it says that it serves."""
     started: list[tuple[subprocess.Popen, httpx2.Client]] = []
 
-    def serve() -> tuple[subprocess.Popen, httpx2.Client]:
+    def serve(folder: Path = run) -> tuple[subprocess.Popen, httpx2.Client]:
         ports = ["--port", str(free_port()), "--memory-port", str(free_port())]
         command = [
             sys.executable,
@@ -43,7 +46,7 @@ def start(run, tmp_path) -> Iterator[Callable[[], tuple[subprocess.Popen, httpx2
             "api.cli",
             "serve",
             "--run",
-            str(run),
+            str(folder),
             "--data-dir",
             str(tmp_path / "d"),
             *ports,
@@ -78,6 +81,12 @@ def children(process: subprocess.Popen) -> dict[str, int]:
     return found
 
 
+def words(number: int) -> dict[str, str]:
+    """The options that a process was started with."""
+    found = Path(f"/proc/{number}/cmdline").read_text().split("\0")
+    return dict(pairwise(found))
+
+
 def test_serving_stops_cleanly_and_starts_again_with_every_memory(start):
     process, client = start()
     assert remember(client, "i1") == 1
@@ -98,6 +107,32 @@ def test_a_killed_memory_service_is_named_loses_nothing_and_can_be_started_again
     assert "the memory service ended with exit code -9" in process.stdout.read()
     _, client = start()
     assert remember(client, "i2") == 2
+
+
+def test_a_hangup_reads_the_checkpoint_anew_and_reembed_moves_everybody_to_it(start, run, tmp_path, monkeypatch):
+    """The folder that is served gets a new content; requests wait for nothing."""
+    monkeypatch.setenv("RAMREC_MEMORY_TOKEN", "of-this-test-alone")
+    old, new = load_checkpoint(run), random_checkpoint(seed=7)
+    folder = tmp_path / "served"
+    save_checkpoint(folder, old)
+    process, client = start(folder)
+    remember(client, "i1")
+    wanted = save_checkpoint(folder, new)
+    memory_url = f"http://127.0.0.1:{words(children(process)['memory_service'])['--port']}"
+    early = ramrec("reembed", "--run", folder, "--memory-url", memory_url)
+    assert (early.returncode, f"wants model {old.version}" in early.stderr) == (2, True)
+    process.send_signal(signal.SIGHUP)
+    while client.get("/model").json()["wanted"] != wanted:
+        assert process.poll() is None
+        assert client.post("/recommend", json={"user_id": "u"}).json()["model_version"] == old.version
+    monkeypatch.delenv("RAMREC_MEMORY_TOKEN")
+    stranger = ramrec("reembed", "--run", folder, "--memory-url", memory_url)
+    assert (stranger.returncode, "401" in stranger.stderr) == (2, True)
+    monkeypatch.setenv("RAMREC_MEMORY_TOKEN", "of-this-test-alone")
+    moved = ramrec("reembed", "--run", folder, "--memory-url", memory_url)
+    assert (moved.returncode, "1 users moved" in moved.stdout) == (0, True), moved.stderr
+    assert client.get("/health/ready").json()["model_version"] == wanted
+    assert client.post("/recommend", json={"user_id": "u"}).json()["model_version"] == wanted
 
 
 def test_an_embedded_valkey_is_not_shared(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from api.engine import Engine
+from api.lifecycle import Models
 from api.memory_client import MemoryClient, Remembered, unpack
 from api.metrics import Metrics
 from memory_service.app import create_app
@@ -33,19 +34,19 @@ class InProcess(MemoryClient):
         return await self.service.catalogue.listing(since, revision)
 
 
-async def with_memory_inside(run: Path, redis_url: str) -> Engine:
+async def with_memory_inside(run: Path, redis_url: str) -> Models:
     """Model, banks and collective index in this process, filled from Redis and compared with it at every retrieval."""
     service: MemoryService = create_app(MemorySettings(run=run, redis_url=redis_url)).state.service
     await service.start()
     return await _ready(run, InProcess(service))
 
 
-async def with_memory_service(run: Path, memory_url: str) -> Engine:
+async def with_memory_service(run: Path, memory_url: str) -> Models:
     """The model in this process, memory where our api has it, too."""
     return await _ready(run, MemoryClient(memory_url, timeout_s=5))
 
 
-async def _ready(run: Path, memory: MemoryClient) -> Engine:
+async def _ready(run: Path, memory: MemoryClient) -> Models:
     engine = Engine(Recommender.load(run), memory, Metrics())
     await engine.sync()
-    return engine
+    return Models(engine, run)

@@ -21,7 +21,7 @@ import torch
 import uvloop
 from starlette.responses import Response
 
-from api.engine import Engine
+from api.lifecycle import Models
 from api.recommend import recommend
 from api.schemas import RecommendRequest
 from benchmarks.serving.floor import answer
@@ -61,15 +61,15 @@ class Recommendations(FixedList):
     def setup(self, device: str) -> None:
         super().setup(device)
         self._events: asyncio.AbstractEventLoop = uvloop.new_event_loop()
-        self._engine: Engine = self._events.run_until_complete(self._opened())
+        self._models: Models = self._events.run_until_complete(self._opened())
 
-    async def _opened(self) -> Engine:
+    async def _opened(self) -> Models:
         if self._memory_url:
             return await with_memory_service(self._run, self._memory_url)
         return await with_memory_inside(self._run, self._redis_url or "")
 
     def predict(self, batch: list[RecommendRequest]) -> list[Any]:
-        return self._events.run_until_complete(recommend(self._engine, batch))
+        return self._events.run_until_complete(recommend(self._models, batch))
 
 
 def main() -> None:
