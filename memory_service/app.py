@@ -264,7 +264,10 @@ async def _body(request: Request, kind: type[Body]) -> Body:
         data += chunk
         if len(data) > limit:
             raise TooLarge(f"the body is larger than {limit} bytes")
-    return msgspec.msgpack.decode(data, type=kind)
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except RecursionError as error:
+        raise msgspec.DecodeError("nested too deeply") from error
 
 
 class TooLarge(ValueError):  # noqa: N818 - answered with 413
