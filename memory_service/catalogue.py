@@ -9,6 +9,7 @@ import msgspec
 
 from memory_service.schemas import CatalogueReply, Item, RegisterReply, RegisterRequest
 from memory_service.store import CatalogueItem, Store
+from memory_service.wire import BadRequest
 from model.checkpoint import Checkpoint
 
 REGISTER_BATCH = 2000
@@ -88,4 +89,10 @@ def _item(item: CatalogueItem) -> Item:
 
 
 def _json(metadata: dict[str, object] | None) -> bytes:
-    return b"" if metadata is None else json.dumps(metadata, ensure_ascii=False).encode()
+    """As it is kept. Raises BadRequest for what is no JSON, as bytes and NaN."""
+    if metadata is None:
+        return b""
+    try:
+        return json.dumps(metadata, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise BadRequest(f"metadata is no JSON: {error}") from error

@@ -17,7 +17,7 @@ from memory_service.collective import CollectiveScope
 from memory_service.replica import Replicate
 from memory_service.residents import NOBODY, Found, Residents, Wish
 from memory_service.schemas import RetrieveReply, RetrieveRequest, UserRekey, UserWrite
-from memory_service.wire import Prepared, column
+from memory_service.wire import STATE, UNIT, Prepared, column
 from model import rules as rule
 from model.bank import Entries
 from model.checkpoint import Checkpoint
@@ -109,7 +109,8 @@ class Space:
         """What writes do to the records that they were planned for. Raises BadRequest where vectors do not fit."""
         counts = [len(one.plan.accepted) for one in prepared]
         keys = [
-            column(write.keys, "<f4", count * self.dim, "keys") for write, count in zip(writes, counts, strict=True)
+            column(write.keys, "<f4", count * self.dim, "keys", UNIT)
+            for write, count in zip(writes, counts, strict=True)
         ]
         every = np.concatenate([*keys, np.zeros(0, "<f4")]).reshape(-1, self.dim)
         positions = np.concatenate([*(one.plan.job.positions for one in prepared), np.zeros(0, np.int64)])
@@ -119,7 +120,7 @@ class Space:
                 record=one.record,
                 plan=one.plan,
                 keys=own.reshape(-1, self.dim),
-                state=column(write.state, "<f4", self.dim, "state"),
+                state=column(write.state, "<f4", self.dim, "state", STATE),
                 cells=own_cells,
                 accesses=self.residents.accesses(one.user_id),
                 first_version=first,
@@ -134,9 +135,9 @@ class Space:
         """A record of another model with keys and state of this one, and retrievals counted there. Raises BadRequest
         where they do not fit.
         """
-        made = column(write.keys, "<f4", record.size * self.dim, "keys").reshape(record.size, self.dim)
+        made = column(write.keys, "<f4", record.size * self.dim, "keys", UNIT).reshape(record.size, self.dim)
         listed = cells(made, rekey_job(record).positions, self._centroids)
-        state = column(write.state, "<f4", self.dim, "state")
+        state = column(write.state, "<f4", self.dim, "state", STATE)
         new = rekey(record, self.model_version, made, state, listed, self.rules)
         new.banks.touch(0, accesses)
         return new

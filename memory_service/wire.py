@@ -28,6 +28,15 @@ from model.bank import Banks, Entries
 from model.events import EncodeJob, Event, Plan, UserRecord, event_identity, rekey_job
 from model.rules import Floats, Ints
 
+UNIT = 1.01
+"""No number of a vector of unit length exceeds it, however it was rounded."""
+STATE = 65504.0
+"""Far beyond any state's numbers, and far within what their squares may reach."""
+TIME = 1e11
+"""The latest time in seconds; from here on it would be milliseconds."""
+RATING = 1e9
+"""The largest rating, far inside what a memory entry (32 bits) can hold."""
+
 
 class BadRequest(ValueError):  # noqa: N818 - answered with 422
     """Columns of a request do not fit together; says which."""
@@ -43,13 +52,15 @@ class Prepared:
     plan: Plan
 
 
-def column(data: bytes, kind: str, count: int, name: str) -> NDArray[Any]:
-    """Bytes as numbers. Raises BadRequest where they are not `count` finite ones."""
+def column(data: bytes, kind: str, count: int, name: str, limit: float = np.inf) -> NDArray[Any]:
+    """Bytes as numbers. Raises BadRequest where they are not `count` finite ones of at most `limit` in size."""
     if len(data) != count * np.dtype(kind).itemsize:
         raise BadRequest(f"{name} has {len(data)} bytes, wanted {count} values of {np.dtype(kind).itemsize}")
     values = np.frombuffer(data, kind)
     if not np.isfinite(values).all():
         raise BadRequest(f"{name} holds a number that is not finite")
+    if limit < np.inf and np.abs(values).max(initial=0) > limit:
+        raise BadRequest(f"{name} holds a number beyond {limit}")
     return values
 
 
@@ -64,7 +75,7 @@ def rows(named: Sequence[int], count: int, name: str) -> list[int]:
 def queries(request: RetrieveRequest, own: NDArray[np.float32]) -> NDArray[np.float32]:
     """(B, d) of unit length: `own` (which is changed), or what the caller sent instead."""
     at = column(request.query_rows, "<u4", len(request.query_rows) // 4, "query_rows")
-    given = column(request.queries, "<f4", len(at) * own.shape[1], "queries")
+    given = column(request.queries, "<f4", len(at) * own.shape[1], "queries", UNIT)
     if len(at) and at.max() >= len(own):
         raise BadRequest(f"query_rows names row {at.max()} of {len(own)}")
     own[at] = given.reshape(len(at), own.shape[1])
@@ -127,11 +138,14 @@ def state_job(record: UserRecord) -> Job:
 
 
 def event(user_id: str, one: EventIn, number: int, received_at: float) -> Event:
-    """An event of the wire as the memory sees it; `number` is its item's."""
+    """An event of the wire as the memory sees it; `number` is its item's. Raises BadRequest for impossible numbers."""
+    when = received_at if one.timestamp is None else one.timestamp
+    if not abs(when) <= TIME or not abs(one.rating or 0) <= RATING:  # not so for NaN either
+        raise BadRequest(f"event {one.index} of a user has the time {when} and the rating {one.rating}")
     return Event(
         index=one.index,
         item=number,
-        time=received_at if one.timestamp is None else one.timestamp,
+        time=when,
         rating=float("nan") if one.rating is None else one.rating,
         event_id=event_identity(user_id, one.item_id, one.timestamp, one.event_id),
         timed=one.timestamp is not None,

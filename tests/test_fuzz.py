@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from memory_service.schemas import (
+    CatalogueReply,
     EventIn,
     Item,
     PlanReply,
@@ -20,7 +21,9 @@ from memory_service.schemas import (
     RetrieveReply,
     RetrieveRequest,
     UserEvents,
+    UserMemory,
     UserRekey,
+    Users,
     UserWrite,
     WriteReply,
     WriteRequest,
@@ -58,7 +61,7 @@ def remember(client: httpx2.Client, model: str, user: str, events: list[EventIn]
     assert msgspec.msgpack.decode(written.content, type=WriteReply).users[0].accepted
 
 
-def requests(model: str) -> dict[str, msgspec.Struct]:
+def requests(model: str, user: str) -> dict[str, msgspec.Struct]:
     """A good request of every call that has a body."""
     events = [EventIn(n, f"i{n + 1}", NOW + 50 + n, 5.0, f"e{n}") for n in range(3)]
     return {
@@ -73,8 +76,8 @@ def requests(model: str) -> dict[str, msgspec.Struct]:
             [1],
             np.full(4, 0.5, "<f4").tobytes(),
         ),
-        "/v1/plan": PlanRequest(model, NOW, [UserEvents("u0", events), UserEvents("new", events)]),
-        "/v1/write": WriteRequest(model, NOW, [UserWrite("u0", 1, events, vectors(3), vectors(1))]),
+        "/v1/plan": PlanRequest(model, NOW, [UserEvents("u0", events), UserEvents(user, events)]),
+        "/v1/write": WriteRequest(model, NOW, [UserWrite(user, 0, events, vectors(3), vectors(1))]),
         "/v1/rekey": RekeyRequest(model, [UserRekey("u0", 1, vectors(4), vectors(1))]),
         "/v1/catalogue": RegisterRequest([Item("i1", {"title": "One", "year": 1979}), Item("new")], True),
     }
@@ -85,12 +88,11 @@ def test_the_memory_service_survives_damaged_requests(memory, run, path):
     model = load_checkpoint(run, with_weights=False).version
     for n in range(3):
         remember(memory, model, f"u{n}", [EventIn(i, f"i{i + n + 1}", NOW + i) for i in range(4)])
-    good = msgspec.msgpack.encode(requests(model)[path])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused, failed = 0, []
     rng = random.Random(path + os.environ.get("SEED", ""))
-    for _ in range(ROUNDS):
-        body = damaged_msgpack(rng, good)
+    for n in range(ROUNDS):
+        body = damaged_msgpack(rng, msgspec.msgpack.encode(requests(model, f"new-{n}")[path]))
         response = post(memory, path, body)
         if response.status_code not in (200, 400, 409, 422):
             failed.append(body)
@@ -100,9 +102,24 @@ def test_the_memory_service_survives_damaged_requests(memory, run, path):
             refused += 1
     assert not failed, (len(failed), failed[:3])
     assert refused > ROUNDS // 4
-    answer = msgspec.msgpack.decode(
-        post(memory, "/v1/retrieve", RetrieveRequest(model, ["u1"])).content, type=RetrieveReply
-    )
-    assert (answer.known, answer.degraded) == (b"\1", False)
-    assert np.isfinite(np.frombuffer(answer.states, "<f4")).all()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MEMORY_KB
+    assert_sound(memory, model)
+
+
+def assert_sound(memory: httpx2.Client, model: str) -> None:
+    """Everybody can be asked about and looked at, and the catalogue be listed; all numbers are numbers."""
+    users = msgspec.msgpack.decode(memory.get("/v1/users", params={"limit": 1000}).content, type=Users).users
+    reply = post(memory, "/v1/retrieve", RetrieveRequest(model, ["u1", *users]))
+    answer = msgspec.msgpack.decode(reply.content, type=RetrieveReply)
+    assert (answer.known, answer.degraded) == (b"\1" * (len(users) + 1), False)
+    for column in (answer.states, answer.entropy, answer.own.similarity, answer.own.quality, answer.own.recency):
+        assert np.isfinite(np.frombuffer(column, "<f4")).all()
+    for user in users:
+        found = memory.get("/v1/user", params={"user_id": user})
+        bank = msgspec.msgpack.decode(found.content, type=UserMemory)
+        numbers = [[e.quality, e.recency, e.time, e.last_access, e.rating or 0] for e in bank.entries]
+        assert np.isfinite(numbers).all(), bank
+        assert np.isfinite([when for _, when in bank.log]).all(), bank
+    listing = memory.get("/v1/catalogue")
+    assert listing.status_code == 200, listing.content
+    assert msgspec.msgpack.decode(listing.content, type=CatalogueReply).items
