@@ -15,11 +15,14 @@ from api.catalogue import CatalogueMirror
 from api.filters import Filter
 from api.memory_client import MemoryClient
 from api.metrics import Metrics
+from api.problems import MemoryUnavailable
 from memory_service.schemas import Job, RekeyRequest, StaleUser, UserRekey
 from model.events import EncodeJob
 from model.recommender import Recommender
 from model.rules import Floats
 
+RESTARTS = 3
+"""How often the catalogue may change under a listing of all of it, beyond what the service remembers of changes."""
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -93,6 +96,9 @@ class Engine:
             async with self._syncing:
                 if catalogue_size > self.catalogue.size:  # nobody else fetched them while we waited
                     await self._fetch_catalogue()
+                if catalogue_size > self.catalogue.size:
+                    detail = f"memory service: {self.catalogue.size} items listed, {catalogue_size} told of"
+                    raise MemoryUnavailable(detail)
 
     async def sync(self) -> None:
         """Fetch what is new in the catalogue and what changed in it."""
@@ -109,12 +115,14 @@ class Engine:
                     await asyncio.to_thread(self.catalogue.filters.mask, one)
 
     async def _fetch_catalogue(self) -> None:
-        mirror = self.catalogue
+        mirror, anew = self.catalogue, 0
         while True:
             reply = await self.memory.catalogue(mirror.size + 1, mirror.revision)
             if reply.changed is None or reply.catalogue_size < mirror.size:
                 # more changed than is remembered, or it is another catalogue: all anew, beside the one in use
-                mirror = CatalogueMirror(self.recommender.index_of)
+                mirror, anew = CatalogueMirror(self.recommender.index_of), anew + 1
+                if anew > RESTARTS:
+                    raise MemoryUnavailable("memory service: no listing of the catalogue comes to its end")
                 continue
             mirror.take(reply)
             if mirror.size >= reply.catalogue_size or not reply.items:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from api.problems import ApiProblem, CheckpointRefused, MemoryUnavailable, ModelGone
+from api.replies import check_inspected, check_listed, check_planned, check_retrieved, check_written
 from memory_service.schemas import (
     CONTENT_TYPE,
     CatalogueReply,
@@ -108,18 +110,23 @@ class MemoryClient:
     async def retrieve(self, request: RetrieveRequest) -> Remembered:
         """Memories of a batch of users."""
         reply = await self._post("/v1/retrieve", request, RetrieveReply)
-        try:
+        with _doubting():
+            check_retrieved(reply, request)
             return unpack(reply)
-        except ValueError as error:
-            raise MemoryUnavailable(f"memory service: columns do not fit: {error}") from error
 
     async def plan(self, request: PlanRequest) -> PlanReply:
         """What events would mean, and the states they need."""
-        return await self._post("/v1/plan", request, PlanReply)
+        reply = await self._post("/v1/plan", request, PlanReply)
+        with _doubting():
+            check_planned(reply, request)
+        return reply
 
     async def write(self, request: WriteRequest) -> WriteReply:
         """Write planned events."""
-        return await self._post("/v1/write", request, WriteReply)
+        reply = await self._post("/v1/write", request, WriteReply)
+        with _doubting():
+            check_written(reply, request)
+        return reply
 
     async def rekey(self, request: RekeyRequest) -> RekeyReply:
         """Give stale records the keys of this model."""
@@ -141,7 +148,11 @@ class MemoryClient:
 
     async def inspect(self, user_id: str) -> UserMemory | None:
         """A user's bank; None where nothing is known."""
-        return await self._call("GET", "/v1/user", UserMemory, params={"user_id": user_id})
+        found = await self._call("GET", "/v1/user", UserMemory, params={"user_id": user_id})
+        if found is not None:
+            with _doubting():
+                check_inspected(found, user_id)
+        return found
 
     async def forget(self, user_id: str) -> Forgotten:
         """Forget a user."""
@@ -155,7 +166,9 @@ class MemoryClient:
     async def catalogue(self, since: int, revision: int) -> CatalogueReply:
         """Catalogue items from a number on, and what changed of those before since a revision."""
         params = {"since": str(since), "revision": str(revision)}
-        return _there(await self._call("GET", "/v1/catalogue", CatalogueReply, params=params))
+        reply = _there(await self._call("GET", "/v1/catalogue", CatalogueReply, params=params))
+        with _doubting():
+            return check_listed(reply, since)
 
     async def register(self, request: RegisterRequest) -> RegisterReply:
         """Register or change items."""
@@ -171,7 +184,7 @@ class MemoryClient:
                 about = msgspec.json.decode(content, type=Readiness)
         except (aiohttp.ClientError, TimeoutError) as error:
             raise MemoryUnavailable(f"memory service: {str(error) or 'no answer in time'}") from error
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise MemoryUnavailable(f"memory service: {error}: not a memory service?") from error
         if not about.authorized:
             raise MemoryUnavailable("memory service: it wants a token (RAMREC_API_MEMORY_TOKEN)")
@@ -224,10 +237,19 @@ class Readiness(msgspec.Struct):
     moved: int = 0
 
 
+@contextmanager
+def _doubting() -> Iterator[None]:
+    """Around checks of a reply."""
+    try:
+        yield
+    except ValueError as error:
+        raise MemoryUnavailable(f"memory service: {error}: not a memory service?") from error
+
+
 def _decoded(content: bytes, kind: type[Reply]) -> Reply:
     try:
         return msgspec.msgpack.decode(content, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise MemoryUnavailable(f"memory service: {error}: not a memory service?") from error
 
 
@@ -241,7 +263,7 @@ def _failure(status: int, content: bytes) -> ApiProblem:
     """What an answer that is none means to our callers."""
     try:
         found = msgspec.msgpack.decode(content, type=Problem)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return MemoryUnavailable(f"memory service answered {status}: no detail")
     if found.code == CheckpointRefused.code:
         return CheckpointRefused(found.detail)

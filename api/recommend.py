@@ -173,6 +173,8 @@ async def _retrieve(models: Models, engine: Engine, asked: Sequence[Asked], entr
 
 async def _ask(engine: Engine, asked: Sequence[Asked], entropy: NDArray[np.float32]) -> Remembered:
     remembered = await engine.memory.retrieve(_retrieve_request(engine, asked, entropy))
+    if remembered.states.shape[1] != engine.recommender.config.encoder.width:
+        raise MemoryUnavailable("memory service: states are not of this model's width")
     await engine.know(remembered.catalogue_size)
     return remembered
 

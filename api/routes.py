@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Path, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.convertors import Convertor, register_url_convertor
 
 from api import schemas as face
 from api.engine import Engine
@@ -52,6 +53,22 @@ Search = Annotated[
     Query(max_length=face.ID_LIMIT_BYTES, description="Part of an id or of metadata; empty: all.", examples=["war"]),
 ]
 
+
+class IdConvertor(Convertor[str]):
+    """An id in a path: any characters, slashes and line ends too."""
+
+    regex = r"[\s\S]*"
+
+    def convert(self, value: str) -> str:
+        """As it stands."""
+        return value
+
+    def to_string(self, value: str) -> str:
+        """As it stands."""
+        return value
+
+
+register_url_convertor("id", IdConvertor())
 router = APIRouter()
 direct = APIRouter()
 """Calls that `api.direct` answers."""
@@ -86,7 +103,7 @@ async def remember(body: face.IngestRequest, request: Request) -> face.IngestRes
         return await ingest(request.app.state.models, body.interactions)
 
 
-@router.get("/users/{user_id:path}/memory", tags=["memory"], responses=failures(NO_USER, INVALID_ID, UNAVAILABLE))
+@router.get("/users/{user_id:id}/memory", tags=["memory"], responses=failures(NO_USER, INVALID_ID, UNAVAILABLE))
 async def user_memory(user_id: UserId, request: Request) -> face.UserMemoryResponse:
     """A user's memory bank, with qualities, entropy, clusters and K."""
     engine: Engine = request.app.state.engine
@@ -131,7 +148,7 @@ def _bank(engine: Engine, found: UserMemory) -> face.UserMemoryResponse:
     )
 
 
-@router.delete("/users/{user_id:path}/memory", tags=["memory"], responses=failures(INVALID_ID, UNAVAILABLE))
+@router.delete("/users/{user_id:id}/memory", tags=["memory"], responses=failures(INVALID_ID, UNAVAILABLE))
 async def forget(user_id: UserId, request: Request) -> face.ForgetResponse:
     """Forget a user: everything, for good. Late retries of old events do not bring them back."""
     gone = await request.app.state.engine.memory.forget(user_id)
@@ -155,13 +172,13 @@ async def items(request: Request, query: Search = "", limit: Limit = 20) -> face
     return face.ItemsResponse(items=[_item(engine, item) for item in found])
 
 
-@router.get("/items/{item_id:path}", tags=["catalogue"], responses=failures(NO_ITEM, INVALID_ID))
+@router.get("/items/{item_id:id}", tags=["catalogue"], responses=failures(NO_ITEM, INVALID_ID))
 async def item(item_id: ItemId, request: Request) -> face.ItemOut:
     """One catalogue item."""
     return _known_item(request.app.state.engine, item_id)
 
 
-@router.put("/items/{item_id:path}", tags=["catalogue"], responses=failures(*INVALID_BODY, UNAVAILABLE))
+@router.put("/items/{item_id:id}", tags=["catalogue"], responses=failures(*INVALID_BODY, UNAVAILABLE))
 async def put_item(item_id: ItemId, body: face.ItemPut, request: Request) -> face.ItemOut:
     """Register an item, or replace all that is said about it."""
     engine: Engine = request.app.state.engine
@@ -171,7 +188,7 @@ async def put_item(item_id: ItemId, body: face.ItemPut, request: Request) -> fac
         )
 
 
-@router.patch("/items/{item_id:path}", tags=["catalogue"], responses=failures(*INVALID_BODY, NO_ITEM, UNAVAILABLE))
+@router.patch("/items/{item_id:id}", tags=["catalogue"], responses=failures(*INVALID_BODY, NO_ITEM, UNAVAILABLE))
 async def patch_item(item_id: ItemId, body: face.ItemPatch, request: Request) -> face.ItemOut:
     """Change some of an item's metadata, or hide it from recommendations; what is not named stays as it is."""
     engine: Engine = request.app.state.engine

@@ -1,14 +1,19 @@
 """Damaged messages and files: refused with a reason, whatever they hold, and nothing else suffers. Seeded."""
 
-import os
 import random
 import resource
 
 import httpx2
+import jsonschema_rs
 import msgspec
 import numpy as np
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
+from api.app import create_app as create_api
+from api.settings import ApiSettings
 from memory_service.schemas import (
     CatalogueReply,
     EventIn,
@@ -30,11 +35,14 @@ from memory_service.schemas import (
 )
 from model.checkpoint import load_checkpoint
 from model.rules import unit
-from tests.mutations import damaged_msgpack
+from tests.conftest import served
+from tests.mutations import damaged, damaged_msgpack
 
 NOW = 1_700_000_000.0
 DIM = 16
+MSGPACK = {"Content-Type": "application/msgpack"}
 ROUNDS = 1500
+LIES = 1200
 MEMORY_KB = 1_000_000
 """Growth of the process that no refusal may cost."""
 
@@ -46,7 +54,7 @@ def memory(memory_url, stack) -> httpx2.Client:
 
 def post(client: httpx2.Client, path: str, body: msgspec.Struct | bytes) -> httpx2.Response:
     content = body if isinstance(body, bytes) else msgspec.msgpack.encode(body)
-    return client.post(path, content=content, headers={"Content-Type": "application/msgpack"})
+    return client.post(path, content=content, headers=MSGPACK)
 
 
 def vectors(count: int) -> bytes:
@@ -90,7 +98,7 @@ def test_the_memory_service_survives_damaged_requests(memory, run, path):
         remember(memory, model, f"u{n}", [EventIn(i, f"i{i + n + 1}", NOW + i) for i in range(4)])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused, failed = 0, []
-    rng = random.Random(path + os.environ.get("SEED", ""))
+    rng = random.Random(path)
     for n in range(ROUNDS):
         body = damaged_msgpack(rng, msgspec.msgpack.encode(requests(model, f"new-{n}")[path]))
         response = post(memory, path, body)
@@ -123,3 +131,97 @@ def assert_sound(memory: httpx2.Client, model: str) -> None:
     listing = memory.get("/v1/catalogue")
     assert listing.status_code == 200, listing.content
     assert msgspec.msgpack.decode(listing.content, type=CatalogueReply).items
+
+
+# ------------------------------------------------------------------------------ a memory service that lies
+
+
+class Liar:
+    """An ASGI application between api and memory service that damages what comes back, while `lying`."""
+
+    def __init__(self, url: str, seed: str) -> None:
+        self.url, self.rng, self.lying, self.told = url, random.Random(seed), False, 0
+        self.client: httpx2.AsyncClient | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.live(receive, send)
+            return
+        request = Request(scope, receive)
+        target = f"{self.url}{scope['path']}?{scope['query_string'].decode()}"
+        assert self.client is not None
+        answer = await self.client.request(scope["method"], target, content=await request.body(), headers=MSGPACK)
+        status, content = answer.status_code, answer.content
+        if self.lying and content and not scope["path"].startswith("/health"):
+            self.told += 1
+            content = damaged_msgpack(self.rng, content)
+            if self.rng.random() < 0.1:
+                status = self.rng.choice([200, 201, 204, 404, 409, 418, 500, 503])
+        if self.lying and scope["path"].startswith("/health"):
+            content = damaged(self.rng, content)
+        await Response(b"" if status == 204 else content, status)(scope, receive, send)
+
+    async def live(self, receive: Receive, send: Send) -> None:
+        async with httpx2.AsyncClient(timeout=30) as self.client:
+            await receive()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+        await send({"type": "lifespan.shutdown.complete"})
+
+
+BATCH = [{"user_id": "u0"}, {"user_id": "nobody"}, {"sequence": ["i4"]}]
+TAKEN = [{"user_id": "u0", "item_id": "i7"}, {"user_id": "u9", "item_id": "i1"}]
+CALLS = [
+    ("POST", "/recommend", "/recommend", {"user_id": "u0", "explain": True}),
+    ("POST", "/recommend", "/recommend", {"user_id": "u1", "sequence": ["i1", "i2"], "explain": True}),
+    ("POST", "/recommend", "/recommend", {"sequence": ["i3"], "candidates": ["i1", "i9"]}),
+    (
+        "POST",
+        "/recommend/batch",
+        "/recommend/batch",
+        {"requests": BATCH},
+    ),
+    (
+        "POST",
+        "/memories",
+        "/memories",
+        {"interactions": TAKEN},
+    ),
+    ("GET", "/users/u0/memory", "/users/{user_id}/memory", None),
+    ("GET", "/users?prefix=u", "/users", None),
+    ("PUT", "/items/i5", "/items/{item_id}", {"metadata": {"title": "Five", "year": 1979}}),
+    ("PATCH", "/items/i6", "/items/{item_id}", {"hidden": False}),
+    ("GET", "/items?query=i", "/items", None),
+    ("GET", "/health/ready", "/health/ready", None),
+    ("DELETE", "/users/u9/memory", "/users/{user_id}/memory", None),
+]
+
+
+def documented(document: dict, method: str, path: str, response: httpx2.Response) -> bool:
+    """Whether an answer is one that the OpenAPI document describes, and no failure of the api."""
+    described = document["paths"][path][method.lower()]["responses"].get(str(response.status_code))
+    if described is None or response.status_code == 500:
+        return False
+    schema = described["content"][response.headers["content-type"]]["schema"]
+    return jsonschema_rs.is_valid(schema | {"components": document["components"]}, response.json())
+
+
+def test_the_api_survives_a_memory_service_that_lies(memory_url, run, stack):
+    liar = Liar(memory_url, "liar")
+    url = stack.enter_context(served(create_api(ApiSettings(run=run, memory_url=stack.enter_context(served(liar))))))
+    client = stack.enter_context(httpx2.Client(base_url=url, timeout=30))
+    events = [{"user_id": f"u{n % 3}", "item_id": f"i{n % 7 + 1}", "timestamp": n} for n in range(20)]
+    assert client.post("/memories", json={"interactions": events}).status_code == 200
+    liar.lying = True
+    document, failed = client.get("/openapi.json").json(), []
+    for n in range(LIES):
+        method, path, template, body = CALLS[n % len(CALLS)]
+        response = client.request(method, path, json=body)
+        if not documented(document, method, template, response):
+            failed.append((method, path, response.status_code, response.text))
+    assert not failed, (len(failed), failed[:3])
+    assert liar.told > LIES // 2
+    liar.lying = False
+    answer = client.post("/recommend", json={"user_id": "u1", "explain": True}).json()
+    assert (answer["source"], answer["memory"]["degraded"]) == ("memory", False)
+    assert client.get("/health/ready").status_code == 200
