@@ -29,6 +29,8 @@ from memory_service.schemas import (
 
 MOST_ENTRIES = 1000
 """Entries retrieved for one user: at most what a bank can hold."""
+MOST_K = 100
+"""Entries wanted for one user: what configs and requests may ask for."""
 LARGEST = 65504.0
 """Size of any number of a vector or feature; larger ones, and NaN, would make the scores NaN."""
 FAR = 2**53
@@ -41,7 +43,7 @@ def check_retrieved(reply: RetrieveReply, request: RetrieveRequest) -> None:
     _demand(len(reply.known) == rows, "known")
     _demand(len(reply.versions) == 8 * rows and all(len(one) == 4 * rows for one in narrow), "rows")
     counts = np.frombuffer(b"".join(narrow[1:]), "<i4").reshape(-1, rows)
-    _demand(counts.min() >= 0 and counts[-2:].max() <= MOST_ENTRIES, "counts")
+    _demand(counts.min() >= 0 and counts[-2:].max() <= MOST_ENTRIES and counts[:2].max() <= MOST_K, "counts")
     _demand(len(reply.seen) == 4 * int(counts[3].sum()), "seen")
     for columns, total in zip((own, others), counts[-2:].sum(axis=1).tolist(), strict=True):
         _demand(all(len(one) == 4 * total for one in _reals(columns, columns.item)), "entries")
