@@ -272,7 +272,7 @@ def test_columns_that_do_not_fit_are_recognised(stack, go):
     async def scene():
         memory = MemoryClient(url, 5)
         try:
-            with pytest.raises(MemoryUnavailable, match="columns do not fit"):
+            with pytest.raises(MemoryUnavailable, match="rows of a reply cannot be"):
                 await memory.retrieve(RetrieveRequest("v", ["u"]))
         finally:
             await memory.close()
