@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
@@ -103,10 +104,10 @@ def load_checkpoint(folder: Path, *, with_weights: bool = True) -> Checkpoint:
         tensors = _read_tensors(folder / WEIGHTS_FILE, str(header["version"]), with_weights)
         checkpoint = Checkpoint(
             config=Config.model_validate(header["config"]),
-            item_ids=tuple(header["item_ids"]),
+            item_ids=_item_ids(folder, header["item_ids"]),
             **{name: tensors.pop(name) for name in SIDE_TABLES},
             weights=tensors,
-            metadata=_read_json(folder / ITEMS_FILE),
+            metadata=_metadata(folder),
             version=str(header["version"]),
         )
     except KeyError as error:
@@ -137,14 +138,34 @@ def find_checkpoint(version: str, folders: Sequence[Path]) -> Checkpoint:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = msgspec.json.decode(file.read_bytes())  # stricter than `json`: no NaN, nothing that UTF-8 lacks
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint at {file.parent}: {file.name} is missing") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {file}: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} does not hold a JSON object")
     return content
+
+
+def _item_ids(folder: Path, found: Any) -> tuple[str, ...]:
+    if not isinstance(found, list) or not all(isinstance(item, str) and item for item in found):
+        raise CheckpointError(f"{folder}/{HEADER_FILE}: item_ids is no list of ids")
+    if len(set(found)) < len(found):
+        raise CheckpointError(f"{folder}/{HEADER_FILE}: item_ids names an item twice")
+    return tuple(found)
+
+
+def _metadata(folder: Path) -> dict[str, dict[str, Any]]:
+    found = _read_json(folder / ITEMS_FILE)
+    try:
+        msgspec.msgpack.encode(found)  # as it will travel
+    except (OverflowError, RecursionError) as error:
+        raise CheckpointError(f"cannot use {folder / ITEMS_FILE}: {error}") from error
+    for item, about in found.items():
+        if not isinstance(about, dict):
+            raise CheckpointError(f"{folder / ITEMS_FILE}: what is said about {item!r} is no JSON object")
+    return found
 
 
 def _read_tensors(file: Path, version: str, with_weights: bool) -> dict[str, NDArray[Any]]:
@@ -156,7 +177,7 @@ def _read_tensors(file: Path, version: str, with_weights: bool) -> dict[str, NDA
             return {name: opened.get_tensor(name) for name in names}
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint at {file.parent}: {file.name} is missing") from error
-    except (OSError, SafetensorError) as error:
+    except (AttributeError, OSError, SafetensorError, TypeError, ValueError) as error:  # the last: types NumPy lacks
         raise CheckpointError(f"cannot read {file}: {error}") from error
 
 
@@ -167,5 +188,11 @@ def _check(folder: Path, checkpoint: Checkpoint, with_weights: bool) -> None:
             raise CheckpointError(f"{folder}: {name} has shape {getattr(checkpoint, name).shape}, wanted {(rows,)}")
     if checkpoint.index_centroids.ndim != 2 or checkpoint.index_centroids.shape[1] != checkpoint.config.encoder.width:
         raise CheckpointError(f"{folder}: index_centroids has shape {checkpoint.index_centroids.shape}")
+    clusters = checkpoint.item_clusters
+    if clusters.dtype.kind != "i" or clusters.min() < -1 or clusters.max() >= checkpoint.config.rules.clusters:
+        raise CheckpointError(f"{folder}: item_clusters names a cluster that there is not")
+    for name, values in checkpoint.tensors().items():
+        if values.dtype.kind not in "fiub" or not np.isfinite(values).all():
+            raise CheckpointError(f"{folder}: {name} holds something else than finite numbers")
     if with_weights and content_version(checkpoint) != checkpoint.version:
         raise CheckpointError(f"{folder}: content does not match version {checkpoint.version}; the files are damaged")

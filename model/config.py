@@ -23,7 +23,7 @@ class ConfigError(RamrecError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DatasetConfig(_Section):
@@ -39,8 +39,8 @@ class DatasetConfig(_Section):
 class EncoderConfig(_Section):
     """Shape of the sequence encoder."""
 
-    dim: int = Field(64, ge=4)
-    layers: int = Field(2, ge=1)
+    dim: int = Field(64, ge=4, le=16384)
+    layers: int = Field(2, ge=1, le=256)
     heads: int = Field(2, ge=1)
     window: int = Field(50, ge=4, le=512, description="L: the most items that one state looks back on")
     stride: int | None = Field(None, ge=1, description="steps in which a full window moves; None: L/4")
@@ -99,7 +99,7 @@ class RulesConfig(_Section):
     )
     prune_std: float = Field(2.0, ge=0, description="c of the adaptive threshold mean(q) - c*std(q)")
     similarity_threshold: float = Field(0.4, ge=-1, le=1)
-    clusters: int = Field(32, ge=2, description="item clusters that entropy is measured over")
+    clusters: int = Field(32, ge=2, le=65536, description="item clusters that entropy is measured over")
     k_rule: Literal["adaptive", "paper"] = "adaptive"
     k_base: float = Field(13.0, gt=0)
     k_min: int = Field(3, ge=1)

@@ -163,6 +163,7 @@ class Recommender:
     def of(cls, checkpoint: Checkpoint) -> Recommender:
         """Build the networks that a checkpoint's weights belong to. Raises CheckpointError if they do not fit."""
         config = checkpoint.config
+        _check_size(checkpoint)
         encoder = SequenceEncoder(config.encoder, len(checkpoint.item_ids))
         fusion = MemoryFusion(config.fusion, config.encoder.dim)
         try:
@@ -264,6 +265,21 @@ def _bar(scores: NDArray[np.float32], queries: Sequence[Query]) -> None:
     for row, query in enumerate(queries):
         if query.candidates is not None or query.passing is not None:
             scores[row, ~permitted(query, width)] = -np.inf
+
+
+def _check_size(checkpoint: Checkpoint) -> None:
+    """Refuse a config that is larger than the weights before networks of that size are made."""
+    shape = checkpoint.config.encoder
+    wanted = {
+        "item.weight": (len(checkpoint.item_ids) + 1, shape.dim),
+        "position.weight": (shape.window + 1, shape.dim),
+        **{f"blocks.{n}.qkv.weight": (3 * shape.dim, shape.dim) for n in range(shape.layers)},
+    }
+    for name, size in wanted.items():
+        found = checkpoint.weights.get(f"encoder.{name}")
+        if found is None or found.shape != size:
+            what = "missing" if found is None else f"of shape {found.shape}"
+            raise CheckpointError(f"weights do not fit the config: encoder.{name} is {what}, wanted {size}")
 
 
 def _part(weights: dict[str, NDArray[Any]], prefix: str) -> dict[str, Tensor]:

@@ -60,6 +60,20 @@ def damaged_json(rng: random.Random, data: bytes) -> bytes:
     return json.dumps(with_one_changed(rng, json.loads(data), _json_value)).encode()
 
 
+def damaged_safetensors(rng: random.Random, data: bytes) -> bytes:
+    """The same for a safetensors file: its bytes, the length of its header, or a value in the header."""
+    kind = rng.randrange(8)
+    if kind < 3:
+        return damaged(rng, data)
+    length = int.from_bytes(data[:8], "little")
+    if kind == 3:
+        return (
+            rng.choice([0, 1, length - 1, length + 1, 2**31, 2**40, 2**63, 2**64 - 1]).to_bytes(8, "little") + data[8:]
+        )
+    header = damaged_json(rng, data[8 : 8 + length])
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
+
+
 def with_one_changed(rng: random.Random, value: Any, other: Callable[[random.Random, Any], Any] | None = None) -> Any:
     """A copy with one value somewhere in it replaced, removed or repeated."""
     other = other or _other

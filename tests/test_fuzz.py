@@ -2,6 +2,10 @@
 
 import random
 import resource
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import httpx2
 import jsonschema_rs
@@ -33,16 +37,26 @@ from memory_service.schemas import (
     WriteReply,
     WriteRequest,
 )
-from model.checkpoint import load_checkpoint
+from model.checkpoint import (
+    HEADER_FILE,
+    ITEMS_FILE,
+    WEIGHTS_FILE,
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    save_checkpoint,
+)
+from model.recommender import Recommender
 from model.rules import unit
 from tests.conftest import served
-from tests.mutations import damaged, damaged_msgpack
+from tests.mutations import damaged, damaged_json, damaged_msgpack, damaged_safetensors
 
 NOW = 1_700_000_000.0
 DIM = 16
 MSGPACK = {"Content-Type": "application/msgpack"}
 ROUNDS = 1500
 LIES = 1200
+CHECKPOINTS = 500
 MEMORY_KB = 1_000_000
 """Growth of the process that no refusal may cost."""
 
@@ -225,3 +239,93 @@ def test_the_api_survives_a_memory_service_that_lies(memory_url, run, stack):
     answer = client.post("/recommend", json={"user_id": "u1", "explain": True}).json()
     assert (answer["source"], answer["memory"]["degraded"]) == ("memory", False)
     assert client.get("/health/ready").status_code == 200
+
+
+# ------------------------------------------------------------------------------------------- checkpoint files
+
+
+def memory_kb() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def loads(folder: Path) -> str:
+    """The version of a checkpoint that both services take, "" for one that either refuses; any other error escapes."""
+    try:
+        light = load_checkpoint(folder, with_weights=False)
+        assert Recommender.load(folder).version == light.version
+    except CheckpointError:
+        return ""
+    return light.version
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [(HEADER_FILE, damaged_json), (ITEMS_FILE, damaged_json), (WEIGHTS_FILE, damaged_safetensors)],
+)
+def test_damaged_checkpoints_are_refused(run, tmp_path, name, damage):
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    good, version, rng = (run / name).read_bytes(), load_checkpoint(run).version, random.Random(name)
+    before, refused = memory_kb(), 0
+    for _ in range(CHECKPOINTS):
+        content = damage(rng, good)
+        (tmp_path / name).write_bytes(content)
+        taken = loads(tmp_path)
+        assert taken in ("", version), content[:1000]  # what is taken has the content of the whole one
+        refused += not taken
+    assert refused > CHECKPOINTS // 3
+    assert memory_kb() - before < MEMORY_KB
+
+
+def shaped(rules: dict | None = None, **encoder: object) -> Callable[[Checkpoint], Checkpoint]:
+    """A checkpoint whose config promises something else, with centroids to match."""
+
+    def change(good: Checkpoint) -> Checkpoint:
+        shape = good.config.encoder.model_copy(update=encoder)
+        config = good.config.model_copy(
+            update={"encoder": shape, "rules": good.config.rules.model_copy(update=rules or {})}
+        )
+        return replace(good, config=config, index_centroids=np.zeros((0, shape.width), np.float32))
+
+    return change
+
+
+def filled(name: str, value: object) -> Callable[[Checkpoint], Checkpoint]:
+    return lambda good: replace(good, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        shaped(dim=10**9),
+        shaped(dim=16384),
+        shaped(layers=10**9),
+        shaped(layers=200),
+        shaped(window=512),
+        shaped(window=10**9),
+        shaped(sketch=10**9),
+        shaped(rules={"clusters": 10**9}),
+        shaped(rules={"half_life_s": float("inf")}),
+        filled("item_ids", tuple(f"i{n}" for n in range(29))),
+        filled("item_ids", ("i1",) * 30),
+        filled("item_ids", tuple(range(30))),
+        filled("item_clusters", np.full(31, 10**6, np.int32)),
+        filled("item_clusters", np.zeros(31, np.float32)),
+        filled("popularity", np.full(31, np.nan, np.float32)),
+        filled("weights", {}),
+        filled("weights", {"encoder.item.weight": np.zeros((31, 16), "f4")}),
+        filled("weights", {"encoder.item.weight": np.full((31, 16), np.nan, "f4")}),
+    ],
+)
+def test_checkpoints_that_are_whole_but_cannot_be_are_refused(run, tmp_path, change):
+    """Their content fits their version, as in a file made by hand."""
+    before = memory_kb()
+    save_checkpoint(tmp_path, change(load_checkpoint(run)))
+    assert not loads(tmp_path)
+    assert memory_kb() - before < MEMORY_KB
+
+
+@pytest.mark.parametrize("about", ['{"i1": []}', '{"i1": {"x": NaN}}', '{"i1": {"x": 1e400}}', "[" * 10**6, "[]"])
+def test_metadata_that_could_not_be_served_is_refused(run, tmp_path, about):
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    (tmp_path / ITEMS_FILE).write_text(about)
+    assert not loads(tmp_path)
