@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from starlette.routing import compile_path
 
+import api.paths  # noqa: F401 - the convertor `id`
 from api.keys import Key, KeyRing, Scope
 from api.problems import Forbidden, Unauthorized
 
@@ -16,14 +17,14 @@ ROUTES: dict[tuple[str, str], Scope | None] = {
     ("POST", "/recommend"): "recommend",
     ("POST", "/recommend/batch"): "recommend",
     ("GET", "/items"): "recommend",
-    ("GET", "/items/{item_id:path}"): "recommend",
+    ("GET", "/items/{item_id:id}"): "recommend",
     ("GET", "/model"): "recommend",
     ("POST", "/memories"): "ingest",
     ("GET", "/users"): "admin",
-    ("GET", "/users/{user_id:path}/memory"): "admin",
-    ("DELETE", "/users/{user_id:path}/memory"): "admin",
-    ("PUT", "/items/{item_id:path}"): "admin",
-    ("PATCH", "/items/{item_id:path}"): "admin",
+    ("GET", "/users/{user_id:id}/memory"): "admin",
+    ("DELETE", "/users/{user_id:id}/memory"): "admin",
+    ("PUT", "/items/{item_id:id}"): "admin",
+    ("PATCH", "/items/{item_id:id}"): "admin",
     ("POST", "/model/reload"): "admin",
     ("GET", "/metrics"): "admin",
     ("GET", "/health/live"): None,

@@ -85,7 +85,7 @@ def _secure(made: Json) -> None:
     """Say which operation needs which scope, and how it refuses."""
     made["components"]["securitySchemes"] = SCHEMES
     for (method, path), scope in ROUTES.items():
-        operation = made["paths"].get(path.replace(":path}", "}"), {}).get(method.lower())
+        operation = made["paths"].get(path.replace(":id}", "}"), {}).get(method.lower())
         if operation is not None and scope is not None:
             operation["security"] = [{name: [scope]} for name in SCHEMES]  # OpenAPI 3.1 has scopes for any scheme
             refusals = failures(Unauthorized("an API key is wanted"), Forbidden(f"the scope {scope} is wanted"))

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Path, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.convertors import Convertor, register_url_convertor
 
+import api.paths  # noqa: F401 - the convertor `id`
 from api import schemas as face
 from api.engine import Engine
 from api.examples import (
@@ -53,22 +53,6 @@ Search = Annotated[
     Query(max_length=face.ID_LIMIT_BYTES, description="Part of an id or of metadata; empty: all.", examples=["war"]),
 ]
 
-
-class IdConvertor(Convertor[str]):
-    """An id in a path: any characters, slashes and line ends too."""
-
-    regex = r"[\s\S]*"
-
-    def convert(self, value: str) -> str:
-        """As it stands."""
-        return value
-
-    def to_string(self, value: str) -> str:
-        """As it stands."""
-        return value
-
-
-register_url_convertor("id", IdConvertor())
 router = APIRouter()
 direct = APIRouter()
 """Calls that `api.direct` answers."""

@@ -188,11 +188,11 @@ def _check(folder: Path, checkpoint: Checkpoint, with_weights: bool) -> None:
             raise CheckpointError(f"{folder}: {name} has shape {getattr(checkpoint, name).shape}, wanted {(rows,)}")
     if checkpoint.index_centroids.ndim != 2 or checkpoint.index_centroids.shape[1] != checkpoint.config.encoder.width:
         raise CheckpointError(f"{folder}: index_centroids has shape {checkpoint.index_centroids.shape}")
+    if with_weights and content_version(checkpoint) != checkpoint.version:
+        raise CheckpointError(f"{folder}: content does not match version {checkpoint.version}; the files are damaged")
     clusters = checkpoint.item_clusters
     if clusters.dtype.kind != "i" or clusters.min() < -1 or clusters.max() >= checkpoint.config.rules.clusters:
         raise CheckpointError(f"{folder}: item_clusters names a cluster that there is not")
     for name, values in checkpoint.tensors().items():
         if values.dtype.kind not in "fiub" or not np.isfinite(values).all():
             raise CheckpointError(f"{folder}: {name} holds something else than finite numbers")
-    if with_weights and content_version(checkpoint) != checkpoint.version:
-        raise CheckpointError(f"{folder}: content does not match version {checkpoint.version}; the files are damaged")

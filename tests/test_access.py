@@ -66,15 +66,16 @@ def test_every_route_has_a_declared_scope(run):
     assert len(found) > 15
     assert found <= set(ROUTES)
     described = {(m.upper(), path) for path, methods in app.openapi()["paths"].items() for m in methods}
-    assert described <= {(method, path.replace(":path}", "}")) for method, path in ROUTES}
+    assert described <= {(method, path.replace(":id}", "}")) for method, path in ROUTES}
     assert all(isinstance(route, APIRoute) for route in router.routes)
 
 
 def test_what_is_not_declared_needs_admin():
     assert needed("GET", "/secrets") == ("unknown", "admin")
     assert needed("HEAD", "/docs") == ("unknown", "admin")
-    assert needed("GET", "/users/a/b/memory") == ("/users/{user_id:path}/memory", "admin")
-    assert needed("GET", "/items/users/x/memory") == ("/items/{item_id:path}", "recommend")
+    assert needed("GET", "/users/a\n/memory") == ("/users/{user_id:id}/memory", "admin")
+    assert needed("GET", "/users/a/b/memory") == ("/users/{user_id:id}/memory", "admin")
+    assert needed("GET", "/items/users/x/memory") == ("/items/{item_id:id}", "recommend")
 
 
 @pytest.mark.parametrize(("scope", "method", "path", "body"), CALLS)

@@ -56,7 +56,7 @@ def test_a_whole_run_names_no_user(start):  # noqa: F811
     lines = [json.loads(line) for line in text.splitlines()]
     assert USER not in text
     answered = [(line["logger"], line["method"], line["route"], line["status"]) for line in lines]
-    assert ("api.access", "DELETE", "/users/{user_id:path}/memory", 200) in answered
+    assert ("api.access", "DELETE", "/users/{user_id:id}/memory", 200) in answered
     assert ("api.access", "POST", "/memories", 422) in answered
     assert ("api.access", "GET", "unknown", 404) in answered
     assert not [one for one in answered if one[2] in ("/recommend", "/health/ready")]
@@ -110,7 +110,7 @@ def test_calls_are_logged_with_the_name_of_the_key(run, caplog, tmp_path):
     with served(create_api(ApiSettings(run=run, keys=tmp_path / "keys.json"))) as url:
         httpx2.get(f"{url}/items/none", headers={"X-API-Key": secret})
     (line,) = lines_of(caplog, "api.access")
-    assert (line["key"], line["status"], line["route"]) == ("the-web-shop", 404, "/items/{item_id:path}")
+    assert (line["key"], line["status"], line["route"]) == ("the-web-shop", 404, "/items/{item_id:id}")
     assert secret not in caplog.text
 
 
