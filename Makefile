@@ -55,9 +55,10 @@ bench-memory: $(BIN)/.ready-dev
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m benchmarks.memory.peers --json benchmarks/memory/peers.json
 
 # All of benchmarks/serving (needs wrk: apt install wrk); on a machine that does nothing else. BENCH passes arguments on,
-# for example BENCH="--seconds 2 speed". Memories, LitServe's environment and bodies are kept in build/bench-serving.
+# for example BENCH="--seconds 2 speed". Memories, environments and logs are kept in build/bench-serving.
 bench-serving: $(BIN)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.serving.run --run $(ML_1M_RUN) --dataset $(DATA)/ml-1m.txt.gz $(BENCH)
+	test -n "$(BENCH)" || $(BIN)/python -m benchmarks.serving.catalogue
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

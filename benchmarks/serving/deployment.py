@@ -62,10 +62,10 @@ def _laid_out(recommender: Recommender, dataset: Dataset, probes: int) -> Checkp
 
 @contextmanager
 def serving(run: Path, data_dir: Path) -> Iterator[str]:
-    """`ramrec serve`; gives its URL."""
+    """`ramrec serve`; gives its URL. What it logs goes into a file beside the data folder."""
     port = free_port()
     words = ["--run", str(run), "--data-dir", str(data_dir), "--port", str(port), "--memory-port", str(free_port())]
-    with running(["-m", "api.cli", "serve", *words], port) as served:
+    with running(["-m", "api.cli", "serve", *words], port, log=data_dir.with_suffix(".log")) as served:
         yield served.url
 
 
@@ -82,12 +82,20 @@ class Running:
 
 
 @contextmanager
-def running(command: Sequence[str], port: int, python: Path = Path(sys.executable)) -> Iterator[Running]:
-    """A Python program that serves on a port and says at `/health/ready` when it is ready."""
+def running(
+    command: Sequence[str], port: int, python: Path = Path(sys.executable), log: Path = Path(os.devnull)
+) -> Iterator[Running]:
+    """A Python program that serves on a port and says at `/health/ready` when it is ready; `log` gets its output."""
     url = f"http://127.0.0.1:{port}"
-    process = subprocess.Popen(
-        [str(python), *command], env={"OMP_NUM_THREADS": "1"} | os.environ, start_new_session=True
-    )
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [str(python), *command],
+            env={"OMP_NUM_THREADS": "1"} | os.environ,
+            start_new_session=True,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
     try:
         wait_until_ready([process], url)
         yield Running(url, process.pid)

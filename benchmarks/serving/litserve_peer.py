@@ -68,7 +68,11 @@ def _beside(bench: Bench, python: Path, ours: Closed, what: str, options: list[s
 def _asked(bench: Bench, python: Path, options: list[str]) -> tuple[Closed, float]:
     """A closed loop, and the CPU seconds that a request of it cost LitServe's processes."""
     port = free_port()
-    with running(["-m", "benchmarks.serving.litserve_app", *options, "--port", str(port)], port, python) as served:
+    command, log = (
+        ["-m", "benchmarks.serving.litserve_app", *options, "--port", str(port)],
+        bench.bodies / "litserve.log",
+    )
+    with running(command, port, python, log) as served:
         url, bodies = f"{served.url}/recommend", bench.bodies / "users"
         closed_loop(url, bodies, CONNECTIONS, min(WARM_UP_S, bench.seconds))
         before = served.cpu_s()

@@ -159,5 +159,6 @@ def overload(bench: Bench) -> list[Measure]:
             for path, times in probes.times.items()
         ),
         measured(f"{name}: probes that failed", probes.failed, "probes", at_most=0),
+        measured(f"{name}: the load generator sent late by, p99", report["sent_late_p99_ms"], "ms"),
         measured(f"{name}: CPU a request of the load generator", report["cpu_s"] / report["sent"] * 1e6, "µs"),
     ]  # fmt: skip
