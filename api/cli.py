@@ -371,7 +371,7 @@ def ingest(
     url: Annotated[str, typer.Option(help="Base URL of the REST API.")] = "http://127.0.0.1:8000",
     key: Annotated[str | None, typer.Option(envvar="RAMREC_KEY", help="API key with the scope `ingest`.")] = None,
     config: Annotated[
-        str | None, typer.Option(help="As for `ramrec train`: its [dataset] section names the columns of a table.")
+        str | None, typer.Option(help="As for `ramrec train`: its `dataset` section names the columns of a table.")
     ] = None,
     patience: Annotated[
         float, typer.Option(min=0, help="Seconds for which a service that is overloaded or away is waited for.")
