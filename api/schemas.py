@@ -112,7 +112,7 @@ Filter = Annotated[
 
 
 class _Face(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class RecommendRequest(_Face):
@@ -130,14 +130,23 @@ class RecommendRequest(_Face):
     )
 
     user_id: Identifier | None = None
+    """Whose memories answer."""
     sequence: Annotated[list[Identifier], Field(max_length=1000)] | None = None
+    """Items that count as the newest, oldest first; those that the model does not know are listed in the answer."""
     top_n: Annotated[int, Field(ge=1, le=1000)] = 10
+    """The most items in the answer."""
     exclude_seen: bool = True
+    """Leave out what the user, or the sequence, had already."""
     exclude_items: Annotated[list[Identifier], Field(max_length=10_000)] | None = None
+    """Left out, too."""
     candidates: Annotated[list[Identifier], Field(max_length=10_000)] | None = None
+    """The only items that may be recommended."""
     filter: Filter | None = None
+    """Conditions on the metadata of what may be recommended."""
     k: Annotated[int, Field(ge=1, le=100)] | None = None
+    """Memories of the user to retrieve; absent: as the user's entropy says."""
     scopes: Annotated[list[Scope], Field(max_length=2)] | None = None
+    """Whose memories are used: the user's own, those of all others (collective); absent: both."""
     ignore_memories: (
         Annotated[
             list[Identifier],
@@ -151,6 +160,7 @@ class RecommendRequest(_Face):
         | None
     ) = None
     explain: bool = False
+    """Say which memories speak for each item."""
 
 
 class Because(TypedDict):
@@ -234,6 +244,7 @@ class RecommendBatchRequest(_Face):
     )
 
     requests: Annotated[list[RecommendRequest], Field(min_length=1, max_length=256)]
+    """Answered together, in this order."""
 
 
 class RecommendBatchResponse(TypedDict):
@@ -248,11 +259,17 @@ class Interaction(_Face):
     """
 
     user_id: Identifier
+    """Who took it."""
     item_id: Identifier
+    """What was taken; an item nobody has heard of is registered."""
     timestamp: float | None = None
+    """Seconds UTC; absent: the time of receipt."""
     rating: Annotated[float, Field(ge=-RATING_LIMIT, le=RATING_LIMIT)] | None = None
+    """What the user made of it, on the scale that the model was trained with."""
     event_id: Identifier | None = None
+    """The same id again is a duplicate, whatever else it says."""
     recommendation_id: Identifier | None = None
+    """The answer that led to it: it counts as a click in the metrics."""
 
 
 class IngestRequest(_Face):
@@ -263,6 +280,7 @@ class IngestRequest(_Face):
     )
 
     interactions: Annotated[list[Interaction], Field(min_length=1, max_length=1000)]
+    """In any order; each user's are sorted by time."""
 
 
 class Rejected(BaseModel):
@@ -356,7 +374,9 @@ class ItemPut(_Face):
     model_config = ConfigDict(json_schema_extra={"examples": [{"metadata": {"title": "Alien", "year": 1979}}]})
 
     metadata: Metadata = {}
+    """Attributes to filter by and to show."""
     hidden: bool = False
+    """Never recommended."""
 
 
 class ItemPatch(_Face):
@@ -365,7 +385,9 @@ class ItemPatch(_Face):
     model_config = ConfigDict(json_schema_extra={"examples": [{"hidden": True}]})
 
     metadata: Metadata | None = None
+    """Attributes to set; those not named stay."""
     hidden: bool | None = None
+    """Whether it is never recommended; absent: as it is."""
 
 
 class FieldError(BaseModel):
@@ -425,6 +447,7 @@ class ReloadRequest(_Face):
     """Folder of the checkpoint, as all processes see it; none: each process's configured one, read anew."""
 
     run: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    """The folder."""
 
 
 class ReloadResponse(BaseModel):

@@ -12,6 +12,7 @@ import httpx2
 import pytest
 
 from api.app import create_app as create_api
+from api.keys import create_key
 from api.settings import ApiSettings
 from memory_service.app import create_app as create_memory
 from memory_service.settings import MemorySettings
@@ -51,13 +52,13 @@ def seeded_url(patient_url, run, stack) -> str:
     return url
 
 
-def conformance(url: str, run: Path, folder: Path, without: tuple[str, ...]) -> dict:
-    """What schemathesis reports about the service at `url`."""
+def conformance(url: str, run: Path, folder: Path, without: tuple[str, ...], *more: str) -> dict:
+    """What schemathesis reports about the service at `url`; `more` options go last."""
     report = folder / "report.json"
     options = [
         *("--generation-deterministic", "--no-shrink", "--continue-on-failure", "--no-color"),
         *("--max-examples", EXAMPLES, "--request-timeout", "120", "--exclude-checks", ",".join(without)),
-        *("--report", "json", "--report-json-path", str(report)),
+        *("--report", "json", "--report-json-path", str(report), *more),
     ]
     done = subprocess.run(
         [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", *options],
@@ -99,3 +100,18 @@ def test_the_memory_service_answers_as_documented(seeded_url, patient_url, run, 
     assert report["test_cases"]["generated"] >= CASES
     assert report["operations"]["tested"] == report["operations"]["total"] == len(report["valid_rates"])
     assert never_accepted(report) <= MOVING
+
+
+@pytest.mark.timeout(1500)
+def test_a_guarded_api_answers_as_documented(patient_url, run, tmp_path, stack):
+    """`ignored_auth`, among the checks, leaves keys out and sends wrong ones."""
+    keys = tmp_path / "keys.json"
+    key = create_key(keys, "all", ("recommend", "ingest", "admin"), None)
+    settings = ApiSettings(run=run, memory_url=patient_url, memory_timeout_s=60, keys=keys)
+    url = stack.enter_context(served(create_api(settings)))
+    few = ("--max-examples", "10", "--header", f"Authorization: Bearer {key}")
+    report = conformance(url, run, tmp_path, NOT_EXACT, *few)
+    assert report["operations"]["tested"] == report["operations"]["total"]
+    assert not never_accepted(report)
+    metrics = httpx2.get(f"{url}/metrics", headers={"Authorization": f"Bearer {key}"}).text
+    assert any('status="401"' in line and not line.endswith(" 0.0") for line in metrics.splitlines())

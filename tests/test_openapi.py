@@ -10,6 +10,7 @@ from fastapi.routing import APIRoute
 from starlette.routing import Route
 
 from api.app import create_app as create_api
+from api.keys import create_key
 from api.settings import ApiSettings
 from memory_service.app import create_app as create_memory
 from memory_service.settings import MemorySettings
@@ -27,7 +28,13 @@ def memory(run):
     return create_memory(MemorySettings(run=run, redis_url="redis://127.0.0.1:9"))
 
 
-@pytest.fixture(params=["api", "memory"])
+@pytest.fixture
+def guarded(run, tmp_path):
+    create_key(tmp_path / "keys.json", "anybody", ("recommend",), None)
+    return create_api(ApiSettings(run=run, memory_url="http://127.0.0.1:9", keys=tmp_path / "keys.json"))
+
+
+@pytest.fixture(params=["api", "guarded", "memory"])
 def app(request):
     return request.getfixturevalue(request.param)
 
@@ -107,6 +114,25 @@ def test_every_parameter_has_an_example_and_says_what_it_is(app):
             assert parameter["description"], (method, path)
             shown = parameter.get("example", parameter.get("examples", parameter["schema"].get("examples")))
             assert shown, (method, path, parameter["name"])
+
+
+def test_every_field_of_a_request_says_what_it_is(guarded):
+    schemas = guarded.openapi()["components"]["schemas"]
+    for method, path, operation in operations(guarded.openapi()):
+        for media in operation.get("requestBody", {"content": {}})["content"].values():
+            for one in media["schema"].get("anyOf", [media["schema"]]):
+                name = one.get("$ref", "").rpartition("/")[2]
+                fields = schemas.get(name, {"properties": {}})["properties"]
+                for field, about in fields.items():
+                    said = [part.get("description") for part in (about, *about.get("anyOf", ()))]
+                    assert any(said), (method, path, name, field)
+
+
+def test_a_guarded_api_says_so(guarded):
+    found = {(m, path): operation for m, path, operation in operations(guarded.openapi())}
+    assert {"401", "403"} <= set(found["POST", "/recommend"]["responses"])
+    assert found["POST", "/recommend"]["security"] == [{"bearer": ["recommend"]}, {"apiKey": ["recommend"]}]
+    assert "401" not in found["GET", "/health/live"]["responses"]
 
 
 @pytest.mark.parametrize("url", ["api_url", "memory_url"])
