@@ -37,6 +37,11 @@ class Models:
         self._lock = asyncio.Lock()
         serves(engine)
 
+    @property
+    def stuck(self) -> bool:
+        """Whether the memory service works with a model that cannot be loaded here."""
+        return self._failed is not None
+
     async def sync(self) -> None:
         """Follow the memory service, in its models and its catalogue. Raises MemoryUnavailable."""
         await self.follow()
@@ -63,7 +68,7 @@ class Models:
                 log.error("cannot follow the memory service: %s", error)
                 self._failed = state, time.monotonic()
                 return
-            self.wanted = wanted
+            self.wanted, self._failed = wanted, None
             if serving is not self.serving:
                 log.warning("model %s serves, in place of %s", serving.version, self.serving.version)
                 self.serving = serving

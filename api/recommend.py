@@ -134,6 +134,8 @@ async def _remember(
     try:
         remembered = await _retrieve(models, engine, [asked[row] for row in rows], nothing.entropy[rows])
         moved = await _moved(models, remembered, rows) if remembered.moved and not last else {}
+        if remembered.stale and not last:
+            raise ModelGone("users were moved while they were asked about")
     except MemoryUnavailable as error:
         if isinstance(error, ModelGone) and not last:
             raise
@@ -143,17 +145,21 @@ async def _remember(
     for n, row in enumerate(rows):
         if remembered.known[n]:
             _learn(asked[row], remembered, n)
-    degraded = remembered.degraded or sum(map(len, moved.values())) < len(remembered.moved)
-    return _spread(nothing, remembered.retrieved, rows, asked), degraded, moved
+    unanswered = bool(remembered.stale) or sum(map(len, moved.values())) < len(remembered.moved)
+    return _spread(nothing, remembered.retrieved, rows, asked), remembered.degraded or unanswered, moved
 
 
 async def _moved(models: Models, remembered: Remembered, rows: Sequence[int]) -> dict[Engine, list[int]]:
-    """Rows to be answered by other models, as far as those can be loaded here."""
+    """Rows to be answered by other models, as far as those can be loaded here. Raises ModelGone where one is not wanted
+    any more.
+    """
     moved: dict[Engine, list[int]] = {}
     for n, version in remembered.moved.items():
         engine = await models.find(version)
         if engine is not None:
             moved.setdefault(engine, []).append(rows[n])
+        elif not models.stuck:
+            raise ModelGone(f"model {version} is not wanted any more")
     return moved
 
 

@@ -378,7 +378,11 @@ class MemoryService:
         return [other for other in self.models.spaces.values() if other is not space]
 
     async def rekey(self, request: RekeyRequest) -> RekeyReply:
-        """Give stale records the keys and states of this model; those that changed meanwhile are left alone."""
+        """Give stale records the keys and states of this model; those that changed meanwhile are left alone.
+
+        Redis is asked first what is wanted: a process that is behind must not take users back.
+        """
+        await self._follow()
         space = await self._wanted(request.model_version)
         self._check_distinct([user.user_id for user in request.users])
         known = await self._know({user.user_id: space for user in request.users})
@@ -459,8 +463,11 @@ class MemoryService:
     async def _follow_to(self, versions: Collection[str]) -> None:
         """Look into Redis where a model is named that is not loaded: it may have become the wanted one."""
         if not self.models.spaces.keys() >= set(versions):
-            with suppress(StoreUnavailable), self._reaching():
-                await self.models.follow()
+            await self._follow()
+
+    async def _follow(self) -> None:
+        with suppress(StoreUnavailable), self._reaching():
+            await self.models.follow()
 
     # ----------------------------------------------------------------------------------------- resident
 

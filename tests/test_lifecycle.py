@@ -21,11 +21,16 @@ from api.metrics import Metrics
 from api.reembed import ReembedError, one_pass, reembed, wanted
 from api.settings import ApiSettings
 from memory_service.app import create_app as create_memory
+from memory_service.models import ModelMismatch
+from memory_service.schemas import RekeyRequest, RetrieveRequest, UserRekey
 from memory_service.settings import MemorySettings
 from model.checkpoint import HEADER_FILE, WEIGHTS_FILE, load_checkpoint, save_checkpoint
 from model.recommender import Recommender
 from tests.conftest import served
 from tests.synthetic import random_checkpoint, small_config
+from tests.test_memory_edges import remember
+from tests.test_memory_edges import service as memory
+from tests.test_memory_service import took, vectors
 
 USERS = [f"u{n}" for n in range(8)]
 OLD, NEW = "run", "other"
@@ -269,6 +274,32 @@ def test_no_request_fails_while_models_change(service, run, other, valkey_url, s
         assert set().union(*(one.result() for one in asking)) <= {version(run), version(other)}
         assert all(one.result() > 0 for one in writing)
     assert service.models(*USERS) == second.models(*USERS) == {version(run if back else other)}
+
+
+def test_a_process_that_is_behind_takes_no_user_back(run, valkey_url, tmp_path, go):
+    """It has followed from the first model to the second, and has yet to hear that the first is wanted again."""
+    second = save_checkpoint(tmp_path, random_checkpoint(seed=4))
+    here, behind = memory(run, valkey_url), memory(run, valkey_url)
+    first = version(run)
+
+    async def story() -> tuple[str, bool]:
+        for one in (here, behind):
+            await one.start()
+        await remember(here, "u", took(0, "i1"))
+        await here.models.want(second, tmp_path)
+        await here.models.cut_over(second)
+        await behind.models.follow()
+        await here.models.want(first, run)
+        (stale,) = (await behind.retrieve(RetrieveRequest(second, ["u"]))).stale
+        move = UserRekey("u", stale.version, vectors("u", 1), vectors("u", 1))
+        with pytest.raises(ModelMismatch, match=f"written for model {first}"):
+            await behind.rekey(RekeyRequest(second, [move]))
+        found = await here.inspect("u")
+        for one in (here, behind):
+            await one.close()
+        return found.model_version, behind.models.wanted.model_version
+
+    assert go(story()) == (first, first)
 
 
 # ----------------------------------------------------------------------------------------- interrupted
