@@ -18,6 +18,7 @@ from api.engine import Engine
 from api.ingest import Intake
 from api.keys import KeyRing
 from api.lifecycle import Models
+from api.limits import Limits
 from api.memory_client import MemoryClient
 from api.metrics import Metrics
 from api.middleware import BodyLimit, Gate
@@ -78,6 +79,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         settings.patience_s,
         settings.batch_lanes,
     )
+    app.state.limits = Limits(memory.quota)
     app.state.models, app.state.batcher, app.state.intake = models, batcher, Intake(settings.ingest_limit)
     batcher.start()
     with suppress(MemoryUnavailable):

@@ -24,6 +24,8 @@ from memory_service.schemas import (
     PlanReply,
     PlanRequest,
     Problem,
+    QuotaReply,
+    QuotaRequest,
     RegisterReply,
     RegisterRequest,
     RekeyReply,
@@ -173,6 +175,10 @@ class MemoryClient:
     async def register(self, request: RegisterRequest) -> RegisterReply:
         """Register or change items."""
         return await self._post("/v1/catalogue", request, RegisterReply)
+
+    async def quota(self, request: QuotaRequest) -> int:
+        """Requests that may be answered of those wanted."""
+        return (await self._post("/v1/quota", request, QuotaReply)).granted
 
     async def ready(self) -> Readiness:
         """Which model the service serves, once it is ready."""

@@ -52,8 +52,10 @@ class Gate:
         try:
             if self._ring is not None and wanted is not None:
                 key = admit(self._ring, wanted, headers)
+                if key.per_second is not None and not scope["app"].state.limits.take(key):
+                    await scope["app"].state.limits.more(key)
             await self.app(scope, receive, noting)
-        except ApiProblem as error:  # of `admit`: the application answers its own
+        except ApiProblem as error:  # of the key: the application answers its own
             await refusal(error)(scope, receive, noting)
         finally:
             if template == "unknown":

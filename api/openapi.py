@@ -14,7 +14,7 @@ from pydantic.json_schema import models_json_schema
 
 from api.access import ROUTES
 from api.examples import ANSWERS
-from api.problems import MEDIA_TYPE, RETRY_AFTER_S, ApiProblem, Forbidden, Unauthorized, members
+from api.problems import MEDIA_TYPE, RETRY_AFTER_S, ApiProblem, Forbidden, RateLimited, Unauthorized, members
 from api.schemas import Problem
 
 Json = dict[str, Any]
@@ -88,8 +88,21 @@ def _secure(made: Json) -> None:
         operation = made["paths"].get(path.replace(":id}", "}"), {}).get(method.lower())
         if operation is not None and scope is not None:
             operation["security"] = [{name: [scope]} for name in SCHEMES]  # OpenAPI 3.1 has scopes for any scheme
-            refusals = failures(Unauthorized("an API key is wanted"), Forbidden(f"the scope {scope} is wanted"))
-            operation["responses"] |= {str(status): answer for status, answer in refusals.items()}
+            refusals = failures(
+                Unauthorized("an API key is wanted"),
+                Forbidden(f"the scope {scope} is wanted"),
+                RateLimited("the API key 'web' has 100 requests a second"),
+            )
+            for status, answer in refusals.items():
+                _add_answer(operation["responses"], str(status), answer)
+
+
+def _add_answer(responses: Json, status: str, answer: Json) -> None:
+    """Add a failure to an operation, which may have others of this status."""
+    there = responses.setdefault(status, answer)
+    if there is not answer:
+        there["description"] += answer["description"].partition(":")[2]
+        there["content"][MEDIA_TYPE]["examples"] |= answer["content"][MEDIA_TYPE]["examples"]
 
 
 def _show_answer(operation: Json, schemas: Json) -> None:

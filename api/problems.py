@@ -9,6 +9,7 @@
     ├─ NotFound                404 user_not_found, item_not_found
     ├─ BodyTooLarge            413 body_too_large
     ├─ Overloaded              503 overloaded, Retry-After
+    ├─ RateLimited             429 rate_limited, Retry-After
     ├─ IngestionFull           429 ingestion_full, Retry-After
     ├─ WriteConflict           503 write_conflict, Retry-After
     ├─ MemoryUnavailable       503 memory_unavailable, Retry-After
@@ -99,6 +100,12 @@ class Overloaded(ApiProblem):
     """The queue is full."""
 
     status, code, title = 503, "overloaded", "Overloaded"
+
+
+class RateLimited(ApiProblem):
+    """The API key has used up its requests of this second."""
+
+    status, code, title = 429, "rate_limited", "Too many requests"
 
 
 class IngestionFull(ApiProblem):

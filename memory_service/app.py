@@ -1,6 +1,6 @@
 """Routes of the memory service: msgpack in, msgpack out (`memory_service.schemas`).
 
-    POST /v1/retrieve, /v1/plan, /v1/write, /v1/rekey
+    POST /v1/retrieve, /v1/plan, /v1/write, /v1/rekey, /v1/quota
     GET, DELETE /v1/user?user_id=      a bank laid open; forget
     GET /v1/users?prefix=&limit=
     GET /v1/catalogue?since=&revision=, POST /v1/catalogue
@@ -40,6 +40,7 @@ from memory_service.schemas import (
     CONTENT_TYPE,
     ModelRequest,
     PlanRequest,
+    QuotaRequest,
     RegisterRequest,
     RekeyRequest,
     RetrieveRequest,
@@ -175,7 +176,10 @@ def _add_calls(app: FastAPI, service: MemoryService, metrics: Metrics) -> None:
     async def rekey(request: Request) -> Response:
         return _answer(await service.rekey(await _body(request, RekeyRequest)))
 
-    for call in (retrieve, plan, write, rekey):  # plain routes: these take bytes, there is nothing to inject
+    async def quota(request: Request) -> Response:
+        return _answer(await service.quota(await _body(request, QuotaRequest)))
+
+    for call in (retrieve, plan, write, rekey, quota):  # plain routes: these take bytes, there is nothing to inject
         app.add_route(f"/v1/{call.__name__}", call, methods=["POST"])
 
     @app.get("/v1/user")

@@ -7,7 +7,7 @@ Items travel as catalogue numbers; `catalogue_size` in a reply tells the caller 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -313,6 +313,21 @@ class RegisterReply(msgspec.Struct):
     numbers: list[int]
     catalogue_size: int
     revision: int
+
+
+class QuotaRequest(msgspec.Struct):
+    """How many of the `want` requests may be answered, of `limit` in this second (Unix time)? `key` names whose."""
+
+    key: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+    second: Annotated[int, msgspec.Meta(ge=0, le=2**40)]
+    limit: Annotated[int, msgspec.Meta(ge=1, le=2**31)]
+    want: Annotated[int, msgspec.Meta(ge=1, le=2**31)]
+
+
+class QuotaReply(msgspec.Struct):
+    """They count as used."""
+
+    granted: int
 
 
 class Users(msgspec.Struct):

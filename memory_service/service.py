@@ -33,6 +33,8 @@ from memory_service.schemas import (
     ModelReply,
     PlanReply,
     PlanRequest,
+    QuotaReply,
+    QuotaRequest,
     RekeyReply,
     RekeyRequest,
     RetrieveReply,
@@ -560,6 +562,11 @@ class MemoryService:
             self._recent.pop(user, None)
 
     # ------------------------------------------------------------------------------------------- outage
+
+    async def quota(self, request: QuotaRequest) -> QuotaReply:
+        """Grant requests of an API key. Raises StoreUnavailable."""
+        with self._reaching():
+            return QuotaReply(await self.store.grant(request.key, request.second, request.limit, request.want))
 
     async def check_store(self) -> None:
         """Whether Redis answers. Raises StoreUnavailable."""

@@ -6,6 +6,7 @@
     ramrec:secret                     the key of that hash, made once
     ramrec:model                      the model that serves, and the one that is wanted (`ModelState`, JSON); not there
                                       until somebody asks for another model
+    ramrec:quota:KEY:SECOND           requests of an API key granted in a second; expires
     ramrec:catalogue:{items}:number   hash item id → catalogue number (from 1; a number never changes)
     ramrec:catalogue:{items}:id       list of item ids in order of their numbers
     ramrec:catalogue:{items}:about    hash item id → JSON metadata
@@ -50,6 +51,8 @@ from model.events import UserRecord
 
 TOMBSTONE_S = 30 * 86400
 TOMBSTONE = struct.Struct("<dQ")
+QUOTA_S = 60
+"""How long a count of granted requests is kept: longer than clocks differ."""
 SCAN_COUNT = 1000
 COMMIT_USERS = 64
 """Records that one script call stores: Redis serves nobody else meanwhile, about half a millisecond."""
@@ -145,6 +148,17 @@ redis.call('SET', KEYS[1], ARGV[2])
 return 1
 """
 """Compare-and-set of a small value."""
+
+QUOTA = """
+local used = tonumber(redis.call('GET', KEYS[1]) or '0')
+local granted = math.max(0, math.min(tonumber(ARGV[1]), tonumber(ARGV[2]) - used))
+if granted > 0 then
+  redis.call('INCRBY', KEYS[1], granted)
+  redis.call('EXPIRE', KEYS[1], ARGV[3])
+end
+return granted
+"""
+"""Grant some of the requests that a limit leaves."""
 
 
 class StoreURLError(RamrecError):
@@ -433,6 +447,14 @@ class Store:
         args = [data or b"", msgspec.json.encode(after)]
         return bool((await self._send([self._script(SWAP, [MODEL_KEY], args)]))[0])
 
+    # ------------------------------------------------------------------------------------------- quotas
+
+    async def grant(self, key: str, second: int, limit: int, want: int) -> int:
+        """How many of the wanted requests a limit a second leaves; they count as used."""
+        script = self._script(QUOTA, [f"ramrec:quota:{key}:{second}"], [want, limit, QUOTA_S])
+        granted: int = (await self._send([script]))[0]
+        return granted
+
     # -------------------------------------------------------------------------------------------- seams
 
     async def _tombstone_key(self, user: str) -> str:
@@ -477,7 +499,9 @@ class Store:
             raise StoreUnavailable(str(error)) from error
 
 
-SHA = {text: sha1(text.encode()).hexdigest() for text in (STAMPS, COMMIT, FORGET, REGISTER, CHANGED, SWAP)}
+SHA = {
+    text: sha1(text.encode()).hexdigest() for text in (STAMPS, COMMIT, FORGET, REGISTER, CHANGED, SWAP, QUOTA)
+}
 
 
 def _tombstone(data: bytes | None) -> Tombstone | None:
