@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from api.app import create_app
 from api.settings import ApiSettings
-from memory_service.telemetry import configure_logs
+from memory_service.telemetry import configure_logs, tracer_of
 from model.config import describe
 from model.errors import RamrecError
 
@@ -24,7 +24,7 @@ def main() -> int:
         configure_logs(settings.log_level)
         server = uvicorn.Server(
             uvicorn.Config(
-                create_app(settings),
+                create_app(settings, tracer_of("ramrec-api")),
                 host=settings.host,
                 port=settings.port,
                 access_log=False,

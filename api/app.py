@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any
 
 import torch
 from fastapi import FastAPI
@@ -34,8 +35,10 @@ REFRESH_S = 5.0
 """How often changes that other processes made, to the catalogue or to what model serves, are looked for."""
 
 
-def create_app(settings: ApiSettings) -> FastAPI:
-    """The application. Loads the model now, so that a broken checkpoint fails before any port is bound.
+def create_app(settings: ApiSettings, tracer: Any = None) -> FastAPI:
+    """The application, whose spans `tracer` makes.
+
+    Loads the model now, so that a broken checkpoint fails before any port is bound.
 
     Raises:
         CheckpointError: no usable checkpoint in `settings.run`. KeyFileError: no usable keys in `settings.keys`.
@@ -57,7 +60,7 @@ def create_app(settings: ApiSettings) -> FastAPI:
     install(app)
     app.add_middleware(DirectCalls, router=direct)
     app.add_middleware(BodyLimit)
-    app.add_middleware(Gate, metrics=app.state.metrics, ring=ring)
+    app.add_middleware(Gate, metrics=app.state.metrics, ring=ring, timeout_s=settings.request_timeout_s, tracer=tracer)
     return app
 
 

@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from api.problems import CallerGone, Overloaded
+from api.problems import CallerGone, DeadlineExceeded, Overloaded
+from memory_service.telemetry import CALL, Call, together
 
 PATIENCE_S = 0.05
 """Callers rarely leave sooner than this."""
@@ -23,6 +24,7 @@ class _Waiting(Generic[Ask, Answer]):
     ask: Ask
     gone: Gone | None
     answer: asyncio.Future[Answer]
+    call: Call | None = field(default_factory=CALL.get)
     since: float = field(default_factory=time.perf_counter)
 
 
@@ -31,9 +33,11 @@ class MicroBatcher(Generic[Ask, Answer]):
     memory is asked for another. A batch waits for more, at most `wait_s`, only where the one before it held several:
     a lone caller is answered at once.
 
-    Requests whose caller has gone are dropped before any work is done for them: the future is cancelled, or after
-    `patience_s` in the queue the connection turns out to be closed. An error of `work` reaches every caller of its
-    batch. `observe_wait` is told how long each request queued, in seconds.
+    A request whose deadline has passed is refused: at once where its caller set one, else when its turn comes or its
+    answer. A batch has the latest deadline of its requests. Requests whose caller has gone are dropped before any
+    work is done for them: the future is cancelled, or after `patience_s` in the queue the connection turns out to be
+    closed. An error of `work` reaches every caller of its batch. `observe_wait` is told how long each request queued,
+    in seconds.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class MicroBatcher(Generic[Ask, Answer]):
         Raises:
             Overloaded: there is no room for all of them; none was accepted.
             CallerGone: the caller left while they waited.
+            DeadlineExceeded: the caller's deadline passed.
         """
         if self._queue.qsize() + len(asks) > self._queue.maxsize:
             raise Overloaded(f"{self._queue.qsize()} of at most {self._queue.maxsize} requests are waiting already")
@@ -78,6 +83,13 @@ class MicroBatcher(Generic[Ask, Answer]):
         waiting: list[_Waiting[Ask, Answer]] = [_Waiting(ask, gone, loop.create_future()) for ask in asks]
         for one in waiting:
             self._queue.put_nowait(one)
+        call = CALL.get()
+        if call is not None and call.timed:
+            alarm = loop.call_later(max(0.0, call.left_s), _expire, waiting)
+            try:
+                return await asyncio.gather(*(one.answer for one in waiting))
+            finally:
+                alarm.cancel()
         if len(waiting) == 1:
             return [await waiting[0].answer]
         return await asyncio.gather(*(one.answer for one in waiting))
@@ -105,6 +117,8 @@ class MicroBatcher(Generic[Ask, Answer]):
         """Whether somebody still waits for the answer."""
         waited_s = time.perf_counter() - one.since
         self._observe(waited_s)
+        if one.call is not None and one.call.left_s <= 0:
+            _expire([one])
         if one.gone and waited_s >= self._patience_s and not one.answer.done():
             gone = await one.gone()
             if gone and not one.answer.done():
@@ -114,6 +128,7 @@ class MicroBatcher(Generic[Ask, Answer]):
     async def _answer(self, wanted: list[_Waiting[Ask, Answer]]) -> None:
         if not wanted:
             return
+        CALL.set(together([one.call for one in wanted]))
         try:
             answers = await self._work([one.ask for one in wanted])
         except Exception as error:
@@ -121,6 +136,15 @@ class MicroBatcher(Generic[Ask, Answer]):
                 if not one.answer.done():
                     one.answer.set_exception(error)
         else:
+            _expire([one for one in wanted if one.call is not None and one.call.left_s <= 0])
             for one, answer in zip(wanted, answers, strict=True):
                 if not one.answer.done():  # cancelled meanwhile
                     one.answer.set_result(answer)
+
+
+def _expire(waiting: Sequence[_Waiting[Any, Any]]) -> None:
+    """Nobody is served by these answers any more."""
+    for one in waiting:
+        if not one.answer.done():
+            waited_s = time.perf_counter() - one.since
+            one.answer.set_exception(DeadlineExceeded(f"no answer within {waited_s:.3f} s, the time there was"))

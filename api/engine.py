@@ -17,6 +17,7 @@ from api.memory_client import MemoryClient
 from api.metrics import Metrics
 from api.problems import MemoryUnavailable
 from memory_service.schemas import Job, RekeyRequest, StaleUser, UserRekey
+from memory_service.telemetry import span
 from model.events import EncodeJob
 from model.recommender import Recommender
 from model.rules import Floats
@@ -62,7 +63,8 @@ class Engine:
 
     async def compute(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a piece of the model's work in its thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, partial(work, *args, **kwargs))
+        with span(getattr(work, "__name__", "compute").strip("_")):
+            return await asyncio.get_running_loop().run_in_executor(self._thread, partial(work, *args, **kwargs))
 
     async def encode(self, jobs: Sequence[Job | EncodeJob]) -> list[tuple[Floats, Floats]]:
         """Keys and last state of each job; jobs from the wire speak of catalogue numbers, others of model indices."""

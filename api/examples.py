@@ -8,6 +8,7 @@ from api.middleware import BODY_LIMIT_BYTES
 from api.problems import (
     BodyTooLarge,
     CheckpointRefused,
+    DeadlineExceeded,
     IngestionFull,
     InvalidJson,
     InvalidRequest,
@@ -48,6 +49,7 @@ NOT_KEPT = (
     MemoryUnavailable("memory service: no answer in time", committed=["196"]),
     WriteConflict("1 users were written by others 3 times in a row; nothing of theirs was kept", committed=["196"]),
 )
+LATE = DeadlineExceeded("no answer within 0.200 s, the time there was")
 FULL = Overloaded("2048 of at most 2048 requests are waiting already")
 NO_USER = NotFound("nothing is known about this user", "user_not_found")
 NO_ITEM = NotFound("this item is not in the catalogue", "item_not_found")

@@ -110,7 +110,7 @@ async def _write_all(models: Models, users: dict[str, UserEvents], received_at: 
                     raise
                 await models.follow()
     except MemoryUnavailable as error:
-        raise MemoryUnavailable(error.detail, committed=sorted(written)) from error
+        raise type(error)(error.detail, committed=sorted(written)) from error
     return written
 
 

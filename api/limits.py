@@ -17,6 +17,7 @@ from hashlib import sha256
 from api.keys import Key
 from api.problems import MemoryUnavailable, RateLimited
 from memory_service.schemas import QuotaRequest
+from memory_service.telemetry import CALL
 
 PORTIONS = 10
 """Portions that a limit is taken in: what other processes cannot use is at most one for each."""
@@ -74,6 +75,7 @@ class Limits:
             await asyncio.shield(one.asking)
 
     async def _ask(self, key: Key, one: Spending) -> None:
+        CALL.set(None)  # this is for all who wait: the deadline of the one who asks first is not theirs
         limit, second = key.per_second or 0, one.second
         try:
             granted = await self._granted(key, second, limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from api.problems import ApiProblem, CheckpointRefused, MemoryUnavailable, ModelGone
+from api.problems import ApiProblem, CheckpointRefused, DeadlineExceeded, MemoryUnavailable, ModelGone
 from api.replies import check_inspected, check_listed, check_planned, check_retrieved, check_written
 from memory_service.schemas import (
     CONTENT_TYPE,
@@ -39,7 +40,7 @@ from memory_service.schemas import (
     WriteReply,
     WriteRequest,
 )
-from memory_service.telemetry import CALL, REQUEST_ID
+from memory_service.telemetry import CALL, span
 from model.bank import Retrieved
 
 LOADING_S = 600.0
@@ -103,6 +104,7 @@ class MemoryClient:
     def __init__(self, url: str, timeout_s: float, token: str | None = None) -> None:
         self._url = url.rstrip("/")
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._timeout_s = timeout_s
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout_s), headers=headers)
 
     async def close(self) -> None:
@@ -212,18 +214,27 @@ class MemoryClient:
         timeout_s: float | None = None,
     ) -> Reply | None:
         """The decoded answer; None for 404."""
-        headers = {"Content-Type": CONTENT_TYPE}
         call = CALL.get()
-        if call is not None:
-            headers[REQUEST_ID] = call.request_id
-        timeout = aiohttp.ClientTimeout(total=timeout_s) if timeout_s else self._session.timeout
+        left_s = math.inf if call is None else call.left_s
+        if left_s <= 0:
+            raise DeadlineExceeded("the time of the request was over before the memory service was asked")
         try:
-            async with self._session.request(
-                method, self._url + path, data=data, params=params, headers=headers, timeout=timeout
-            ) as response:
-                content = await response.read()
-                status = response.status
+            with span(f"memory {path}", remote=True):
+                call = CALL.get()  # its span is the one that the other side belongs under
+                headers = {"Content-Type": CONTENT_TYPE} | ({} if call is None else call.onward())
+                async with self._session.request(
+                    method,
+                    self._url + path,
+                    data=data,
+                    params=params,
+                    headers=headers,
+                    timeout=aiohttp.ClientTimeout(total=min(timeout_s or self._timeout_s, left_s)),
+                ) as response:
+                    content = await response.read()
+                    status = response.status
         except (aiohttp.ClientError, TimeoutError) as error:
+            if call is not None and call.left_s <= 0:
+                raise DeadlineExceeded("memory service: no answer in the time of the request") from error
             raise MemoryUnavailable(f"memory service: {str(error) or 'no answer in time'}") from error
         if status == 200:
             return _decoded(content, kind)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
+from typing import Any
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -11,23 +13,36 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api.access import admit, needed
 from api.keys import Key, KeyRing
 from api.metrics import Metrics
-from api.problems import ApiProblem, BodyTooLarge, refusal
-from memory_service.telemetry import CALL, REQUEST_ID, AccessLog, Call, request_id
+from api.problems import ApiProblem, BodyTooLarge, InvalidRequest, refusal
+from memory_service.telemetry import (
+    CALL,
+    REQUEST_ID,
+    AccessLog,
+    Call,
+    begin_request,
+    end_request,
+    request_id,
+    timeout_s,
+    traceparent,
+)
 
 BODY_LIMIT_BYTES = 4 * 2**20
 LIMIT = f"a body has at most {BODY_LIMIT_BYTES} bytes"
 QUIET = frozenset({"/metrics"})
 """Admin calls that come all the time."""
+UNHURRIED = frozenset({"/model/reload"})
+"""Calls that take what they take, unless their caller says otherwise."""
 PROBES = frozenset({"/health/live", "/health/ready"})
 
 
 class Gate:
-    """The outermost: gives each request its id, lets in whose key may do this, counts and logs the answers, those that
-    fail unforeseen included. Without `ring` everybody is let in.
+    """The outermost: gives each request its id and deadline, lets in whose key may do this, counts and logs the
+    answers, those that fail unforeseen included. Without `ring` everybody is let in.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, ring: KeyRing | None) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, ring: KeyRing | None, timeout_s: float, tracer: Any) -> None:
         self.app, self._metrics, self._ring = app, metrics, ring
+        self._timeout_s, self._tracer = timeout_s, tracer
         self._log = AccessLog(logging.getLogger("api.access"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -37,9 +52,12 @@ class Gate:
         begin, status = time.perf_counter(), 500
         key: Key | None = None
         headers = dict(scope["headers"])
-        call = Call(request_id(headers.get(b"x-request-id")))
-        CALL.set(call)
         template, wanted = needed(scope["method"], scope["path"])
+        call = Call(request_id(headers.get(b"x-request-id")), self._deadline(template))
+        call.traceparent = traceparent(headers.get(b"traceparent"))
+        CALL.set(call)
+        if self._tracer is not None:
+            begin_request(call, self._tracer, scope["method"])
 
         async def noting(message: Message) -> None:
             nonlocal status
@@ -50,20 +68,36 @@ class Gate:
             await send(message)
 
         try:
+            if b"x-request-timeout-ms" in headers:
+                _set_deadline(call, headers[b"x-request-timeout-ms"])
             if self._ring is not None and wanted is not None:
                 key = admit(self._ring, wanted, headers)
                 if key.per_second is not None and not scope["app"].state.limits.take(key):
                     await scope["app"].state.limits.more(key)
             await self.app(scope, receive, noting)
-        except ApiProblem as error:  # of the key: the application answers its own
+        except ApiProblem as error:  # of deadline and key: the application answers its own
             await refusal(error)(scope, receive, noting)
         finally:
             if template == "unknown":
                 template = getattr(scope.get("route"), "path", template)
             self._metrics.requests.labels(template, status).inc()
+            if call.span is not None:
+                end_request(call, scope["method"], template, status)
             if template not in PROBES:
                 notable = wanted == "admin" and template not in QUIET
                 self._log.note(scope["method"], template, status, begin, notable=notable, key=key.name if key else None)
+
+    def _deadline(self, template: str) -> float:
+        return math.inf if template in UNHURRIED else time.monotonic() + self._timeout_s
+
+
+def _set_deadline(call: Call, sent: bytes) -> None:
+    try:
+        wanted_s = timeout_s(sent)
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from error
+    if wanted_s is not None:
+        call.deadline, call.timed = time.monotonic() + wanted_s, True
 
 
 class BodyLimit:

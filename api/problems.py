@@ -13,6 +13,7 @@
     ├─ IngestionFull           429 ingestion_full, Retry-After
     ├─ WriteConflict           503 write_conflict, Retry-After
     ├─ MemoryUnavailable       503 memory_unavailable, Retry-After
+    │  ├─ DeadlineExceeded     503 deadline_exceeded, Retry-After
     │  └─ ModelGone            the same, where the memory service has let go of the model that it was asked with
     └─ CallerGone              499 caller_gone (nobody reads it; it shows in the metrics)
 
@@ -128,6 +129,12 @@ class MemoryUnavailable(ApiProblem):
 
 class ModelGone(MemoryUnavailable):
     """The memory service works with another model by now; following it helps."""
+
+
+class DeadlineExceeded(MemoryUnavailable):
+    """The time that the caller or the settings gave was not enough."""
+
+    status, code, title = 503, "deadline_exceeded", "Deadline exceeded"
 
 
 class CallerGone(ApiProblem):

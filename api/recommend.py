@@ -23,6 +23,7 @@ from api.memory_client import Remembered
 from api.problems import MemoryUnavailable, ModelGone
 from api.schemas import MemoryUse, Recommended, RecommendRequest, RecommendResponse, Scope
 from memory_service.schemas import RetrieveRequest
+from memory_service.telemetry import span
 from model import rules as rule
 from model.bank import Entries, Retrieved
 from model.events import EncodeJob
@@ -62,13 +63,14 @@ class Asked:
 
 async def recommend(models: Models, requests: Sequence[RecommendRequest]) -> list[RecommendResponse]:
     """Answer a batch of requests, each user by the model that the user's record belongs to."""
-    for _ in range(MODEL_TRIES):
-        try:
-            return await _recommend(models, models.serving, requests)
-        except ModelGone:
-            with suppress(MemoryUnavailable):
-                await models.follow()
-    return await _recommend(models, models.serving, requests, last=True)
+    with span("recommend"):
+        for _ in range(MODEL_TRIES):
+            try:
+                return await _recommend(models, models.serving, requests)
+            except ModelGone:
+                with suppress(MemoryUnavailable):
+                    await models.follow()
+        return await _recommend(models, models.serving, requests, last=True)
 
 
 async def _recommend(

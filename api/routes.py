@@ -20,6 +20,7 @@ from api.examples import (
     INVALID_BODY,
     INVALID_ID,
     INVALID_RELOAD,
+    LATE,
     NO_ITEM,
     NO_USER,
     NOT_KEPT,
@@ -61,7 +62,7 @@ direct = APIRouter()
 # ------------------------------------------------------------------------------------------- recommend
 
 
-@direct.post("/recommend", tags=["recommend"], responses=failures(*INVALID_BODY, FULL))
+@direct.post("/recommend", tags=["recommend"], responses=failures(*INVALID_BODY, FULL, LATE))
 async def recommend_one(body: face.RecommendRequest, request: Request) -> face.RecommendResponse:
     """The top-N for a user, a sequence of items, both, or nobody in particular."""
     if body.filter:
@@ -70,7 +71,7 @@ async def recommend_one(body: face.RecommendRequest, request: Request) -> face.R
     return answer
 
 
-@direct.post("/recommend/batch", tags=["recommend"], responses=failures(*INVALID_BODY, FULL))
+@direct.post("/recommend/batch", tags=["recommend"], responses=failures(*INVALID_BODY, FULL, LATE))
 async def recommend_batch(body: face.RecommendBatchRequest, request: Request) -> face.RecommendBatchResponse:
     """The same for up to 256 requests."""
     await request.app.state.models.prepare([one.filter for one in body.requests if one.filter])

@@ -29,6 +29,9 @@ class ApiSettings(BaseSettings):
     memory_token: SecretStr | None = Field(None, min_length=TOKEN_LENGTH, description="token of the memory service")
     log_level: LogLevel = "info"
     memory_timeout_s: float = Field(5.0, gt=0)
+    request_timeout_s: float = Field(
+        30.0, gt=0, description="deadline of a request whose caller names none (X-Request-Timeout-Ms)"
+    )
     batch_size: int = Field(64, ge=1, description="requests answered by one forward pass")
     batch_wait_s: float = Field(0.001, ge=0, description="how long a batch waits for more while there are many")
     batch_lanes: int = Field(

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from memory_service.app import create_app
 from memory_service.embedded import embedded_valkey
 from memory_service.settings import MemorySettings
-from memory_service.telemetry import configure_logs
+from memory_service.telemetry import configure_logs, tracer_of
 from model.config import describe
 from model.errors import RamrecError
 
@@ -33,7 +33,7 @@ def main() -> int:
                 settings = settings.model_copy(update={"redis_url": url})
             server = uvicorn.Server(
                 uvicorn.Config(
-                    create_app(settings),
+                    create_app(settings, tracer_of("ramrec-memory")),
                     host=settings.host,
                     port=settings.port,
                     access_log=False,

@@ -9,7 +9,8 @@
     GET /health/live, /health/ready, /metrics, /openapi.json
 
 Errors are `Problem`: 400 no msgpack of the right shape, 401 without the token, 404, 405, 409 another model, 413 too
-large, 422 columns that do not fit, 429 too many calls at once, 503 Redis out of reach. 429 and 503 carry `Retry-After`.
+large, 422 columns that do not fit, 429 too many calls at once, 503 Redis out of reach, or the
+deadline has passed. 429 and 503 carry `Retry-After`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from memory_service.doorkeeper import RETRY_AFTER_S, Doorkeeper, problem
+from memory_service.merging import TooLate
 from memory_service.metrics import Metrics
 from memory_service.models import ModelMismatch
 from memory_service.openapi import document
@@ -50,7 +52,7 @@ from memory_service.schemas import (
 from memory_service.service import MemoryService
 from memory_service.settings import MemorySettings
 from memory_service.store import Store, StoreUnavailable
-from memory_service.telemetry import NO_NATIVE_TELEMETRY
+from memory_service.telemetry import CALL, NO_NATIVE_TELEMETRY
 from memory_service.wire import BadRequest
 from model.checkpoint import CheckpointError, load_checkpoint
 
@@ -69,13 +71,16 @@ STATUS: dict[type[Exception], tuple[int, str]] = {
     ModelMismatch: (409, "model_mismatch"),
     BadRequest: (422, "invalid_columns"),
     RecordError: (500, "damaged_record"),
+    TooLate: (503, "deadline_exceeded"),
     StoreUnavailable: (503, "store_unavailable"),
 }
 Body = TypeVar("Body", bound=msgspec.Struct)
 
 
-def create_app(settings: MemorySettings) -> FastAPI:
-    """The application. Reads the checkpoint now, so that a missing one fails before any port is bound.
+def create_app(settings: MemorySettings, tracer: Any = None) -> FastAPI:
+    """The application, whose spans `tracer` makes.
+
+    Reads the checkpoint now, so that a missing one fails before any port is bound.
 
     Raises:
         CheckpointError: no usable checkpoint in `settings.run`.
@@ -106,7 +111,7 @@ def create_app(settings: MemorySettings) -> FastAPI:
     app.add_exception_handler(HTTPException, _unrouted)
     _add_calls(app, service, app.state.metrics)
     _add_probes(app)
-    app.add_middleware(Doorkeeper, metrics=app.state.metrics, settings=settings)
+    app.add_middleware(Doorkeeper, metrics=app.state.metrics, settings=settings, tracer=tracer)
     return app
 
 
@@ -268,6 +273,9 @@ async def _body(request: Request, kind: type[Body]) -> Body:
         data += chunk
         if len(data) > limit:
             raise TooLarge(f"the body is larger than {limit} bytes")
+    call = CALL.get()
+    if call is not None and call.left_s <= 0:
+        raise TooLate("the deadline passed while the body came in")
     try:
         return msgspec.msgpack.decode(data, type=kind)
     except RecursionError as error:

@@ -6,7 +6,9 @@ import hmac
 import logging
 import math
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 from fastapi import Response
@@ -15,7 +17,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from memory_service.metrics import Metrics
 from memory_service.schemas import CONTENT_TYPE, Problem
 from memory_service.settings import MemorySettings
-from memory_service.telemetry import CALL, AccessLog, Call, request_id
+from memory_service.telemetry import (
+    CALL,
+    AccessLog,
+    Call,
+    begin_request,
+    end_request,
+    request_id,
+    timeout_s,
+    traceparent,
+)
 
 RETRY_AFTER_S = 1
 OPEN = frozenset({"/health/live", "/health/ready", "/openapi.json"})
@@ -27,8 +38,8 @@ PROBES = OPEN | {"/metrics"}
 class Doorkeeper:
     """ASGI middleware: lets in who brings the token, and turns calls away where too many are under way."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, settings: MemorySettings) -> None:
-        self.app, self.metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: Metrics, settings: MemorySettings, tracer: Any) -> None:
+        self.app, self.metrics, self._tracer = app, metrics, tracer
         self._log = AccessLog(logging.getLogger("memory_service.access"))
         token = settings.token
         self._secret = None if token is None else b"Bearer " + token.get_secret_value().encode()
@@ -43,7 +54,10 @@ class Doorkeeper:
             return
         begin, status = time.perf_counter(), 500
         headers = dict(scope["headers"])
-        CALL.set(Call(request_id(headers.get(b"x-request-id"))))
+        call = _call(headers)
+        CALL.set(call)
+        if self._tracer is not None:
+            begin_request(call, self._tracer, scope["method"])
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -56,6 +70,8 @@ class Doorkeeper:
             path = self._label(scope)
             self.metrics.seconds.labels(path).observe(time.perf_counter() - begin)
             self.metrics.requests.labels(path, status).inc()
+            if call.span is not None:
+                end_request(call, scope["method"], path, status)
             if path not in PROBES:
                 self._log.note(scope["method"], path, status, begin, notable=scope["method"] == "DELETE")
 
@@ -83,6 +99,16 @@ class Doorkeeper:
         if self._secret is None or (sent is None and path in OPEN):
             return True
         return sent is not None and hmac.compare_digest(sent, self._secret)
+
+
+def _call(headers: dict[bytes, bytes]) -> Call:
+    """What the caller says about its call; a deadline that makes no sense is none."""
+    call = Call(request_id(headers.get(b"x-request-id")), traceparent=traceparent(headers.get(b"traceparent")))
+    with suppress(ValueError):
+        left_s = timeout_s(headers.get(b"x-request-timeout-ms"))
+        if left_s is not None:
+            call.deadline, call.timed = time.monotonic() + left_s, True
+    return call
 
 
 @dataclass

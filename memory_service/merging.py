@@ -7,10 +7,14 @@ groups). Calls that name the same user are never taken together.
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+from memory_service.telemetry import CALL
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -21,13 +25,18 @@ LARGEST = 1000
 """Users in a group, unless a single call has more."""
 
 
+class TooLate(RuntimeError):  # noqa: N818 - answered with 503
+    """The caller's deadline passed before the work began."""
+
+
 @dataclass(frozen=True)
 class Call(Generic[Item, Result]):
-    """One caller's items, the users they are about, and where the results go."""
+    """One caller's items, the users they are about, where the results go, and until when they are wanted."""
 
     items: Sequence[Item]
     users: frozenset[str]
     done: asyncio.Future[list[Result]]
+    deadline: float
 
 
 class Merged(Generic[Item, Result]):
@@ -40,14 +49,19 @@ class Merged(Generic[Item, Result]):
 
     async def __call__(self, items: Sequence[Item]) -> list[Result]:
         """Results of these items. Raises what `work` raises on them."""
-        call: Call[Item, Result] = Call(items, frozenset(map(self._user_of, items)), asyncio.Future())
+        caller = CALL.get()
+        deadline = math.inf if caller is None else caller.deadline
+        call: Call[Item, Result] = Call(items, frozenset(map(self._user_of, items)), asyncio.Future(), deadline)
         self._waiting.append(call)
         self._start()
         return await call.done
 
     def _start(self) -> None:
         while self._waiting and len(self._running) < AT_ONCE:
-            task = asyncio.create_task(self._run(self._group()))
+            group = self._group()
+            if not group:
+                return
+            task = asyncio.create_task(self._run(group))
             self._running.add(task)
             task.add_done_callback(self._ended)
 
@@ -56,12 +70,15 @@ class Merged(Generic[Item, Result]):
         self._start()
 
     def _group(self) -> list[Call[Item, Result]]:
-        """The next calls that fit together; those whose caller left are dropped."""
+        """The next calls that fit together; those whose caller left or waits no longer are dropped."""
         group: list[Call[Item, Result]] = []
         users: set[str] = set()
         for _ in range(len(self._waiting)):
             call = self._waiting.popleft()
             if call.done.cancelled():
+                continue
+            if call.deadline <= time.monotonic():
+                _fail(call, TooLate("the deadline passed while the call waited for others"))
                 continue
             if group and (not users.isdisjoint(call.users) or len(users) + len(call.users) > LARGEST):
                 self._waiting.append(call)

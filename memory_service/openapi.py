@@ -101,6 +101,8 @@ QUEUE_FULL = Failure(429, "queue_full", "Too many calls are under way", "64 call
 DAMAGED = Failure(500, "damaged_record", "A record fails its checksum; it is not overwritten", "record of user 196")
 UNAVAILABLE = Failure(503, "store_unavailable", "Redis is out of reach", "Redis is out of reach")
 
+LATE = Failure(503, "deadline_exceeded", "The caller waits no longer", "the deadline passed while the body came in")
+
 BODY = (INVALID_BODY, TOO_LARGE)
 WRITING = (*BODY, MISMATCH, INVALID_COLUMNS, QUEUE_FULL, DAMAGED, UNAVAILABLE)
 
@@ -146,7 +148,7 @@ CALLS = (
             seen=struct.pack("<I", 50),
             stale=[],
         ),
-        (*BODY, MISMATCH, INVALID_COLUMNS, QUEUE_FULL),
+        (*BODY, MISMATCH, INVALID_COLUMNS, QUEUE_FULL, LATE),
         RetrieveRequest(MODEL, ["196", ""], k=struct.pack("<2i", 0, 5), ignore={0: [50]}, alone=[0]),
     ),
     Call(

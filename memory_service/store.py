@@ -499,9 +499,7 @@ class Store:
             raise StoreUnavailable(str(error)) from error
 
 
-SHA = {
-    text: sha1(text.encode()).hexdigest() for text in (STAMPS, COMMIT, FORGET, REGISTER, CHANGED, SWAP, QUOTA)
-}
+SHA = {text: sha1(text.encode()).hexdigest() for text in (STAMPS, COMMIT, FORGET, REGISTER, CHANGED, SWAP, QUOTA)}
 
 
 def _tombstone(data: bytes | None) -> Tombstone | None:
