@@ -19,18 +19,15 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
-import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from memory_service import routes
 from memory_service.doorkeeper import RETRY_AFTER_S, Doorkeeper, problem
 from memory_service.merging import TooLate
 from memory_service.metrics import Metrics
@@ -38,27 +35,14 @@ from memory_service.models import ModelMismatch
 from memory_service.openapi import document
 from memory_service.record import RecordError
 from memory_service.replica import on_cuda
-from memory_service.schemas import (
-    CONTENT_TYPE,
-    ModelRequest,
-    PlanRequest,
-    QuotaRequest,
-    RegisterRequest,
-    RekeyRequest,
-    RetrieveRequest,
-    Users,
-    WriteRequest,
-)
 from memory_service.service import MemoryService
 from memory_service.settings import MemorySettings
 from memory_service.store import Store, StoreUnavailable
-from memory_service.telemetry import CALL, NO_NATIVE_TELEMETRY
+from memory_service.telemetry import NO_NATIVE_TELEMETRY
 from memory_service.wire import BadRequest
 from model.checkpoint import CheckpointError, load_checkpoint
 
 log = logging.getLogger(__name__)
-FAR = 2**53
-"""Beyond any catalogue number, revision and cursor, and within what Redis can count."""
 FOLLOW_S = 1.0
 """How often a process looks which model is wanted. A call that names a model unknown to it has it look at once."""
 START_WAIT_S = 2.0
@@ -70,11 +54,11 @@ STATUS: dict[type[Exception], tuple[int, str]] = {
     CheckpointError: (422, "checkpoint_refused"),
     ModelMismatch: (409, "model_mismatch"),
     BadRequest: (422, "invalid_columns"),
+    routes.TooLarge: (413, "body_too_large"),
     RecordError: (500, "damaged_record"),
     TooLate: (503, "deadline_exceeded"),
     StoreUnavailable: (503, "store_unavailable"),
 }
-Body = TypeVar("Body", bound=msgspec.Struct)
 
 
 def create_app(settings: MemorySettings, tracer: Any = None) -> FastAPI:
@@ -109,8 +93,7 @@ def create_app(settings: MemorySettings, tracer: Any = None) -> FastAPI:
     for error, (status, code) in STATUS.items():
         app.add_exception_handler(error, _handler(status, code))
     app.add_exception_handler(HTTPException, _unrouted)
-    _add_calls(app, service, app.state.metrics)
-    _add_probes(app)
+    routes.add(app)
     app.add_middleware(Doorkeeper, metrics=app.state.metrics, settings=settings, tracer=tracer)
     return app
 
@@ -161,134 +144,6 @@ async def _follow(app: FastAPI) -> None:
         await asyncio.sleep(FOLLOW_S)
 
 
-def _add_calls(app: FastAPI, service: MemoryService, metrics: Metrics) -> None:
-    async def retrieve(request: Request) -> Response:
-        asked = await _body(request, RetrieveRequest)
-        reply = await service.retrieve(asked)
-        metrics.users.inc(len(asked.users))
-        metrics.entropy.observe(np.frombuffer(reply.entropy, "<f4"))
-        metrics.k.observe(np.frombuffer(reply.k, "<i4"))
-        return _answer(reply)
-
-    async def plan(request: Request) -> Response:
-        return _answer(await service.plan(await _body(request, PlanRequest)))
-
-    async def write(request: Request) -> Response:
-        reply = await service.write(await _body(request, WriteRequest))
-        metrics.events.inc(sum(len(user.accepted) for user in reply.users))
-        return _answer(reply)
-
-    async def rekey(request: Request) -> Response:
-        return _answer(await service.rekey(await _body(request, RekeyRequest)))
-
-    async def quota(request: Request) -> Response:
-        return _answer(await service.quota(await _body(request, QuotaRequest)))
-
-    for call in (retrieve, plan, write, rekey, quota):  # plain routes: these take bytes, there is nothing to inject
-        app.add_route(f"/v1/{call.__name__}", call, methods=["POST"])
-
-    @app.get("/v1/user")
-    async def inspect(user_id: str) -> Response:
-        found = await service.inspect(user_id)
-        return _answer(found) if found else problem(404, "user_not_found", "nothing is known about this user")
-
-    @app.delete("/v1/user")
-    async def forget(user_id: str) -> Response:
-        return _answer(await service.forget(user_id))
-
-    @app.get("/v1/users")
-    async def users(prefix: str = "", limit: int = 100) -> Response:
-        return _answer(Users(await service.store.users(prefix, max(1, min(limit, 1000)))))
-
-    @app.get("/v1/catalogue")
-    async def catalogue(since: int = 1, revision: int = 0) -> Response:
-        return _answer(await service.catalogue.listing(max(1, min(since, FAR)), max(-FAR, min(revision, FAR))))
-
-    @app.post("/v1/catalogue")
-    async def register(request: Request) -> Response:
-        return _answer(await service.catalogue.register(await _body(request, RegisterRequest)))
-
-    @app.get("/v1/model")
-    async def model() -> Response:
-        return _answer(service.model())
-
-    @app.post("/v1/model")
-    async def change_model(request: Request) -> Response:
-        asked = await _body(request, ModelRequest)
-        if asked.cut_over:
-            await service.models.cut_over(asked.version)
-        else:
-            await service.models.want(asked.version, Path(asked.run))
-        return _answer(service.model())
-
-    @app.get("/v1/stale")
-    async def stale(version: str, cursor: int = 0, limit: int = 200) -> Response:
-        return _answer(await service.stale(version, max(0, min(cursor, FAR)), max(1, min(limit, 1000))))
-
-
-def _add_probes(app: FastAPI) -> None:
-    @app.get("/health/live")
-    async def live() -> dict[str, str]:
-        return {"status": "alive"}
-
-    @app.get("/health/ready")
-    async def ready(request: Request) -> JSONResponse:
-        service, state = app.state.service, app.state
-        # A wrong token does not come this far; without one a caller sees here that its calls would be refused.
-        authorized = state.settings.token is None or "authorization" in request.headers
-        about = {"model_version": service.model_version, "authorized": authorized}
-        try:
-            await service.check_store()
-        except StoreUnavailable as error:
-            state.metrics.redis_up.set(0)
-            return JSONResponse({"status": "redis is out of reach", "detail": str(error), **about}, 503)
-        state.metrics.redis_up.set(1)
-        if state.started:
-            return JSONResponse({"status": "ready", **about, **_transition(service)})
-        collective = service.serving.collective
-        loaded = f", {collective.users} users so far" if collective is not None else ""
-        return JSONResponse({"status": state.trouble or f"loading from redis{loaded}", **about}, 503)
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        service = app.state.service
-        app.state.metrics.resident.set(service.resident_users)
-        app.state.metrics.collective.set(len(service.serving.collective or ()))
-        return Response(generate_latest(app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-
-def _transition(service: MemoryService) -> dict[str, Any]:
-    """How far the wanted model is, where it is not the one that serves, and what stands in its way."""
-    wanted, about = service.models.wanted, {"trouble": service.models.trouble} if service.models.trouble else {}
-    if wanted is service.serving or wanted.collective is None or service.serving.collective is None:
-        return about
-    users = {"users": service.serving.collective.known, "moved": wanted.collective.users}
-    return about | {"wanted": wanted.model_version, **users}
-
-
-async def _body(request: Request, kind: type[Body]) -> Body:
-    limit = request.app.state.settings.body_limit_bytes
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > limit:
-            raise TooLarge(f"the body is larger than {limit} bytes")
-    call = CALL.get()
-    if call is not None and call.left_s <= 0:
-        raise TooLate("the deadline passed while the body came in")
-    try:
-        return msgspec.msgpack.decode(data, type=kind)
-    except RecursionError as error:
-        raise msgspec.DecodeError("nested too deeply") from error
-
-
-class TooLarge(ValueError):  # noqa: N818 - answered with 413
-    """The body exceeds the limit."""
-
-
-STATUS[TooLarge] = (413, "body_too_large")
-
-
 def _handler(status: int, code: str) -> Callable[[Request, Any], Awaitable[Response]]:
     async def handle(request: Request, error: Any) -> Response:
         return problem(status, code, str(error))
@@ -305,7 +160,3 @@ async def _unrouted(request: Request, error: Any) -> Response:
         has = [name for name, scope in scopes.items() if any(r.matches(scope)[0] is Match.FULL for r in routes)]
         answer.headers["Allow"] = ", ".join(has)
     return answer
-
-
-def _answer(reply: msgspec.Struct) -> Response:
-    return Response(msgspec.msgpack.encode(reply), media_type=CONTENT_TYPE)

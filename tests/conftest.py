@@ -24,6 +24,14 @@ from model.checkpoint import save_checkpoint
 from tests.synthetic import random_checkpoint
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _small_services() -> Iterator[None]:
+    """Hundreds of memory services are made here: each with room for few users, in child processes, too."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("RAMREC_MEMORY_RESIDENT_USERS", "2000")
+        yield
+
+
 @pytest.fixture(scope="session")
 def _valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("valkey")
