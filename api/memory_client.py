@@ -216,6 +216,7 @@ class MemoryClient:
         """The decoded answer; None for 404."""
         call = CALL.get()
         left_s = math.inf if call is None else call.left_s
+        limit_s = timeout_s or self._timeout_s
         if left_s <= 0:
             raise DeadlineExceeded("the time of the request was over before the memory service was asked")
         try:
@@ -228,12 +229,12 @@ class MemoryClient:
                     data=data,
                     params=params,
                     headers=headers,
-                    timeout=aiohttp.ClientTimeout(total=min(timeout_s or self._timeout_s, left_s)),
+                    timeout=aiohttp.ClientTimeout(total=min(limit_s, left_s)),
                 ) as response:
                     content = await response.read()
                     status = response.status
         except (aiohttp.ClientError, TimeoutError) as error:
-            if call is not None and call.left_s <= 0:
+            if isinstance(error, TimeoutError) and left_s < limit_s:
                 raise DeadlineExceeded("memory service: no answer in the time of the request") from error
             raise MemoryUnavailable(f"memory service: {str(error) or 'no answer in time'}") from error
         if status == 200:
