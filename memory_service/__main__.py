@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import signal
 import sys
 from contextlib import ExitStack
@@ -41,6 +42,7 @@ def main() -> int:
                     timeout_graceful_shutdown=10,
                 )
             )
+            gc.freeze()  # what was loaded stays: looking through it would hold up all calls
             server.run()
             return 0 if server.started else 1
     except ValidationError as error:

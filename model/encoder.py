@@ -44,17 +44,30 @@ class Block(nn.Module):
             nn.Linear(4 * config.dim, config.dim),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, d) → (B, T, d)."""
-        x = x + self._drop(self.out(self._attend(self.norm_attention(x))))
+    def forward(self, x: Tensor, at: Tensor | None = None) -> Tensor:
+        """(B, T, d) → (B, T, d), or with `at` (B, P) → (B, P, d): only what is at these places."""
+        normed = self.norm_attention(x)
+        x = (x if at is None else _taken(x, at)) + self._drop(self.out(self._attend(normed, at)))
         return x + self._drop(self.mlp(self.norm_mlp(x)))
 
-    def _attend(self, x: Tensor) -> Tensor:
-        batch, length, dim = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+    def _attend(self, x: Tensor, at: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        mixed = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        return mixed.transpose(1, 2).reshape(batch, length, dim)
+        if at is None:
+            q, k, v = self._heads(self.qkv(x), 3)
+            mixed = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        else:
+            dim = x.shape[-1]
+            (q,) = self._heads(functional.linear(_taken(x, at), self.qkv.weight[:dim], self.qkv.bias[:dim]), 1)
+            k, v = self._heads(functional.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:]), 2)
+            before = torch.arange(x.shape[1]) <= at[:, None, :, None]
+            mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=before, dropout_p=dropout)
+        return mixed.transpose(1, 2).flatten(2)
+
+    def _heads(self, projected: Tensor, parts: int) -> Tensor:
+        """(B, T, parts · d) to (parts, B, heads, T, d / heads)."""
+        batch, length, width = projected.shape
+        shape = (batch, length, parts, self.heads, width // (parts * self.heads))
+        return projected.view(shape).permute(2, 0, 3, 1, 4)
 
     def _drop(self, x: Tensor) -> Tensor:
         return functional.dropout(x, self.dropout, self.training)
@@ -86,32 +99,34 @@ class SequenceEncoder(nn.Module):
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             nn.init.zeros_(module.weight[module.padding_idx])
 
-    def forward(self, items: Tensor) -> Tensor:
-        """Windows of items (B, T) int64, right-padded with 0, to states (B, T + 1, d); T ≤ window.
+    def forward(self, items: Tensor, at: Tensor | None = None) -> Tensor:
+        """Windows of items (B, T) int64, right-padded with 0, to states (B, T + 1, d); T ≤ window. With `at` (B, P)
+        only to the states after so many items, (B, P, d), for which the last block does a fraction of its work.
 
         State t is the one after t items; states beyond a window's own length mean nothing.
         """
         x = torch.cat([self.bos.expand(len(items), 1, -1), self.item(items)], dim=1)
         x = x + self.position.weight[: x.shape[1]]
         x = functional.dropout(x, self.config.dropout, self.training)
-        for block in self.blocks:
-            x = block(x)
+        for n, block in enumerate(self.blocks, start=1):
+            x = block(x, at if n == len(self.blocks) else None)
         states = self.norm(x)
         if self.config.skip:
             taken = functional.normalize(self.item(items), dim=-1)  # padding is a zero row
-            states = functional.normalize(states, dim=-1) + self.skip * _decayed(taken, self.config.skip_decay)
+            states = functional.normalize(states, dim=-1) + self.skip * _decayed(taken, self.config.skip_decay, at)
         return self._scaled(states)
 
-    def sketched(self, items: Tensor) -> Tensor:
-        """States as memories are kept and asked by, (B, T + 1, width): `forward`, then the sketch of the last items.
+    def sketched(self, items: Tensor, at: Tensor | None = None) -> Tensor:
+        """States as memories are kept and asked by, (B, T + 1 or P, width): `forward`, then the sketch of the last
+        items.
 
         Every item has a random direction, fixed with the weights; the sketch is that of their decayed sum. States of
         users with like tastes are close anyway; the sketch finds those who took exactly the same items last.
         """
-        states: Tensor = self(items)
+        states: Tensor = self(items, at)
         if not self.config.sketch:
             return states
-        sketch = _decayed(self.sketches[items], self.config.sketch_decay)
+        sketch = _decayed(self.sketches[items], self.config.sketch_decay, at)
         return torch.cat([states, self._scaled(sketch)], dim=-1)
 
     def table(self) -> Tensor:
@@ -131,12 +146,18 @@ class SequenceEncoder(nn.Module):
         return functional.normalize(vectors, dim=-1) / math.sqrt(self.config.temperature)
 
 
-def _decayed(vectors: Tensor, decay: float) -> Tensor:
-    """(B, T, e) to (B, T + 1, e): direction of the sum of the vectors before each place, each weighing `decay` times
-    the one after it; zero before any.
+def _taken(x: Tensor, at: Tensor) -> Tensor:
+    """(B, T, d) at places (B, P): (B, P, d)."""
+    return x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def _decayed(vectors: Tensor, decay: float, at: Tensor | None = None) -> Tensor:
+    """(B, T, e) to (B, T + 1, e), or to (B, P, e) at places `at`: direction of the sum of the vectors before each
+    place, each weighing `decay` times the one after it; zero before any.
     """
     length = vectors.shape[1]
-    before = torch.arange(length + 1)[:, None] - 1 - torch.arange(length)
+    places = torch.arange(length + 1) if at is None else at
+    before = places[..., None] - 1 - torch.arange(length)
     weight = torch.where(before >= 0, decay ** before.clamp(min=0).float(), 0.0)
     return functional.normalize(torch.matmul(weight, vectors), dim=-1)
 
@@ -182,13 +203,28 @@ def encode_states(encoder: SequenceEncoder, requests: StateRequests) -> NDArray[
     compact = requests.items[requests.items > 0]
     out = np.empty((len(inverse), config.width), np.float32)
     for windows in length_batches(length + 1, BATCH_TOKENS):
-        items = pad_windows(compact, known[begin[windows]], length[windows])
-        states = encoder.sketched(torch.from_numpy(items)).numpy()
+        items = torch.from_numpy(pad_windows(compact, known[begin[windows]], length[windows]))
         index = np.full(len(begin), -1)
         index[windows] = np.arange(len(windows))
         mine = np.flatnonzero(index[inverse] >= 0)
-        out[mine] = states[index[inverse[mine]], place[mine]]
+        row, wanted = index[inverse[mine]], place[mine]
+        nth = _ranks(row)
+        if 2 * int(nth.max()) < items.shape[1]:
+            at = np.zeros((len(windows), int(nth.max()) + 1), np.int64)
+            at[row, nth] = wanted
+            out[mine] = encoder.sketched(items, torch.from_numpy(at)).numpy()[row, nth]
+        else:
+            out[mine] = encoder.sketched(items).numpy()[row, wanted]
     return out
+
+
+def _ranks(groups: Ints) -> Ints:
+    """(n,) the how manieth of its group each one is, from 0."""
+    order = np.argsort(groups, kind="stable")
+    first = np.searchsorted(groups[order], groups[order])
+    ranks = np.empty(len(groups), np.int64)
+    ranks[order] = np.arange(len(groups)) - first
+    return ranks
 
 
 def _windows(requests: StateRequests, window: int, stride: int) -> tuple[Ints, Ints, Ints]:

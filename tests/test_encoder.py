@@ -57,6 +57,16 @@ def test_bulk_states_equal_states_one_by_one_however_events_are_chunked(encoder,
         assert np.allclose(found, direct_state(encoder, items, position), atol=1e-5)
 
 
+def test_states_at_some_places_are_those_among_all():
+    torch.manual_seed(1)
+    encoder = SequenceEncoder(CONFIG.model_copy(update={"skip": True, "sketch": 8, "dropout": 0.0}), 30)
+    items = torch.tensor([[4, 5, 6, 7, 8, 9], [3, 2, 1, 0, 0, 0]])
+    at = torch.tensor([[6, 0, 3], [3, 3, 1]])
+    with torch.inference_mode():
+        every, some = encoder.sketched(items), encoder.sketched(items, at)
+    assert torch.allclose(some, every.gather(1, at[..., None].expand(-1, -1, every.shape[-1])), atol=1e-5)
+
+
 def test_a_truncated_log_gives_the_same_states_once_its_windows_are_inside(encoder):
     items = list(np.random.default_rng(0).integers(1, 31, 60))
     tail = EncodeJob(30, np.array(items[30:], np.uint32), np.array([45, 59], np.int64))
