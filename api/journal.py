@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from model.errors import RamrecError
+from model.files import replace_file
 
 
 class JournalError(RamrecError):
@@ -69,14 +70,8 @@ class JournalFile:
 
     def save(self, journal: Journal) -> None:
         """Replace the journal in one step; it is on disk when this returns."""
-        if self.path is None:
-            return
-        draft = self.path.with_suffix(".new")
-        with draft.open("wb") as file:
-            file.write(msgspec.json.encode(journal))
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(self.path)
+        if self.path is not None:
+            replace_file(self.path, msgspec.json.encode(journal))
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from model.errors import RamrecError
+from model.files import replace_file
 
 Scope = Literal["recommend", "ingest", "admin"]
 LOOK_S = 1.0
@@ -120,16 +121,9 @@ def _alone(file: Path) -> Iterator[None]:
 
 
 def _write(file: Path, keys: list[Key]) -> None:
-    """Replace the file in one step: a reader sees the old keys or the new ones."""
-    partial = file.with_name(f".{file.name}.partial")
+    """Replace the file: readable by its owner alone, although it holds only hashes."""
     try:
-        partial.unlink(missing_ok=True)  # of a writer that was killed
-        partial.touch(0o600)
-        with partial.open("wb") as out:
-            out.write(msgspec.json.format(msgspec.json.encode(KeyFile(keys)), indent=1) + b"\n")
-            out.flush()
-            os.fsync(out.fileno())
-        partial.replace(file)
+        replace_file(file, msgspec.json.format(msgspec.json.encode(KeyFile(keys)), indent=1) + b"\n", 0o600)
     except OSError as error:
         raise KeyFileError(f"cannot write API keys to {file}: {error.strerror}") from error
 

@@ -24,6 +24,7 @@ from safetensors.numpy import save
 
 from model.config import Config, describe
 from model.errors import RamrecError
+from model.files import replace_file
 
 FORMAT = 1
 WEIGHTS_FILE = "model.safetensors"
@@ -79,16 +80,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> str:
         "item_ids": list(checkpoint.item_ids),
     }
     tensors = {name: np.asarray(values, order="C") for name, values in checkpoint.tensors().items()}
-    _replace(folder / ITEMS_FILE, json.dumps(checkpoint.metadata, ensure_ascii=False).encode())
-    _replace(folder / WEIGHTS_FILE, save(tensors, metadata={"version": version}))
-    _replace(folder / HEADER_FILE, json.dumps(header, ensure_ascii=False).encode())
+    replace_file(folder / ITEMS_FILE, json.dumps(checkpoint.metadata, ensure_ascii=False).encode())
+    replace_file(folder / WEIGHTS_FILE, save(tensors, metadata={"version": version}))
+    replace_file(folder / HEADER_FILE, json.dumps(header, ensure_ascii=False).encode())
     return version
-
-
-def _replace(file: Path, content: bytes) -> None:
-    partial = file.with_suffix(file.suffix + ".partial")
-    partial.write_bytes(content)
-    partial.replace(file)
 
 
 def load_checkpoint(folder: Path, *, with_weights: bool = True) -> Checkpoint:
