@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import Response
@@ -21,9 +22,6 @@ from memory_service.telemetry import (
     Call,
     begin_request,
     end_request,
-    request_id,
-    timeout_s,
-    traceparent,
 )
 
 BODY_LIMIT_BYTES = 4 * 2**20
@@ -53,8 +51,7 @@ class Gate:
         key: Key | None = None
         headers = dict(scope["headers"])
         template, wanted = needed(scope["method"], scope["path"])
-        call = Call(request_id(headers.get(b"x-request-id")), self._deadline(template))
-        call.traceparent = traceparent(headers.get(b"traceparent"))
+        call = Call.arriving(headers, self._deadline(template))
         CALL.set(call)
         if self._tracer is not None:
             begin_request(call, self._tracer, scope["method"])
@@ -68,8 +65,7 @@ class Gate:
             await send(message)
 
         try:
-            if b"x-request-timeout-ms" in headers:
-                _set_deadline(call, headers[b"x-request-timeout-ms"])
+            _hear_timeout(call, headers)
             if self._ring is not None and wanted is not None:
                 key = admit(self._ring, wanted, headers)
                 if key.per_second is not None and not scope["app"].state.limits.take(key):
@@ -91,13 +87,11 @@ class Gate:
         return math.inf if template in UNHURRIED else time.monotonic() + self._timeout_s
 
 
-def _set_deadline(call: Call, sent: bytes) -> None:
+def _hear_timeout(call: Call, headers: Mapping[bytes, bytes]) -> None:
     try:
-        wanted_s = timeout_s(sent)
+        call.hear_timeout(headers)
     except ValueError as error:
         raise InvalidRequest(str(error)) from error
-    if wanted_s is not None:
-        call.deadline, call.timed = time.monotonic() + wanted_s, True
 
 
 class BodyLimit:

@@ -23,9 +23,6 @@ from memory_service.telemetry import (
     Call,
     begin_request,
     end_request,
-    request_id,
-    timeout_s,
-    traceparent,
 )
 
 RETRY_AFTER_S = 1
@@ -54,7 +51,9 @@ class Doorkeeper:
             return
         begin, status = time.perf_counter(), 500
         headers = dict(scope["headers"])
-        call = _call(headers)
+        call = Call.arriving(headers)
+        with suppress(ValueError):  # a deadline that makes no sense is none
+            call.hear_timeout(headers)
         CALL.set(call)
         if self._tracer is not None:
             begin_request(call, self._tracer, scope["method"])
@@ -99,16 +98,6 @@ class Doorkeeper:
         if self._secret is None or (sent is None and path in OPEN):
             return True
         return sent is not None and hmac.compare_digest(sent, self._secret)
-
-
-def _call(headers: dict[bytes, bytes]) -> Call:
-    """What the caller says about its call; a deadline that makes no sense is none."""
-    call = Call(request_id(headers.get(b"x-request-id")), traceparent=traceparent(headers.get(b"traceparent")))
-    with suppress(ValueError):
-        left_s = timeout_s(headers.get(b"x-request-timeout-ms"))
-        if left_s is not None:
-            call.deadline, call.timed = time.monotonic() + left_s, True
-    return call
 
 
 @dataclass

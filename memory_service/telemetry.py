@@ -12,7 +12,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -50,6 +50,19 @@ class Call:
     tracer: Any = None
     span: Any = None
     linked: Sequence[Any] = ()
+
+    @classmethod
+    def arriving(cls, headers: Mapping[bytes, bytes], deadline: float = math.inf) -> Call:
+        """A call as its headers tell of it, but for how long the caller waits: see `hear_timeout`."""
+        return cls(
+            request_id(headers.get(b"x-request-id")), deadline, traceparent=traceparent(headers.get(b"traceparent"))
+        )
+
+    def hear_timeout(self, headers: Mapping[bytes, bytes]) -> None:
+        """Set the deadline that the caller names, if any. Raises ValueError where it makes no sense."""
+        wanted_s = timeout_s(headers.get(b"x-request-timeout-ms"))
+        if wanted_s is not None:
+            self.deadline, self.timed = time.monotonic() + wanted_s, True
 
     @property
     def left_s(self) -> float:
