@@ -189,11 +189,10 @@ class MemoryClient:
                 content = await response.read()
                 if response.status == 401:
                     raise _failure(401, content)
-                about = msgspec.json.decode(content, type=Readiness)
         except (aiohttp.ClientError, TimeoutError) as error:
             raise MemoryUnavailable(f"memory service: {str(error) or 'no answer in time'}") from error
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise MemoryUnavailable(f"memory service: {error}: not a memory service?") from error
+        with _doubting():
+            about = msgspec.json.decode(content, type=Readiness)
         if not about.authorized:
             raise MemoryUnavailable("memory service: it wants a token (RAMREC_API_MEMORY_TOKEN)")
         if response.status != 200:
@@ -257,18 +256,16 @@ class Readiness(msgspec.Struct):
 
 @contextmanager
 def _doubting() -> Iterator[None]:
-    """Around checks of a reply."""
+    """Around decoding and checking a reply."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, msgspec.MsgspecError, RecursionError) as error:
         raise MemoryUnavailable(f"memory service: {error}: not a memory service?") from error
 
 
 def _decoded(content: bytes, kind: type[Reply]) -> Reply:
-    try:
+    with _doubting():
         return msgspec.msgpack.decode(content, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise MemoryUnavailable(f"memory service: {error}: not a memory service?") from error
 
 
 def _there(reply: Reply | None) -> Reply:

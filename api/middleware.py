@@ -15,14 +15,7 @@ from api.access import admit, needed
 from api.keys import Key, KeyRing
 from api.metrics import Metrics
 from api.problems import ApiProblem, BodyTooLarge, InvalidRequest, refusal
-from memory_service.telemetry import (
-    CALL,
-    REQUEST_ID,
-    AccessLog,
-    Call,
-    begin_request,
-    end_request,
-)
+from memory_service.telemetry import CALL, REQUEST_ID, AccessLog, Call, begin_request, end_request
 
 BODY_LIMIT_BYTES = 4 * 2**20
 LIMIT = f"a body has at most {BODY_LIMIT_BYTES} bytes"

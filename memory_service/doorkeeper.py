@@ -17,13 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from memory_service.metrics import Metrics
 from memory_service.schemas import CONTENT_TYPE, Problem
 from memory_service.settings import MemorySettings
-from memory_service.telemetry import (
-    CALL,
-    AccessLog,
-    Call,
-    begin_request,
-    end_request,
-)
+from memory_service.telemetry import CALL, AccessLog, Call, begin_request, end_request
 
 RETRY_AFTER_S = 1
 OPEN = frozenset({"/health/live", "/health/ready", "/openapi.json"})

@@ -54,9 +54,8 @@ class Call:
     @classmethod
     def arriving(cls, headers: Mapping[bytes, bytes], deadline: float = math.inf) -> Call:
         """A call as its headers tell of it, but for how long the caller waits: see `hear_timeout`."""
-        return cls(
-            request_id(headers.get(b"x-request-id")), deadline, traceparent=traceparent(headers.get(b"traceparent"))
-        )
+        parent = traceparent(headers.get(b"traceparent"))
+        return cls(request_id(headers.get(b"x-request-id")), deadline, traceparent=parent)
 
     def hear_timeout(self, headers: Mapping[bytes, bytes]) -> None:
         """Set the deadline that the caller names, if any. Raises ValueError where it makes no sense."""
