@@ -29,6 +29,7 @@ from starlette.routing import Match
 
 from memory_service import routes
 from memory_service.doorkeeper import RETRY_AFTER_S, Doorkeeper, problem
+from memory_service.link import StoreUnavailable
 from memory_service.merging import TooLate
 from memory_service.metrics import Metrics
 from memory_service.models import ModelMismatch
@@ -37,7 +38,7 @@ from memory_service.record import RecordError
 from memory_service.replica import on_cuda
 from memory_service.service import MemoryService
 from memory_service.settings import MemorySettings
-from memory_service.store import Store, StoreUnavailable
+from memory_service.store import Store
 from memory_service.telemetry import NO_NATIVE_TELEMETRY
 from memory_service.wire import BadRequest
 from model.checkpoint import CheckpointError, load_checkpoint

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from memory_service.doorkeeper import problem
+from memory_service.link import StoreUnavailable
 from memory_service.merging import TooLate
 from memory_service.metrics import Metrics
 from memory_service.schemas import (
@@ -26,7 +27,6 @@ from memory_service.schemas import (
     WriteRequest,
 )
 from memory_service.service import MemoryService
-from memory_service.store import StoreUnavailable
 from memory_service.telemetry import CALL
 
 Body = TypeVar("Body", bound=msgspec.Struct)

@@ -23,6 +23,7 @@ import numpy as np
 
 from memory_service import wire
 from memory_service.catalogue import Catalogue
+from memory_service.link import ShardUnavailable, StoreUnavailable
 from memory_service.merging import Merged
 from memory_service.models import ModelMismatch, Models
 from memory_service.replica import Replicate
@@ -50,7 +51,7 @@ from memory_service.schemas import (
     WriteRequest,
 )
 from memory_service.space import Space
-from memory_service.store import Store, StoreUnavailable, Tombstone
+from memory_service.store import Store, Tombstone
 from memory_service.wire import BadRequest, Prepared
 from model.checkpoint import Checkpoint
 from model.events import Plan, Stacked, UserRecord, apply_stacked, plan, without
@@ -584,6 +585,8 @@ class MemoryService:
             raise StoreUnavailable("Redis is out of reach")
         try:
             yield
+        except ShardUnavailable:  # the other primaries answer
+            raise
         except StoreUnavailable:
             self._lost()
             raise

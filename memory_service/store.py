@@ -13,8 +13,11 @@
     ramrec:catalogue:{items}:hidden   set of hidden item ids
     ramrec:catalogue:{items}:revision counts changes of metadata and hidden flags of items that were there before
     ramrec:catalogue:{items}:changes  list of the numbers of the items changed, one a revision, newest first, 10,000
+    ramrec:group:{members}:table      who owns which slots (`memory_service.group`)
+    ramrec:group:{members}:alive:URL  a replica that is there; expires
 
-Errors of the Redis client are translated here: callers see `StoreUnavailable`.
+In a Redis Cluster the braces say which part of a key its slot comes from: a user's slot follows from the user id, and
+all of the catalogue is in one. How Redis is reached, and what can go wrong there: `memory_service.link`.
 """
 
 from __future__ import annotations
@@ -22,48 +25,28 @@ from __future__ import annotations
 import logging
 import os
 import struct
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from hashlib import blake2b, sha1
+from hashlib import blake2b
 from typing import Any
 
 import msgspec
-import redis.asyncio as redis
-from redis.asyncio.client import Pipeline
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import (
-    BusyLoadingError,
-    ConnectionError,
-    NoScriptError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    RedisError,
-    ResponseError,
-    TimeoutError,
-)
 
+from memory_service.link import Command, Link, Road, sha
 from memory_service.record import CHECKSUM, MODEL, STAMP, RecordError, model_of, pack_record, stamp_bytes, unpack_record
 from model.config import RulesConfig
-from model.errors import RamrecError
 from model.events import UserRecord
 
 TOMBSTONE_S = 30 * 86400
 TOMBSTONE = struct.Struct("<dQ")
 QUOTA_S = 60
 """How long a count of granted requests is kept: longer than clocks differ."""
-SCAN_COUNT = 1000
 COMMIT_USERS = 64
 """Records that one script call stores: Redis serves nobody else meanwhile, about half a millisecond."""
-URL_ERROR = (
-    "the URL of Redis is not usable: wanted redis://, rediss:// (TLS) or unix://, a password percent-encoded, "
-    "and only options that redis-py knows"
-)
-Command = tuple[bytes | str | int, ...]
 log = logging.getLogger(__name__)
 
-MODEL_KEY = "ramrec:model"
+MODEL_KEY, SECRET = "ramrec:model", "ramrec:secret"
+NO_STAMP = bytes(STAMP.size)
 CATALOGUE = NUMBERS, IDS, ABOUT, HIDDEN, REVISION, CHANGES = [
     f"ramrec:catalogue:{{items}}:{name}" for name in ("number", "id", "about", "hidden", "revision", "changes")
 ]
@@ -161,12 +144,8 @@ return granted
 """Grant some of the requests that a limit leaves."""
 
 
-class StoreURLError(RamrecError):
-    """The URL of Redis cannot be used. Does not quote it: it may hold a password."""
-
-
-class StoreUnavailable(RuntimeError):  # noqa: N818 - a state of the store, not of the call
-    """Redis cannot be reached, is loading, refuses writes (memory or disk full), or did not answer in time."""
+SCRIPTS = (STAMPS, COMMIT, FORGET, REGISTER, CHANGED, SWAP, QUOTA)
+SHA = {text: sha(text) for text in SCRIPTS}
 
 
 class ModelState(msgspec.Struct, frozen=True):
@@ -216,6 +195,11 @@ def user_key(user_id: str) -> bytes:
     return b"ramrec:{" + user_id.encode() + b"}"
 
 
+def user_of(key: bytes) -> str:
+    """The user whose record a key is."""
+    return key[len(b"ramrec:{") : -1].decode()
+
+
 class Store:
     """Records, tombstones and catalogue in one Redis. `rules` lay out the banks that are read; records expire
     `idle_s` seconds after their last write (0: never).
@@ -224,44 +208,38 @@ class Store:
         StoreURLError: `url` cannot be used.
     """
 
-    def __init__(self, url: str, rules: RulesConfig, timeout_s: float, idle_s: int = 0) -> None:
+    def __init__(
+        self, url: str, rules: RulesConfig, timeout_s: float, idle_s: int = 0, replicas: int | None = None
+    ) -> None:
         self.rules, self.idle_s = rules, idle_s
         self.rules_of: dict[str, RulesConfig] = {}
         """Rules that the banks of a model version are laid out for; `rules` those of all others."""
-        once_more = Retry(NoBackoff(), 1, supported_errors=(ConnectionError,))  # pooled connections go stale
-        try:
-            self._redis = redis.Redis.from_url(
-                url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=once_more
-            )
-            self._redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # not connected: reads the options in the URL
-        except (ValueError, TypeError, RedisError):  # what they say may hold the password
-            raise StoreURLError(URL_ERROR) from None
+        self.link = Link(url, timeout_s, SCRIPTS, replicas)
         self._secret = b""
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._redis.aclose()
+        await self.link.close()
 
     async def ping(self) -> None:
         """Raises StoreUnavailable where Redis does not answer."""
-        async with self._translated():
-            await self._redis.ping()
+        await (await self.link.road()).ping()
 
     # ------------------------------------------------------------------------------------------ records
 
     async def look(self, check: Sequence[str], load: Sequence[str] = (), stones: Sequence[str] = ()) -> Look:
         """Stamps of some users' records, others' records, and tombstones. One round trip."""
-        commands: list[Command] = []
-        if check:
-            commands.append(self._script(STAMPS, [user_key(user) for user in check], ()))
-        if load:
-            commands.append(("MGET", *map(user_key, load)))
-        if stones:
-            commands.append(("MGET", *[await self._tombstone_key(user) for user in stones]))
-        found = iter(await self._send(commands))
-        stamps = [version << 32 | checksum for version, checksum in STAMP.iter_unpack(next(found))] if check else []
-        records = next(found) if load else []
-        return Look(stamps, records, [_tombstone(data) for data in next(found)] if stones else [])
+        road = await self.link.road()
+        stamps = Reads(road, [user_key(user) for user in check], _stamp_of, _stamps_of)
+        records = Reads(road, [user_key(user) for user in load], _get, _mget)
+        kept = Reads(road, [await self._tombstone_key(user) for user in stones], _get, _mget)
+        found = await self.link.send(stamps.commands + records.commands + kept.commands)
+        seen = b"".join(data or NO_STAMP for data in stamps.answers(found))
+        return Look(
+            [version << 32 | checksum for version, checksum in STAMP.iter_unpack(seen)],
+            records.answers(found),
+            [_tombstone(data) for data in kept.answers(found)],
+        )
 
     async def stamps(self, users: Sequence[str]) -> list[int]:
         """Stamp of each user's record, 0 where there is none. One round trip."""
@@ -305,14 +283,18 @@ class Store:
         another came first. Each record is stored or not as a whole. One round trip.
         """
         packed = [pack_record(record) for _, _, record in writes]
+        groups = (await self.link.road()).together([user_key(user) for user, _, _ in writes])
+        groups = [some[at : at + COMMIT_USERS] for some in groups for at in range(0, len(some), COMMIT_USERS)]
         commands: list[Command] = []
-        for at in range(0, len(writes), COMMIT_USERS):
-            some = writes[at : at + COMMIT_USERS]
+        for some in groups:
             args: list[bytes | int] = [self.idle_s]
-            for (_, expected, _), data in zip(some, packed[at:], strict=False):
-                args += [stamp_bytes(expected), data]
-            commands.append(self._script(COMMIT, [user_key(user) for user, _, _ in some], args))
-        done = [one for some in await self._send(commands) for one in some]
+            for n in some:
+                args += [stamp_bytes(writes[n][1]), packed[n]]
+            commands.append(_script(COMMIT, [user_key(writes[n][0]) for n in some], args))
+        done: list[int] = [0] * len(writes)
+        for some, flags in zip(groups, await self.link.send(commands, durable=True), strict=True):
+            for n, flag in zip(some, flags, strict=True):
+                done[n] = flag
         return [
             replace(record, checksum=int.from_bytes(data[CHECKSUM], "little")) if stored else None
             for (_, _, record), data, stored in zip(writes, packed, done, strict=True)
@@ -328,9 +310,9 @@ class Store:
             if version == 0 and old is None:
                 return False
             stone = TOMBSTONE.pack(max(now, old.time if old else 0.0), last)
-            async with self._translated():  # tombstone first: a crash in between forgets nothing silently
-                await self._redis.set(await self._tombstone_key(user), stone, ex=TOMBSTONE_S)
-            if (await self._send([self._script(FORGET, [user_key(user)], [stamp_bytes(stamp)])]))[0]:
+            kept: Command = ("SET", await self._tombstone_key(user), stone, "EX", TOMBSTONE_S)
+            await self.link.send([kept], durable=True)  # first: a crash in between forgets nothing silently
+            if (await self.link.send([_script(FORGET, [user_key(user)], [stamp_bytes(stamp)])], durable=True))[0]:
                 return version > 0
 
     async def tombstones(self, users: Sequence[str]) -> list[Tombstone | None]:
@@ -340,37 +322,32 @@ class Store:
     async def all_users(self, batch: int) -> AsyncIterator[list[str]]:
         """Ids of all users who have a record, in batches; one may be named twice. Does not block Redis."""
         names: list[str] = []
-        async with self._translated():
-            async for key in self._redis.scan_iter(match=b"ramrec:{*}", count=SCAN_COUNT):
-                names.append(key[len(b"ramrec:{") : -1].decode())
-                if len(names) >= batch:
-                    yield names
-                    names = []
-            if names:
+        async for keys in (await self.link.road()).keys(b"ramrec:{*}"):
+            names += map(user_of, keys)
+            if len(names) >= batch:
                 yield names
+                names = []
+        if names:
+            yield names
 
     async def walk(self, cursor: int, count: int) -> tuple[int, dict[str, str]]:
         """A step through all users, about `count` of them, with the model versions of their records: where to go on (0:
         all were named), and users; one may be named at several steps. Does not block Redis.
         """
-        keys: Any
-        async with self._translated():
-            cursor, keys = await self._redis.scan(cursor, b"ramrec:{*}", count)
-        names = list(dict.fromkeys(key[len(b"ramrec:{") : -1].decode() for key in keys))
-        return int(cursor), dict(zip(names, await self.models(names), strict=True))
+        cursor, keys = await (await self.link.road()).scan(cursor, b"ramrec:{*}", count)
+        names = list(dict.fromkeys(map(user_of, keys)))
+        return cursor, dict(zip(names, await self.models(names), strict=True))
 
     async def models(self, users: Sequence[str]) -> list[str]:
         """Model version of each user's record, "" where there is none. One round trip."""
-        found = await self._send([("GETRANGE", user_key(user), MODEL.start, MODEL.stop - 1) for user in users])
+        found = await self.link.send([("GETRANGE", user_key(user), MODEL.start, MODEL.stop - 1) for user in users])
         return [model_of(data) for data in found]
 
     async def users(self, prefix: str, limit: int) -> list[str]:
         """User ids with a prefix, sorted, at most `limit`. Walks the key space without blocking Redis."""
-        pattern = b"ramrec:{" + _escaped(prefix).encode() + b"*}"
-        found: set[str] = set()  # SCAN may name a key twice
-        async with self._translated():
-            async for key in self._redis.scan_iter(match=pattern, count=SCAN_COUNT):
-                found.add(key[len(b"ramrec:{") : -1].decode())
+        found: set[str] = set()  # a walk may name a key twice
+        async for keys in (await self.link.road()).keys(b"ramrec:{" + _escaped(prefix).encode() + b"*}"):
+            found.update(map(user_of, keys))
         return sorted(found)[:limit]
 
     # ---------------------------------------------------------------------------------------- catalogue
@@ -382,43 +359,33 @@ class Store:
             args += [item.item_id, item.about, str(int(item.hidden)) if flags else ""]
         if len(args) == 2:
             return []
-        numbers: list[int] = (await self._send([self._script(REGISTER, CATALOGUE, args)]))[0]
+        numbers: list[int] = (await self.link.send([_script(REGISTER, CATALOGUE, args)], durable=True))[0]
         return numbers
 
     async def catalogue(self, since: int, limit: int | None = None) -> tuple[int, list[CatalogueItem]]:
         """Revision, and the items numbered from `since` on, at most `limit`."""
-        async with self._pipeline() as pipe:
-            pipe.get(REVISION)
-            pipe.lrange(IDS, since - 1, -1 if limit is None else since + limit - 2)
-            revision, ids = await pipe.execute()
+        last = -1 if limit is None else since + limit - 2
+        revision, ids = await self.link.send([("GET", REVISION), ("LRANGE", IDS, since - 1, last)])
         return int(revision or 0), await self._items(ids)
 
     async def item_ids(self, since: int) -> list[str]:
         """Ids of the items numbered from `since` on."""
-        async with self._pipeline() as pipe:
-            pipe.lrange(IDS, since - 1, -1)
-            return [item.decode() for item in (await pipe.execute())[0]]
+        return [item.decode() for item in (await self.link.send([("LRANGE", IDS, since - 1, -1)]))[0]]
 
     async def changed(self, revision: int, below: int) -> tuple[int, dict[int, CatalogueItem] | None]:
         """Revision, and the items numbered below `below` that changed since an earlier one; None: too long ago."""
-        now, *numbers = (await self._send([self._script(CHANGED, [REVISION, CHANGES], [revision])]))[0]
+        now, *numbers = (await self.link.send([_script(CHANGED, [REVISION, CHANGES], [revision])]))[0]
         if not numbers:
             return now, None
         wanted = sorted({int(number) for number in numbers[0] if int(number) < below})
-        async with self._pipeline() as pipe:
-            for number in wanted:
-                pipe.lindex(IDS, number - 1)
-            ids = await pipe.execute()
+        ids = await self.link.send([("LINDEX", IDS, number - 1) for number in wanted])
         return now, dict(zip(wanted, await self._items(ids), strict=True))
 
     async def _items(self, ids: list[bytes]) -> list[CatalogueItem]:
         """What is known of items."""
         if not ids:
             return []
-        async with self._pipeline() as pipe:
-            pipe.hmget(ABOUT, ids)
-            pipe.smismember(HIDDEN, ids)
-            about, hidden = await pipe.execute()
+        about, hidden = await self.link.send([("HMGET", ABOUT, *ids), ("SMISMEMBER", HIDDEN, *ids)])
         return [
             CatalogueItem(item.decode(), text or b"", bool(flag))
             for item, text, flag in zip(ids, about, hidden, strict=True)
@@ -426,80 +393,86 @@ class Store:
 
     async def catalogue_state(self) -> tuple[int, int]:
         """How many items there are, and the revision."""
-        async with self._pipeline() as pipe:
-            pipe.llen(IDS)
-            pipe.get(REVISION)
-            size, revision = await pipe.execute()
+        size, revision = await self.link.send([("LLEN", IDS), ("GET", REVISION)])
         return int(size), int(revision or 0)
 
     # -------------------------------------------------------------------------------------------- model
 
     async def model(self) -> ModelState | None:
         """Which model serves and which is wanted; None until somebody asked for another."""
-        data = (await self._send([("GET", MODEL_KEY)]))[0]
+        data = (await self.link.send([("GET", MODEL_KEY)]))[0]
         return None if data is None else msgspec.json.decode(data, type=ModelState)
 
     async def swap_model(self, before: ModelState, after: ModelState) -> bool:
         """Set what is wanted, unless it is not `before` (or nothing) any more."""
-        data = (await self._send([("GET", MODEL_KEY)]))[0]
+        data = (await self.link.send([("GET", MODEL_KEY)]))[0]
         if data is not None and msgspec.json.decode(data, type=ModelState) != before:
             return False
-        args = [data or b"", msgspec.json.encode(after)]
-        return bool((await self._send([self._script(SWAP, [MODEL_KEY], args)]))[0])
+        return await self.swap(MODEL_KEY, data or b"", msgspec.json.encode(after))
+
+    async def swap(self, key: str, before: bytes, after: bytes) -> bool:
+        """Compare-and-set of a small value; `before` is empty where there is none."""
+        return bool((await self.link.send([_script(SWAP, [key], [before, after])], durable=True))[0])
 
     # ------------------------------------------------------------------------------------------- quotas
 
     async def grant(self, key: str, second: int, limit: int, want: int) -> int:
         """How many of the wanted requests a limit a second leaves; they count as used."""
-        script = self._script(QUOTA, [f"ramrec:quota:{key}:{second}"], [want, limit, QUOTA_S])
-        granted: int = (await self._send([script]))[0]
+        script = _script(QUOTA, [f"ramrec:quota:{key}:{second}"], [want, limit, QUOTA_S])
+        granted: int = (await self.link.send([script]))[0]
         return granted
 
     # -------------------------------------------------------------------------------------------- seams
 
-    async def _tombstone_key(self, user: str) -> str:
+    async def _tombstone_key(self, user: str) -> bytes:
         if not self._secret:
-            async with self._translated():
-                await self._redis.set("ramrec:secret", os.urandom(32), nx=True)
-                secret: Any = await self._redis.get("ramrec:secret")
-            self._secret = secret
-        return f"ramrec:forgotten:{blake2b(user.encode(), key=self._secret, digest_size=16).hexdigest()}"
-
-    def _script(self, text: str, keys: Sequence[bytes | str], args: Sequence[bytes | str | int]) -> Command:
-        return ("EVALSHA", SHA[text], len(keys), *keys, *args)
-
-    async def _send(self, commands: Sequence[Command]) -> list[Any]:
-        """Answers to commands, in one round trip; Redis is taught our scripts where it does not know them (yet)."""
-        if not commands:
-            return []
-        async with self._pipeline() as pipe:
-            for command in commands:
-                pipe.execute_command(*command)
-            try:
-                return list(await pipe.execute())
-            except NoScriptError:  # refused before anything was run, and a write that was run is not run twice
-                for text in SHA:
-                    await self._redis.script_load(text)
-        return await self._send(commands)
-
-    @asynccontextmanager
-    async def _pipeline(self) -> AsyncIterator[Pipeline]:
-        async with self._translated(), self._redis.pipeline(transaction=False) as pipe:
-            yield pipe
-
-    @asynccontextmanager
-    async def _translated(self) -> AsyncIterator[None]:
-        try:
-            yield
-        except (ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError, OutOfMemoryError, OSError) as error:
-            raise StoreUnavailable(str(error) or type(error).__name__) from error
-        except ResponseError as error:
-            if "MISCONF" not in str(error):  # the AOF cannot be written; redis-py has no class for it
-                raise
-            raise StoreUnavailable(str(error)) from error
+            await self.link.send([("SET", SECRET, os.urandom(32), "NX")], durable=True)
+            self._secret = (await self.link.send([("GET", SECRET)]))[0]
+        return f"ramrec:forgotten:{blake2b(user.encode(), key=self._secret, digest_size=16).hexdigest()}".encode()
 
 
-SHA = {text: sha1(text.encode()).hexdigest() for text in (STAMPS, COMMIT, FORGET, REGISTER, CHANGED, SWAP, QUOTA)}
+class Reads:
+    """Reads of many keys, as few commands as may name several."""
+
+    def __init__(
+        self, road: Road, keys: Sequence[bytes], one: Callable[[bytes], Command], many: Callable[[list[bytes]], Command]
+    ) -> None:
+        self._count, self._groups = len(keys), road.together(keys)
+        self.commands = [one(keys[g[0]]) if len(g) == 1 else many([keys[n] for n in g]) for g in self._groups]
+
+    def answers(self, found: list[Any]) -> list[Any]:
+        """Takes the answers to our commands off the front of those found, and puts them in the order of the keys."""
+        values: list[Any] = [None] * self._count
+        mine, found[:] = found[: len(self._groups)], found[len(self._groups) :]
+        for group, answer in zip(self._groups, mine, strict=True):
+            parts = [answer] if len(group) == 1 else answer if isinstance(answer, list) else _cut(answer)
+            for n, part in zip(group, parts, strict=True):
+                values[n] = part
+        return values
+
+
+def _cut(stamps: bytes) -> list[bytes]:
+    return [stamps[at : at + STAMP.size] for at in range(0, len(stamps), STAMP.size)]
+
+
+def _stamp_of(key: bytes) -> Command:
+    return ("GETRANGE", key, 8, 19)
+
+
+def _stamps_of(keys: list[bytes]) -> Command:
+    return _script(STAMPS, keys, ())
+
+
+def _get(key: bytes) -> Command:
+    return ("GET", key)
+
+
+def _mget(keys: list[bytes]) -> Command:
+    return ("MGET", *keys)
+
+
+def _script(text: str, keys: Sequence[bytes | str], args: Sequence[bytes | str | int]) -> Command:
+    return ("EVALSHA", SHA[text], len(keys), *keys, *args)
 
 
 def _tombstone(data: bytes | None) -> Tombstone | None:

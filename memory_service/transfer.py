@@ -24,8 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memory_service.embedded import embedded_valkey, running_valkey
+from memory_service.link import StoreUnavailable
 from memory_service.settings import user_data_dir
-from memory_service.store import CatalogueItem, Store, StoreUnavailable
+from memory_service.store import CatalogueItem, Store
 from model.bank import ENTRY_FIELDS, KEY, Banks
 from model.config import RulesConfig
 from model.errors import RamrecError

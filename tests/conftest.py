@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterator
@@ -21,6 +22,7 @@ from api.settings import ApiSettings
 from memory_service.app import create_app as create_memory
 from memory_service.settings import MemorySettings
 from model.checkpoint import save_checkpoint
+from tests.redis_cluster import ClusterOfValkeys, redis_cluster
 from tests.synthetic import random_checkpoint
 
 
@@ -33,6 +35,13 @@ def _small_services() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def valkey_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterOfValkeys]:
+    """A Redis Cluster of three primaries with a replica each."""
+    with redis_cluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
 def _valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("valkey")
     with ValkeyServer(port=0, data_dir=folder, unix_socket_path=folder / "s", persist=True):
@@ -40,8 +49,12 @@ def _valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def valkey_url(_valkey: str) -> str:
-    """An empty Valkey."""
+def valkey_url(_valkey: str, request: pytest.FixtureRequest) -> str:
+    """An empty Valkey; with RAMREC_TEST_REDIS=cluster a Redis Cluster, to try what was written for one on the other."""
+    if os.environ.get("RAMREC_TEST_REDIS") == "cluster":
+        cluster: ClusterOfValkeys = request.getfixturevalue("valkey_cluster")
+        cluster.flush()
+        return cluster.url
     with redis.Redis.from_url(_valkey) as client:
         client.flushall()
     return _valkey

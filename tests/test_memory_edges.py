@@ -13,6 +13,7 @@ import redis
 from starlette.testclient import TestClient
 
 from memory_service.embedded import EmbeddedError, embedded_valkey
+from memory_service.link import StoreUnavailable
 from memory_service.schemas import (
     CatalogueReply,
     PlanRequest,
@@ -23,7 +24,7 @@ from memory_service.schemas import (
     WriteRequest,
 )
 from memory_service.service import MemoryService
-from memory_service.store import Store, StoreUnavailable
+from memory_service.store import Store
 from model.checkpoint import load_checkpoint
 from tests.test_imports import ROOT
 from tests.test_memory_service import NOW, Caller, column, opened, took, vectors

