@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from api.feedback import Feedback
 from api.schemas import MemoryUse
@@ -18,10 +18,18 @@ class Metrics:
 
     def __init__(self, feedback_key: str = "") -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
         self.feedback = Feedback(feedback_key)
         self.registry.register(self.feedback)
         self.requests = Counter(
             "ramrec_api_requests", "Requests by route and status", ["route", "status"], registry=self.registry
+        )
+        self.request_seconds = Histogram(
+            "ramrec_api_request_seconds",
+            "Time of a request, from its headers to the end of its answer",
+            ["route"],
+            buckets=SECONDS,
+            registry=self.registry,
         )
         self.seconds = Histogram(
             "ramrec_api_seconds",
@@ -36,6 +44,17 @@ class Metrics:
         self.degraded = Counter("ramrec_api_degraded", "Answers without the memory asked for", registry=self.registry)
         self.interactions = Counter(
             "ramrec_api_interactions", "Interactions by outcome", ["outcome"], registry=self.registry
+        )
+        self.model = Gauge(
+            "ramrec_api_model",
+            "1 for the model that serves, and for the one wanted",
+            ["role", "version"],
+            registry=self.registry,
+        )
+        self.model_trouble = Gauge(
+            "ramrec_api_model_trouble",
+            "1 while a model that the memory service names cannot be loaded",
+            registry=self.registry,
         )
         self.entropy = Histogram(
             "ramrec_api_entropy",
@@ -55,6 +74,13 @@ class Metrics:
         now = time.perf_counter()
         self._stages[name].observe(now - begin)
         return now
+
+    def works_with(self, serving: str, wanted: str, *, stuck: bool) -> None:
+        """Which models are loaded; `stuck`: and that another one cannot be."""
+        self.model.clear()
+        self.model.labels("serving", serving).set(1)
+        self.model.labels("wanted", wanted).set(1)
+        self.model_trouble.set(stuck)
 
     def answered(self, source: str, memory: MemoryUse, *, known: bool) -> None:
         """A recommendation was given; `known`: to a user of whom something is remembered."""

@@ -70,6 +70,7 @@ class Gate:
             if template == "unknown":
                 template = getattr(scope.get("route"), "path", template)
             self._metrics.requests.labels(template, status).inc()
+            self._metrics.request_seconds.labels(template).observe(time.perf_counter() - begin)
             if call.span is not None:
                 end_request(call, scope["method"], template, status)
             if template not in PROBES:

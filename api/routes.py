@@ -274,6 +274,8 @@ async def ready(request: Request) -> JSONResponse:
 @router.get("/metrics", tags=["probes"], response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus metrics."""
+    models: Models = request.app.state.models
+    request.app.state.metrics.works_with(models.serving.version, models.wanted.version, stuck=models.stuck)
     return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -22,6 +22,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import msgspec
+import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -34,6 +35,7 @@ from memory_service.merging import TooLate
 from memory_service.metrics import Metrics
 from memory_service.models import ModelMismatch
 from memory_service.openapi import document
+from memory_service.recall import recall
 from memory_service.record import RecordError
 from memory_service.replica import on_cuda
 from memory_service.service import MemoryService
@@ -101,7 +103,7 @@ def create_app(settings: MemorySettings, tracer: Any = None) -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    background = [asyncio.create_task(_load(app)), asyncio.create_task(_follow(app))]
+    background = [asyncio.create_task(work(app), name=name) for name, work in BACKGROUND.items()]
     for task in background:
         task.add_done_callback(_report)
     with suppress(TimeoutError):
@@ -116,7 +118,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def _report(task: asyncio.Task[None]) -> None:
     """Nobody waits for this task: what ends it must not go unseen."""
     if not task.cancelled() and task.exception() is not None:
-        log.error("records or models are no longer compared with Redis", exc_info=task.exception())
+        log.error("ended before its time: %s", task.get_name(), exc_info=task.exception())
 
 
 async def _load(app: FastAPI) -> None:
@@ -143,6 +145,25 @@ async def _follow(app: FastAPI) -> None:
         with suppress(StoreUnavailable):
             await app.state.service.models.follow()
         await asyncio.sleep(FOLLOW_S)
+
+
+async def _measure(app: FastAPI) -> None:
+    """Measure the recall of the collective scope now and then, from when everything is loaded."""
+    every_s, rng, metrics = app.state.settings.recall_s, np.random.default_rng(), app.state.metrics
+    await app.state.loaded.wait()
+    while every_s > 0:
+        scope = app.state.service.serving.collective
+        if scope is not None and (found := await recall(scope._index, rng)) is not None:
+            metrics.recall.set(found)
+            metrics.measured_at.set_to_current_time()
+        await asyncio.sleep(every_s)
+
+
+BACKGROUND = {
+    "loading records and comparing them with Redis": _load,
+    "following the model that Redis names": _follow,
+    "measuring the recall of the collective index": _measure,
+}
 
 
 def _handler(status: int, code: str) -> Callable[[Request, Any], Awaitable[Response]]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.metrics_core import HistogramMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+K = (0, 1, 2, 3, 5, 8, 10, 12, 15, 20, 30, 50, 75, 100)
 
 
 class Metrics:
@@ -17,6 +19,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
         self.requests = Counter(
             "ramrec_memory_requests", "Calls by route and status", ["route", "status"], registry=self.registry
         )
@@ -25,19 +28,65 @@ class Metrics:
         )
         self.users = Counter("ramrec_memory_users_retrieved", "Users asked about", registry=self.registry)
         self.events = Counter("ramrec_memory_events_written", "Interactions written", registry=self.registry)
+        self.pruned = Total("ramrec_memory_entries_pruned", "Entries that writes pushed out of full banks")
+        self.conflicts = Counter(
+            "ramrec_memory_write_conflicts", "Users' writes that lost against another writer", registry=self.registry
+        )
+        self.ready = Gauge("ramrec_memory_ready", "1 while Redis answers and all is loaded", registry=self.registry)
+        self.redis_up = Gauge("ramrec_memory_redis_up", "1 while Redis answers", registry=self.registry)
+        self.redis_seconds = Gauge(
+            "ramrec_memory_redis_ping_seconds", "Time of the last ping that Redis answered", registry=self.registry
+        )
         self.resident = Gauge("ramrec_memory_resident_users", "Banks in memory", registry=self.registry)
         self.collective = Gauge(
             "ramrec_memory_collective_entries", "Entries in the collective index", registry=self.registry
         )
-        self.redis_up = Gauge("ramrec_memory_redis_up", "1 while Redis answers", registry=self.registry)
+        self.collective_users = Gauge(
+            "ramrec_memory_collective_users", "Users with entries in the collective index", registry=self.registry
+        )
+        self.recall = Gauge(
+            "ramrec_memory_collective_recall",
+            "Share of the 20 nearest entries that the collective index finds, as last measured; NaN before",
+            registry=self.registry,
+        )
+        self.recall.set(math.nan)
+        self.measured_at = Gauge(
+            "ramrec_memory_collective_recall_timestamp_seconds", "When that was, 0 before", registry=self.registry
+        )
+        self.model = Gauge(
+            "ramrec_memory_model",
+            "1 for the model that serves, and for the one wanted",
+            ["role", "version"],
+            registry=self.registry,
+        )
+        self.model_trouble = Gauge(
+            "ramrec_memory_model_trouble", "1 while a model that Redis names cannot be loaded", registry=self.registry
+        )
+        self.bank_size = Distribution(
+            "ramrec_memory_bank_size",
+            "Entries in the banks of users asked about",
+            (0, 1, 2, 5, 10, 20, 30, 50, 75, 100),
+        )
         self.entropy = Distribution(
             "ramrec_memory_entropy", "Entropy of users asked about", [n / 10 for n in range(1, 11)]
         )
-        self.k = Distribution(
-            "ramrec_memory_k", "Adaptive K of users asked about", (0, 1, 2, 3, 5, 8, 10, 12, 15, 20, 30, 50, 100)
+        self.k = Distribution("ramrec_memory_k", "Adaptive K of users asked about", K)
+        self.collective_k = Distribution(
+            "ramrec_memory_collective_k", "Others' entries wanted for users asked about", K
         )
-        for one in (self.entropy, self.k):
+        for one in (self.pruned, self.bank_size, self.entropy, self.k, self.collective_k):
             self.registry.register(one)
+
+
+class Total:
+    """A Prometheus counter of something that is counted elsewhere: `value` is what a scrape shows."""
+
+    def __init__(self, name: str, about: str) -> None:
+        self._name, self._about, self.value = name, about, 0
+
+    def collect(self) -> Iterable[Metric]:
+        """What a scrape shows."""
+        yield CounterMetricFamily(self._name, self._about, self.value)
 
 
 class Distribution:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,6 +66,8 @@ async def retrieve(request: Request) -> Response:
     seen.users.inc(len(asked.users))
     seen.entropy.observe(np.frombuffer(reply.entropy, "<f4"))
     seen.k.observe(np.frombuffer(reply.k, "<i4"))
+    seen.collective_k.observe(np.frombuffer(reply.collective_k, "<i4"))
+    seen.bank_size.observe(np.frombuffer(reply.bank_size, "<i4"))
     return _answer(reply)
 
 
@@ -76,7 +79,9 @@ async def plan(request: Request) -> Response:
 async def write(request: Request) -> Response:
     """Write planned events."""
     reply = await _service(request).write(await _body(request, WriteRequest))
-    request.app.state.metrics.events.inc(sum(len(user.accepted) for user in reply.users))
+    done: Metrics = request.app.state.metrics
+    done.events.inc(sum(len(user.accepted) for user in reply.users))
+    done.conflicts.inc(sum(user.retry is not None for user in reply.users))
     return _answer(reply)
 
 
@@ -151,9 +156,7 @@ async def ready(request: Request) -> JSONResponse:
     try:
         await service.check_store()
     except StoreUnavailable as error:
-        state.metrics.redis_up.set(0)
         return JSONResponse({"status": "redis is out of reach", "detail": str(error), **about}, 503)
-    state.metrics.redis_up.set(1)
     if state.started:
         return JSONResponse({"status": "ready", **about, **_transition(service)})
     collective = service.serving.collective
@@ -164,9 +167,29 @@ async def ready(request: Request) -> JSONResponse:
 async def metrics(request: Request) -> Response:
     """Prometheus metrics."""
     service, shown = _service(request), request.app.state.metrics
+    up = await _redis_answers(service, shown)
+    shown.redis_up.set(up)
+    shown.ready.set(up and request.app.state.started)
     shown.resident.set(service.resident_users)
-    shown.collective.set(len(service.serving.collective or ()))
+    collective = service.serving.collective
+    shown.collective.set(len(collective or ()))
+    shown.collective_users.set(collective.users if collective is not None else 0)
+    shown.pruned.value = service.pruned
+    shown.model.clear()
+    shown.model.labels("serving", service.model_version).set(1)
+    shown.model.labels("wanted", service.models.wanted.model_version).set(1)
+    shown.model_trouble.set(bool(service.models.trouble or request.app.state.trouble))
     return Response(generate_latest(shown.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _redis_answers(service: MemoryService, shown: Metrics) -> bool:
+    begin = time.perf_counter()
+    try:
+        await service.check_store()
+    except StoreUnavailable:
+        return False
+    shown.redis_seconds.set(time.perf_counter() - begin)
+    return True
 
 
 def _service(request: Request) -> MemoryService:

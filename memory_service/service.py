@@ -106,6 +106,8 @@ class MemoryService:
         self.store = store
         self.catalogue = Catalogue(store)
         self.models = Models(store, self.catalogue, checkpoint, run, space_of, self._complete)
+        self.pruned = 0
+        """Entries that writes through this process pushed out of full banks."""
         self._comparing = asyncio.Lock()
         self._recent: OrderedDict[str, Known] = OrderedDict()
         self._outage: asyncio.Task[None] | None = None
@@ -352,6 +354,8 @@ class MemoryService:
             self._recent.pop(name, None)
         if kept:
             done = [record for record in outcome if record is not None]
+            before_them = sum(int(prepared[row].record.banks.pruned[0]) for row in kept)
+            self.pruned += int(stacked.banks.pruned[kept].sum()) - before_them
             self._show(space, [prepared[row] for row in kept], replace(stacked.take(kept), records=done))
         return outcome
 

@@ -64,6 +64,9 @@ class MemorySettings(BaseSettings):
     compare_s: float = Field(
         60.0, gt=0, description="how often the collective scope is compared with what other processes did to Redis"
     )
+    recall_s: float = Field(
+        600.0, ge=0, description="how often the recall of the collective scope is measured; 0: never"
+    )
     idle_days: float | None = Field(
         None, gt=0, description="a bank expires this long after its user's last interaction; none: never"
     )
