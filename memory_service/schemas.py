@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from memory_service.slots import Written
 from model.bank import Entries
 from model.events import EncodeJob
 
@@ -83,6 +84,8 @@ class RetrieveRequest(msgspec.Struct):
     is taken not to have had. `uncounted`: rows whose retrievals do not count as accesses (where something was ignored
     they never do). `alone`: rows that want no memories of others.
     A user "" is nobody: only the query counts. `entropy` (f4, B) is that of users of whom nothing is known.
+    In a group of replicas: `ranges` (bits) are those whose users' memories are searched for others, none: all that are
+    here. `tell_held` asks which items each user is counted for here; `held` (u4, one a row) says so of users elsewhere.
     """
 
     model_version: str
@@ -94,6 +97,9 @@ class RetrieveRequest(msgspec.Struct):
     uncounted: list[int] = []
     alone: list[int] = []
     entropy: bytes = b""
+    ranges: bytes = b""
+    tell_held: bool = False
+    held: list[bytes] = []
 
 
 class StaleUser(msgspec.Struct):
@@ -111,7 +117,7 @@ class RetrieveReply(msgspec.Struct):
     `without`: for rows that ignore some of what the user had, the job that makes the state without it, which is to be
     sent as the row's query; a job without items: nothing is left that a state could be made of.
     `moved`: rows of users whose records are of another model that is loaded too, which this call does not answer: ask
-    again for that model.
+    again for that model. `held`: where it was asked for, items that each user is counted for (u4).
     """
 
     catalogue_size: int
@@ -130,6 +136,7 @@ class RetrieveReply(msgspec.Struct):
     stale: list[StaleUser]
     without: dict[int, Job] = {}
     moved: dict[int, str] = {}
+    held: list[bytes] = []
 
 
 class EventIn(msgspec.Struct):
@@ -365,6 +372,17 @@ class StalePage(msgspec.Struct):
     looked_at: int
     catalogue_size: int
     users: list[StaleUser]
+
+
+class GroupReply(msgspec.Struct):
+    """The group of replicas as one of them, `me`, sees it: `table` says who owns what (None: it stands alone); who is
+    alive; which ranges this one has loaded (bits).
+    """
+
+    me: str
+    alive: list[str]
+    loaded: bytes
+    table: Written | None
 
 
 class Problem(msgspec.Struct):

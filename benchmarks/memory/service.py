@@ -37,7 +37,7 @@ from memory_service.schemas import (
     WriteReply,
     WriteRequest,
 )
-from memory_service.store import user_key
+from memory_service.slots import user_key
 from model.checkpoint import Checkpoint
 from model.rules import unit
 
