@@ -153,7 +153,7 @@ async def _measure(app: FastAPI) -> None:
     await app.state.loaded.wait()
     while every_s > 0:
         scope = app.state.service.serving.collective
-        if scope is not None and (found := await recall(scope._index, rng)) is not None:
+        if scope is not None and (found := await recall(scope.index, rng)) is not None:
             metrics.recall.set(found)
             metrics.measured_at.set_to_current_time()
         await asyncio.sleep(every_s)

@@ -48,6 +48,11 @@ class CollectiveScope:
         self._touched: set[str] = set()  # users who changed while Redis was being read
 
     @property
+    def index(self) -> CollectiveIndex:
+        """What is searched."""
+        return self._index
+
+    @property
     def users(self) -> int:
         """Users whose entries can be found."""
         return len(self._slot)

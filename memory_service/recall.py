@@ -14,7 +14,7 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
-from model.collective import ITEM_BITS, CollectiveIndex
+from model.collective import CollectiveIndex
 
 QUERIES = 32
 NEIGHBOURS = 20
@@ -26,14 +26,12 @@ SHARE = 0.05
 """Of a core."""
 TOLERANCE = 1e-4
 """Between similarities of one entry computed in two ways, by a GPU for one."""
-SAMPLED = 256
-"""Places looked at for each entry of a sample: most places of most slots are empty."""
 
 
 async def recall(index: CollectiveIndex, rng: np.random.Generator) -> float | None:
     """Recall among the 20 nearest entries of other users, over a sample of entries; None where nobody has others."""
     count = int(np.clip(DISTANCES // max(1, len(index)), 1, QUERIES))
-    queries, slots = sample(index, count, rng)
+    queries, slots = index.sample(count, rng)
     if not len(queries):
         return None
     found = index.search(queries, slots, np.full(len(queries), NEIGHBOURS))
@@ -46,45 +44,14 @@ async def recall(index: CollectiveIndex, rng: np.random.Generator) -> float | No
     return float(shares.mean()) if len(shares) else None
 
 
-def sample(
-    index: CollectiveIndex, count: int, rng: np.random.Generator
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Keys (n, d) of up to `count` entries chosen at random, and the slots (n,) that they are in."""
-    inverted, mark, item = index._index, index._mark, index._columns["item"]
-    if not len(index):
-        return np.zeros((0, inverted.d), np.float32), np.zeros(0, np.int64)
-    slots, places = (rng.integers(0, size, SAMPLED * count) for size in mark.shape)
-    some = np.flatnonzero(mark[slots, places])[:count]
-    ids = slots[some] << ITEM_BITS | item[slots[some], places[some]].astype(np.int64)
-    keys = [inverted.reconstruct(int(one)) for one in ids]
-    return np.array(keys, np.float32).reshape(-1, inverted.d), slots[some]
-
-
-def scan(
-    index: CollectiveIndex, lists: range, queries: NDArray[np.float32], fetch: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Similarities (B, fetch) of the best entries of some lists, and the slots that they are in; −1 where there are
-    no more.
-    """
-    inverted = index._index
-    probes, inverted.nprobe = inverted.nprobe, len(lists)
-    try:
-        wanted = np.broadcast_to(np.asarray(lists, np.int64), (len(queries), len(lists)))
-        similarity, ids = inverted.search_preassigned(queries, fetch, wanted, None)
-    finally:
-        inverted.nprobe = probes
-    return similarity, np.where(ids >= 0, ids >> ITEM_BITS, -1)
-
-
 async def _exact(index: CollectiveIndex, queries: NDArray[np.float32], slots: NDArray[np.int64]) -> NDArray[np.float32]:
     """(B, NEIGHBOURS) similarities of the nearest entries of others, best first; −inf where there are no more."""
     best = np.full((len(queries), NEIGHBOURS), -np.inf, np.float32)
-    every, capacity = index._index.nlist, index._mark.shape[1]
-    step = max(1, SLICE * every // max(1, len(queries) * len(index)))
-    for first in range(0, every, step):
+    step = max(1, SLICE * index.lists // max(1, len(queries) * len(index)))
+    for first in range(0, index.lists, step):
         begin = time.perf_counter()
-        lists = range(first, min(first + step, every))
-        similarity, whose = scan(index, lists, queries, NEIGHBOURS + capacity)
+        lists = range(first, min(first + step, index.lists))
+        similarity, whose = index.scan(lists, queries, NEIGHBOURS + index.capacity)
         similarity[(whose < 0) | (whose == slots[:, None])] = -np.inf
         best = -np.sort(-np.concatenate([best, similarity], axis=1), axis=1)[:, :NEIGHBOURS]
         await asyncio.sleep((time.perf_counter() - begin) * (1 / SHARE - 1))

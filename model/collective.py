@@ -30,6 +30,8 @@ OWN_SHARE = 8
 """Neighbours fetched beyond K, in case some are the asker's own."""
 FETCH_LIMIT = 2048
 """Most neighbours looked at for one query while its own entries and ties at the K-th place are resolved."""
+SAMPLED = 256
+"""Places looked at for each entry of a sample: most places of most slots are empty."""
 COLUMNS = {"item": np.uint32, "quality": np.float32, "recency": np.float32, "rating": np.float32}
 
 
@@ -160,6 +162,7 @@ class CollectiveIndex:
     def _remove_from(index: Any, ids: NDArray[np.int64]) -> None:
         index.remove_ids(faiss.IDSelectorArray(len(ids), faiss.swig_ptr(ids)))
 
+<<<<<<< ours
     def search(
         self,
         queries: Floats,
@@ -169,6 +172,43 @@ class CollectiveIndex:
         passing: Bools | None = None,
         held: Sequence[Ints] | None = None,
     ) -> Entries:
+=======
+    @property
+    def lists(self) -> int:
+        """Lists that entries are kept in, empty ones included."""
+        return int(self._index.nlist)
+
+    @property
+    def capacity(self) -> int:
+        """Entries that a slot has at most."""
+        return int(self._mark.shape[1])
+
+    def sample(self, count: int, rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Keys (n, d) of up to `count` entries chosen at random, and the slots (n,) that they are in."""
+        if not len(self):
+            return np.zeros((0, self._index.d), np.float32), np.zeros(0, np.int64)
+        slots, places = (rng.integers(0, size, SAMPLED * count) for size in self._mark.shape)
+        some = np.flatnonzero(self._mark[slots, places])[:count]
+        ids = slots[some] << ITEM_BITS | self._columns["item"][slots[some], places[some]].astype(np.int64)
+        keys = [self._index.reconstruct(int(one)) for one in ids]
+        return np.array(keys, np.float32).reshape(-1, self._index.d), slots[some]
+
+    def scan(
+        self, lists: range, queries: NDArray[np.float32], fetch: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Similarities (B, fetch) of the best entries of some lists, and the slots that they are in, −1 where there
+        are no more: whatever is in all lists, however far from the query, is found by asking for all of them.
+        """
+        probes, self._index.nprobe = self._index.nprobe, len(lists)
+        try:
+            wanted = np.broadcast_to(np.asarray(lists, np.int64), (len(queries), len(lists)))
+            similarity, ids = self._index.search_preassigned(queries, fetch, wanted, None)
+        finally:
+            self._index.nprobe = probes
+        return similarity, np.where(ids >= 0, ids >> ITEM_BITS, -1)
+
+    def search(self, queries: Floats, askers: Ints, k: Ints, users: int = 1) -> Entries:
+>>>>>>> theirs
         """The k most similar entries of others for each query, best first; fewer only if there are fewer in the lists
         scanned. Similarities are compared to 6 decimals; ties go by item, then quality, so that no slot shows.
 

@@ -42,7 +42,7 @@ def test_recall_is_the_share_of_what_brute_force_finds(go):
     index = CollectiveIndex(CENTROIDS, RULES.capacity, 1)  # one list of six is looked at
     index.put(np.arange(USERS), made)
     measured = go(probe.recall(index, np.random.default_rng(5)))
-    queries, slots = probe.sample(index, probe.QUERIES, np.random.default_rng(5))
+    queries, slots = index.sample(probe.QUERIES, np.random.default_rng(5))
     assert len(queries) == probe.QUERIES
     found = index.search(queries, slots, np.full(len(queries), probe.NEIGHBOURS))
     shares = []
@@ -55,7 +55,7 @@ def test_recall_is_the_share_of_what_brute_force_finds(go):
 
 def test_the_sample_is_entries_and_whose_they_are():
     made = banks()
-    queries, slots = probe.sample(index_of(made), 20, np.random.default_rng(1))
+    queries, slots = index_of(made).sample(20, np.random.default_rng(1))
     for query, slot in zip(queries, slots, strict=True):
         assert (made.key[slot].astype(np.float32) == query).all(axis=1).any()
 
