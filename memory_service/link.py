@@ -174,6 +174,14 @@ class Road(ABC):
         """A step through all keys: where to go on (0: all were named), and some keys."""
 
     @abstractmethod
+    async def primaries(self) -> list[str]:
+        """Names of the servers that are written to."""
+
+    @abstractmethod
+    async def refresh(self) -> None:
+        """Look which servers there are. Raises StoreUnavailable."""
+
+    @abstractmethod
     async def listeners(self) -> list[redis.Redis]:
         """Clients, one for each primary, for the caller to listen with and to close."""
 
@@ -250,6 +258,14 @@ class Single(Road):
             found: Any = await self._redis.scan(cursor, match, count)
             after, keys = found
         return int(after), keys
+
+    @override
+    async def primaries(self) -> list[str]:
+        return [self._url]
+
+    @override
+    async def refresh(self) -> None:
+        return
 
     @override
     async def listeners(self) -> list[redis.Redis]:
@@ -507,6 +523,17 @@ class Cluster(Road):
             first.setdefault(node.name, slot)
             nodes[node.name] = node
         return [nodes[name] for name in sorted(first, key=lambda name: first[name])]
+
+    @override
+    async def refresh(self) -> None:
+        await self._connect()
+        async with translated():
+            await self._nodes.initialize()
+
+    @override
+    async def primaries(self) -> list[str]:
+        await self._connect()
+        return [node.name for node in self._in_order()]
 
     @override
     async def listeners(self) -> list[redis.Redis]:

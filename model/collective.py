@@ -162,17 +162,6 @@ class CollectiveIndex:
     def _remove_from(index: Any, ids: NDArray[np.int64]) -> None:
         index.remove_ids(faiss.IDSelectorArray(len(ids), faiss.swig_ptr(ids)))
 
-<<<<<<< ours
-    def search(
-        self,
-        queries: Floats,
-        askers: Ints,
-        k: Ints,
-        users: int = 1,
-        passing: Bools | None = None,
-        held: Sequence[Ints] | None = None,
-    ) -> Entries:
-=======
     @property
     def lists(self) -> int:
         """Lists that entries are kept in, empty ones included."""
@@ -207,8 +196,15 @@ class CollectiveIndex:
             self._index.nprobe = probes
         return similarity, np.where(ids >= 0, ids >> ITEM_BITS, -1)
 
-    def search(self, queries: Floats, askers: Ints, k: Ints, users: int = 1) -> Entries:
->>>>>>> theirs
+    def search(
+        self,
+        queries: Floats,
+        askers: Ints,
+        k: Ints,
+        users: int = 1,
+        passing: Bools | None = None,
+        held: Sequence[Ints] | None = None,
+    ) -> Entries:
         """The k most similar entries of others for each query, best first; fewer only if there are fewer in the lists
         scanned. Similarities are compared to 6 decimals; ties go by item, then quality, so that no slot shows.
 
