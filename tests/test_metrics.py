@@ -90,9 +90,7 @@ def test_where_nobody_has_others_nothing_is_measured(go):
 def test_a_large_index_is_asked_fewer_queries(go, monkeypatch):
     index = index_of(banks())
     asked = []
-    monkeypatch.setattr(
-        probe, "sample", lambda index, count, rng: asked.append(count) or (np.zeros((0, 8), np.float32), [])
-    )
+    monkeypatch.setattr(index, "sample", lambda count, rng: asked.append(count) or (np.zeros((0, 8), np.float32), []))
     monkeypatch.setattr(probe, "DISTANCES", 3 * len(index))
     go(probe.recall(index, np.random.default_rng(0)))
     monkeypatch.setattr(probe, "DISTANCES", 1)
