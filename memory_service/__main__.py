@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import signal
+import socket
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,7 +33,7 @@ def main() -> int:
             if settings.redis_url is None:
                 url = stack.enter_context(embedded_valkey(settings.data_dir, settings.fsync))
                 settings = settings.model_copy(update={"redis_url": url})
-            server = uvicorn.Server(
+            server = Server(
                 uvicorn.Config(
                     create_app(settings, tracer_of("ramrec-memory")),
                     host=settings.host,
@@ -52,6 +53,17 @@ def main() -> int:
     except KeyboardInterrupt:
         return 0
     return 2
+
+
+class Server(uvicorn.Server):
+    """Answers on until the rest of the group has taken over."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Leave the group, then stop."""
+        app: Any = self.config.app
+        if not self.force_exit:
+            await app.state.service.leave(app.state.settings.leave_s)
+        await super().shutdown(sockets)
 
 
 def _options() -> dict[str, Any]:

@@ -3,6 +3,7 @@
     POST /v1/retrieve, /v1/plan, /v1/write, /v1/rekey, /v1/quota
     GET, DELETE /v1/user?user_id=      a bank laid open; forget
     GET /v1/users?prefix=&limit=
+    GET /v1/group                      who owns which users, where there are several replicas
     GET /v1/catalogue?since=&revision=, POST /v1/catalogue
     GET, POST /v1/model                which models are loaded; want another one, or cut over to it
     GET /v1/stale?version=&cursor=&limit=      users of other models, step by step
@@ -78,10 +79,20 @@ def create_app(settings: MemorySettings, tracer: Any = None) -> FastAPI:
         raise ValueError("redis_url is not set")
     checkpoint = load_checkpoint(settings.run, with_weights=False)
     idle_s = round((settings.idle_days or 0) * 86400)
-    store = Store(settings.redis_url, checkpoint.config.rules, settings.redis_timeout_s, idle_s)
+    rules, timeout_s = checkpoint.config.rules, settings.redis_timeout_s
+    store = Store(settings.redis_url, rules, timeout_s, idle_s, settings.redis_replicas)
     replicate = on_cuda() if settings.device == "cuda" else None
     collective = settings.collective_users if settings.collective else 0
-    service = MemoryService(store, checkpoint, settings.resident_users, collective, replicate, settings.run.resolve())
+    service = MemoryService(
+        store,
+        checkpoint,
+        settings.resident_users,
+        collective,
+        replicate,
+        settings.run.resolve(),
+        settings.advertise,
+        settings.group_patience_s,
+    )
     app = FastAPI(
         title="RAMRec memory service",
         lifespan=_lifespan,

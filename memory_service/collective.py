@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memory_service.replica import Replicate, ReplicatedCollectiveIndex
-from memory_service.slots import Part, range_of, unpack
+from memory_service.slots import Part, range_of
 from model.bank import Entries
 from model.checkpoint import Checkpoint
 from model.collective import CollectiveIndex
@@ -155,23 +155,21 @@ class CollectiveScope:
         queries: Floats,
         askers: list[str],
         k: Ints,
-        ranges: bytes = b"",
+        ranges: Bools | None = None,
         held: Sequence[Ints] | None = None,
     ) -> Entries:
         """The k most similar entries of others for each query (B, d); askers (B): whose own are left out; k (B,).
 
-        ranges: whose entries are searched, as bits; all that are here. held: items of each asker, who is elsewhere.
-        Raises ValueError where the bits are not as many as there are ranges.
+        ranges: (RANGES,) whose entries are searched, None: all that are here. held: items of askers who are elsewhere.
         """
         slots = np.array([self._slot.get(user, -1) for user in askers], np.int64)
         return self._index.search(queries, slots, k, self._least, self._passing(ranges), held)
 
-    def _passing(self, ranges: bytes) -> Bools | None:
+    def _passing(self, ranges: Bools | None) -> Bools | None:
         """(S,) by slot; None where nobody is left out."""
-        if self._part is None or not ranges:
+        if self._part is None or ranges is None or ranges[self._part.kept].all():
             return None
-        asked = unpack(ranges)
-        return None if asked[self._part.kept].all() else asked[self._range]
+        return np.asarray(ranges[self._range])
 
     # -------------------------------------------------------------------------------------------- parts
 

@@ -308,6 +308,11 @@ class Cluster(Road):
             groups.setdefault(key_slot(key), []).append(place)
         return list(groups.values())
 
+    def place(self, key: bytes) -> str:
+        """Which primary has a key, as far as is known."""
+        nodes = self._nodes.slots_cache.get(key_slot(key))
+        return nodes[0].name if nodes else ""
+
     @override
     async def send(self, commands: Sequence[Command], durable: bool) -> list[Any]:
         await self._connect()

@@ -18,6 +18,8 @@ from memory_service.merging import TooLate
 from memory_service.metrics import Metrics
 from memory_service.schemas import (
     CONTENT_TYPE,
+    Forgotten,
+    GroupReply,
     ModelRequest,
     PlanRequest,
     QuotaRequest,
@@ -48,6 +50,7 @@ def add(app: FastAPI) -> None:
     app.get("/v1/user")(inspect)
     app.delete("/v1/user")(forget)
     app.get("/v1/users")(users)
+    app.get("/v1/group")(group)
     app.get("/v1/catalogue")(catalogue)
     app.post("/v1/catalogue")(register)
     app.get("/v1/model")(model)
@@ -101,9 +104,18 @@ async def inspect(user_id: str, request: Request) -> Response:
     return _answer(found) if found else problem(404, "user_not_found", "nothing is known about this user")
 
 
-async def forget(user_id: str, request: Request) -> Response:
-    """Forget a user."""
+async def forget(user_id: str, request: Request, here: bool = False) -> Response:
+    """Forget a user; `here`: another replica has done so, and this one lets go."""
+    if here:
+        await _service(request).drop(user_id)
+        return _answer(Forgotten(False))
     return _answer(await _service(request).forget(user_id))
+
+
+async def group(request: Request) -> Response:
+    """The group of replicas."""
+    found = _service(request).group
+    return _answer(GroupReply("", [], b"", None) if found is None else found.described())
 
 
 async def users(request: Request, prefix: str = "", limit: int = 100) -> Response:

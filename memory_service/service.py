@@ -12,17 +12,19 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from memory_service import wire
 from memory_service.catalogue import Catalogue
+from memory_service.feed import Feed
+from memory_service.group import Group
 from memory_service.link import ShardUnavailable, StoreUnavailable
 from memory_service.merging import Merged
 from memory_service.models import ModelMismatch, Models
@@ -50,11 +52,13 @@ from memory_service.schemas import (
     WriteReply,
     WriteRequest,
 )
+from memory_service.slots import Part, range_of
 from memory_service.space import Space
 from memory_service.store import Store, Tombstone
 from memory_service.wire import BadRequest, Prepared
 from model.checkpoint import Checkpoint
 from model.events import Plan, Stacked, UserRecord, apply_stacked, plan, without
+from model.rules import Bools
 
 LOAD_USERS = 500
 """Users read and indexed at a time at start; other calls are answered in between."""
@@ -99,15 +103,25 @@ class MemoryService:
         collective: int = 1,
         replicate: Replicate | None = None,
         run: Path = Path(),
+        advertise: str | None = None,
+        patience_s: float = 5.0,
     ) -> None:
+        part = Part() if advertise else None
+
         def space_of(checkpoint: Checkpoint) -> Space:
-            return Space(checkpoint, self.catalogue, resident_users, collective, replicate)
+            return Space(checkpoint, self.catalogue, resident_users, collective, replicate, part)
 
         self.store = store
         self.catalogue = Catalogue(store)
         self.models = Models(store, self.catalogue, checkpoint, run, space_of, self._complete)
         self.pruned = 0
         """Entries that writes through this process pushed out of full banks."""
+        self.group: Group | None = None
+        """The replicas that this one belongs to; none: it stands alone."""
+        self._together: list[asyncio.Task[None]] = []
+        self._feed = Feed(store.link, self._changed, self._missed)
+        if advertise and part:
+            self.group = Group(store, advertise, part, patience_s, lambda: self.models.spaces, self._load)
         self._comparing = asyncio.Lock()
         self._recent: OrderedDict[str, Known] = OrderedDict()
         self._outage: asyncio.Task[None] | None = None
@@ -137,7 +151,52 @@ class MemoryService:
             StoreUnavailable. CheckpointError: the model that Redis says serves cannot be loaded.
         """
         await self.models.start()
+        if self.group is not None:
+            await self._join(self.group)
         await self.compare()
+
+    async def _join(self, group: Group) -> None:
+        """Take part in a group: hear what changes from now on, and load what is to be held here."""
+        if not self._together:
+            self._begin(self._feed.run())
+            await self._feed.listening.wait()
+            self._begin(group.run())
+        await group.joined.wait()
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        task.add_done_callback(_report)
+        self._together.append(task)
+
+    async def _load(self, ranges: Bools) -> None:
+        """Bring all users of these ranges into the collective scopes."""
+        async with self._comparing:
+            async for names in self.store.all_users(LOAD_USERS):
+                await self._look_at([name for name in names if ranges[range_of(name)]])
+
+    async def _changed(self, users: set[str]) -> None:
+        """Other replicas, or time, did something to these users; or we did."""
+        if self.group is not None:
+            mine = [name for name in users if self.group.part.keeps(name)]
+            async with self._comparing:
+                for at in range(0, len(mine), LOAD_USERS):
+                    await self._look_at(mine[at : at + LOAD_USERS])
+
+    async def _missed(self) -> None:
+        """Changes may have gone unheard."""
+        if self.group is not None and self.group.joined.is_set():
+            await self.compare()
+
+    async def _look_at(self, names: list[str]) -> None:
+        for space in list(self.models.spaces.values()):
+            if space.collective is not None:
+                read = partial(self._read, space)
+                await space.collective.look_at(names, self.store.stamps, read, self.models.spaces)
+
+    async def leave(self, limit_s: float) -> None:
+        """Hand over to the rest of the group before this process ends."""
+        if self.group is not None and self.group.joined.is_set():
+            await self.group.leave(limit_s)
 
     async def compare(self) -> None:
         """Bring the collective scope to what is in Redis: all of it at start, later what other processes wrote or
@@ -164,6 +223,9 @@ class MemoryService:
         if self._outage is not None:
             self._outage.cancel()
             await asyncio.gather(self._outage, return_exceptions=True)
+        for task in self._together:
+            task.cancel()
+        await asyncio.gather(*self._together, return_exceptions=True)
         await self.store.close()
 
     # ----------------------------------------------------------------------------------------- retrieve
@@ -174,13 +236,9 @@ class MemoryService:
         self._check_users(request.users)
         if not request.users:
             raise BadRequest("no users")
-        degraded = not space.complete
+        degraded = not space.complete or self._misses(space, request)
         altered = await self._altered(space, request) if request.ignore else {}
-        try:
-            damaged = await self._refresh(space, request.users)
-            degraded = degraded or damaged
-        except StoreUnavailable:
-            degraded = True  # what is resident goes on answering, and the answer says so
+        degraded = await self._refresh_all(space, request.users) or degraded
         visitors = {f"\0{row}": record for row, record in altered.items() if record is not None}
         users = [f"\0{row}" if row in altered else user for row, user in enumerate(request.users)]
         with space.residents.visited(visitors, space.clusters):
@@ -195,6 +253,10 @@ class MemoryService:
             reply.moved = {row: model for row, model in model_of.items() if model in followed}
             reply.stale = await self._jobs(space, [users[row] for row in model_of if row not in reply.moved])
         return reply
+
+    def _misses(self, space: Space, request: RetrieveRequest) -> bool:
+        """Whether some of those whose memories are asked for are not loaded here (yet)."""
+        return self.group is not None and space.collective is not None and self.group.misses(wire.ranges(request))
 
     async def _altered(self, space: Space, request: RetrieveRequest) -> dict[int, UserRecord | None]:
         """Rows that ignore something of what the user had, and the record without it; None where Redis cannot tell."""
@@ -408,8 +470,15 @@ class MemoryService:
         """Remove everything about a user; a tombstone keeps late retries from bringing them back."""
         with self._reaching():
             existed = await self.store.forget(user_id, time.time())
-        self._remove([user_id])
+        await self.drop(user_id)
         return Forgotten(existed)
+
+    async def drop(self, user_id: str) -> None:
+        """Let go of a user whom another replica has forgotten. Raises StoreUnavailable: it may still be counted."""
+        self._remove([user_id])
+        if self.group is not None:
+            with self._reaching():
+                await self.group.exchange()
 
     # ------------------------------------------------------------------------------------------ inspect
 
@@ -487,6 +556,20 @@ class MemoryService:
         if len(set(names)) < len(names):
             raise BadRequest("a user is named twice")
 
+    async def _refresh_all(self, space: Space, users: Sequence[str]) -> bool:
+        """Bring residents to what Redis has; returns whether some could not be read. Who is out of reach, with the
+        others on that primary, goes on as resident.
+        """
+        try:
+            shards = await self.store.shards([name for name in dict.fromkeys(users) if name])
+        except StoreUnavailable:
+            return True
+        found = await asyncio.gather(*(self._refresh(space, some) for some in shards), return_exceptions=True)
+        for one in found:
+            if isinstance(one, BaseException) and not isinstance(one, StoreUnavailable):
+                raise one
+        return any(found)  # an error of Redis, or a record that cannot be read
+
     async def _refresh(self, space: Space, users: Sequence[str]) -> bool:
         """Bring residents of these users to what Redis has; returns whether some record could not be read.
 
@@ -495,7 +578,7 @@ class MemoryService:
         """
         space.residents.make_room()
         agreed: dict[str, int] = {}
-        pending, damaged = [name for name in dict.fromkeys(users) if name], False
+        pending, damaged = list(users), False
         while pending:
             here = _stamps(space, pending)
             check = [name for name in pending if here[name] and agreed.get(name, here[name]) == here[name]]
@@ -614,6 +697,12 @@ class MemoryService:
                 self._outage = None
                 log.warning("Redis answers again")
                 return
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    """Nobody waits for this task: what ends it must not go unseen."""
+    if not task.cancelled() and task.exception() is not None:
+        log.error("no longer taking part in the group", exc_info=task.exception())
 
 
 def _is_for(record: UserRecord, space: Space) -> bool:

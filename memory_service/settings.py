@@ -51,6 +51,20 @@ class MemorySettings(BaseSettings):
     data_dir: Path = Field(default_factory=user_data_dir, description="folder of the embedded Valkey")
     fsync: Literal["everysec", "always"] = Field("everysec", description="AOF policy of the embedded Valkey")
     redis_timeout_s: float = Field(2.0, gt=0)
+    redis_replicas: int | None = Field(
+        None,
+        ge=0,
+        description="replicas of Redis that confirm a write before it counts; none: 1 in a Redis Cluster, 0 elsewhere",
+    )
+    advertise: str | None = Field(
+        None,
+        pattern="^https?://",
+        description="URL under which the api reaches this replica: it takes part in a group; none: it stands alone",
+    )
+    group_patience_s: float = Field(
+        5.0, ge=1, description="a replica of the group that is silent for so long is taken for gone"
+    )
+    leave_s: float = Field(20.0, ge=0, description="how long a replica that stops waits for others to take over")
     resident_users: int = Field(
         200_000, ge=1, description="banks kept in memory between calls; the least recently used go first"
     )

@@ -99,7 +99,7 @@ class Space:
         if self.collective is None:
             return np.zeros_like(k), Entries.empty(len(k))
         held = wire.held(request) if request.held else None
-        return k, self.collective.search(queries, request.users, k, request.ranges, held)
+        return k, self.collective.search(queries, request.users, k, wire.ranges(request), held)
 
     def _count(self, request: RetrieveRequest, slots: Ints, found: Found) -> None:
         """Remember which memories were retrieved, until the user's next write."""

@@ -14,7 +14,8 @@
     ramrec:catalogue:{items}:revision counts changes of metadata and hidden flags of items that were there before
     ramrec:catalogue:{items}:changes  list of the numbers of the items changed, one a revision, newest first, 10,000
     ramrec:group:{members}:table      who owns which slots (`memory_service.group`)
-    ramrec:group:{members}:alive:URL  a replica that is there; expires
+    ramrec:group:{members}:alive      sorted set of replicas by the time (ms) until which they count as there
+    ramrec:group:{members}:holders:MODEL:URL   stream: how many users a replica counts for each item
 
 In a Redis Cluster the braces say which part of a key its slot comes from: a user's slot follows from the user id, and
 all of the catalogue is in one. How Redis is reached, and what can go wrong there: `memory_service.link`.
@@ -32,7 +33,7 @@ from typing import Any
 
 import msgspec
 
-from memory_service.link import Command, Link, Road, sha
+from memory_service.link import Command, Link, Road, Single, sha
 from memory_service.record import CHECKSUM, MODEL, STAMP, RecordError, model_of, pack_record, stamp_bytes, unpack_record
 from memory_service.slots import user_key, user_of
 from model.config import RulesConfig
@@ -40,6 +41,8 @@ from model.events import UserRecord
 
 TOMBSTONE_S = 30 * 86400
 TOMBSTONE = struct.Struct("<dQ")
+TOLD_S = 300
+"""How long what a replica told the others is kept: it tells all of it anew far more often."""
 QUOTA_S = 60
 """How long a count of granted requests is kept: longer than clocks differ."""
 COMMIT_USERS = 64
@@ -52,6 +55,8 @@ CATALOGUE = NUMBERS, IDS, ABOUT, HIDDEN, REVISION, CHANGES = [
     f"ramrec:catalogue:{{items}}:{name}" for name in ("number", "id", "about", "hidden", "revision", "changes")
 ]
 CHANGES_KEPT = 10_000
+GROUP = "ramrec:group:{members}"
+TABLE, ALIVE = f"{GROUP}:table", f"{GROUP}:alive"
 
 STAMPS = """
 local found = {}
@@ -145,7 +150,17 @@ return granted
 """Grant some of the requests that a limit leaves."""
 
 
-SCRIPTS = (STAMPS, COMMIT, FORGET, REGISTER, CHANGED, SWAP, QUOTA)
+BEAT = """
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[1])
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
+return {redis.call('GET', KEYS[2]) or '', redis.call('ZRANGE', KEYS[1], 0, -1)}
+"""
+"""A replica is there for a while; the table, and who else is there. By the clock of Redis."""
+
+
+SCRIPTS = (STAMPS, COMMIT, FORGET, REGISTER, CHANGED, SWAP, QUOTA, BEAT)
 SHA = {text: sha(text) for text in SCRIPTS}
 
 
@@ -231,6 +246,16 @@ class Store:
             records.answers(found),
             [_tombstone(data) for data in kept.answers(found)],
         )
+
+    async def shards(self, users: Sequence[str]) -> list[list[str]]:
+        """Users by the primary that has their records, as far as is known."""
+        road = await self.link.road()
+        if isinstance(road, Single):
+            return [list(users)]
+        groups: dict[str, list[str]] = {}
+        for user in users:
+            groups.setdefault(road.place(user_key(user)), []).append(user)
+        return list(groups.values())
 
     async def stamps(self, users: Sequence[str]) -> list[int]:
         """Stamp of each user's record, 0 where there is none. One round trip."""
@@ -404,6 +429,36 @@ class Store:
     async def swap(self, key: str, before: bytes, after: bytes) -> bool:
         """Compare-and-set of a small value; `before` is empty where there is none."""
         return bool((await self.link.send([_script(SWAP, [key], [before, after])], durable=True))[0])
+
+    # -------------------------------------------------------------------------------------------- group
+
+    async def beat(self, me: str, for_ms: int) -> tuple[bytes, frozenset[str]]:
+        """Count as there for a while: the table (empty where there is none yet), and all who are there."""
+        table, alive = (await self.link.send([_script(BEAT, [ALIVE, TABLE], [me, for_ms])]))[0]
+        return table, frozenset(one.decode() for one in alive)
+
+    async def silence(self, me: str) -> None:
+        """Count as there no longer."""
+        await self.link.send([("ZREM", ALIVE, me)])
+
+    async def swap_table(self, before: bytes, after: bytes) -> bool:
+        """Change the table, unless another did meanwhile."""
+        return await self.swap(TABLE, before, after)
+
+    async def tell_holders(self, model: str, me: str, fields: dict[bytes, bytes], *, anew: bool) -> None:
+        """Tell the others how many hold which items; `anew`: nothing told before counts."""
+        key = f"{GROUP}:holders:{model}:{me}"
+        said = [part for pair in fields.items() for part in pair]
+        before: list[Command] = [("DEL", key)] if anew else []
+        await self.link.send([*before, ("XADD", key, "*", *said), ("EXPIRE", key, TOLD_S)])
+
+    async def hear_holders(
+        self, model: str, of: Sequence[tuple[str, str]]
+    ) -> list[list[tuple[str, dict[bytes, bytes]]]]:
+        """What replicas told after a message each ("": from the first on): (message, fields) in order."""
+        keys = [(f"{GROUP}:holders:{model}:{one}", f"({at}" if at else "-") for one, at in of]
+        found = await self.link.send([("XRANGE", key, start, "+") for key, start in keys])
+        return [[(at.decode(), fields) for at, fields in messages] for messages in found]
 
     # ------------------------------------------------------------------------------------------- quotas
 

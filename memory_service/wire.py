@@ -22,11 +22,12 @@ from memory_service.schemas import (
     UserPlan,
     UserWritten,
 )
+from memory_service.slots import unpack
 from memory_service.store import Tombstone
 from model import rules as rule
 from model.bank import Banks, Entries
 from model.events import EncodeJob, Event, Plan, UserRecord, event_identity, rekey_job
-from model.rules import Floats, Ints
+from model.rules import Bools, Floats, Ints
 
 UNIT = 1.01
 """No number of a vector of unit length exceeds it, however it was rounded."""
@@ -94,6 +95,16 @@ def ignored(request: RetrieveRequest) -> dict[int, list[int]]:
     """Row → numbers of items that the user is taken not to have had."""
     rows(list(request.ignore), len(request.users), "ignore")
     return {row: items for row, items in request.ignore.items() if items}
+
+
+def ranges(request: RetrieveRequest) -> Bools | None:
+    """Ranges whose users' memories are searched for others; None: all that are here. Raises BadRequest."""
+    if not request.ranges:
+        return None
+    try:
+        return unpack(request.ranges)
+    except ValueError as error:
+        raise BadRequest(str(error)) from error
 
 
 def held(request: RetrieveRequest) -> list[NDArray[np.uint32]]:

@@ -1,0 +1,97 @@
+"""Groups of memory replicas and an api over them, in real processes' stead: real servers on threads of this process."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import msgspec
+
+from api.app import create_app as create_api
+from api.settings import ApiSettings
+from memory_service.app import create_app as create_memory
+from memory_service.schemas import GroupReply
+from memory_service.settings import MemorySettings
+from memory_service.slots import read
+from tests.conftest import served
+
+PATIENCE_S = 60.0
+
+
+def free_port() -> int:
+    """A port that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def until(done: Callable[[], Any], patience_s: float = PATIENCE_S) -> Any:
+    """Wait for what other threads or processes do."""
+    end = time.monotonic() + patience_s
+    while not (said := done()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return said
+
+
+def described(url: str) -> GroupReply:
+    """The group as a replica sees it."""
+    return msgspec.msgpack.decode(httpx2.get(f"{url}/v1/group").content, type=GroupReply)
+
+
+def settled(*urls: str) -> bool:
+    """Whether all see the same members, nothing changes hands, and everything is loaded."""
+    for url in urls:
+        reply = described(url)
+        table = read(reply.table)
+        if sorted(table.members) != sorted(urls) or table.contested().any():
+            return False
+        if not (table.owned(url) <= _bits(reply.loaded)).all():
+            return False
+    return True
+
+
+def _bits(data: bytes) -> Any:
+    import numpy as np
+
+    return np.unpackbits(np.frombuffer(data, "u1")).astype(bool)
+
+
+class Group:
+    """Memory replicas over one Redis, and an api."""
+
+    def __init__(self, run: Path, redis_url: str, stack: ExitStack, **settings: Any) -> None:
+        self._run, self._redis_url, self._stack = run, redis_url, stack
+        self._settings = {"collective_users": 1, "group_patience_s": 1} | settings
+        self.replicas: dict[str, ExitStack] = {}
+
+    def add(self) -> str:
+        """Start one more replica; returns its URL once it answers."""
+        port = free_port()
+        url = f"http://127.0.0.1:{port}"
+        settings = MemorySettings(
+            run=self._run, redis_url=self._redis_url, advertise=url, redis_timeout_s=5, **self._settings
+        )
+        opened = self._stack.enter_context(ExitStack())
+        opened.enter_context(served(create_memory(settings), port))
+        self.replicas[url] = opened
+        return url
+
+    def remove(self, url: str) -> None:
+        """Stop a replica without a word to the others, as a crash would."""
+        self.replicas.pop(url).close()
+
+    def settle(self) -> None:
+        """Wait until the group has shared everything out."""
+        until(lambda: settled(*self.replicas))
+
+    def api(self, *seeds: str) -> httpx2.Client:
+        """An api over the group."""
+        settings = ApiSettings(run=self._run, memory_url=",".join(seeds or self.replicas))
+        url = self._stack.enter_context(served(create_api(settings)))
+        return self._stack.enter_context(httpx2.Client(base_url=url, timeout=60))
