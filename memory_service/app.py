@@ -6,7 +6,8 @@
     GET /v1/group                      who owns which users, where there are several replicas
     GET /v1/catalogue?since=&revision=, POST /v1/catalogue
     GET, POST /v1/model                which models are loaded; want another one, or cut over to it
-    GET /v1/stale?version=&cursor=&limit=      users of other models, step by step
+    GET /v1/walk?cursor=&limit=&first_slot=&last_slot=     users of some slots, step by step
+    GET /v1/stale?version=&cursor=&limit=&first_slot=&last_slot=     those of other models
     GET /health/live, /health/ready, /metrics, /openapi.json
 
 Errors are `Problem`: 400 no msgpack of the right shape, 401 without the token, 404, 405, 409 another model, 413 too

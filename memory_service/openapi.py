@@ -41,6 +41,7 @@ from memory_service.schemas import (
     StaleUser,
     UserEvents,
     UserMemory,
+    UserPage,
     UserPlan,
     UserRekey,
     Users,
@@ -49,6 +50,7 @@ from memory_service.schemas import (
     WriteReply,
     WriteRequest,
 )
+from memory_service.slots import SLOTS
 
 Json = dict[str, Any]
 REFS = "#/components/schemas/{name}"
@@ -123,6 +125,11 @@ def _parameter(name: str, schema: Json, about: str, *, required: bool = False, e
 
 
 USER = _parameter("user_id", TEXT, "The caller's user id.", required=True, example="196")
+CURSOR = _parameter("cursor", {"type": "integer", "default": 0}, "Where the last step ended.", example=17)
+SLOT_RANGE = (
+    _parameter("first_slot", {"type": "integer", "default": 0}, "First slot of a Redis Cluster.", example=8192),
+    _parameter("last_slot", {"type": "integer", "default": SLOTS - 1}, "Last slot.", example=16_383),
+)
 EVENT = EventIn(0, "50", 1_764_000_000.0, 5.0, "order-17")
 ONE = struct.pack("<i", 1)
 ENTRY = Columns(ONE, struct.pack("<I", 50), _floats(0.8), _floats(0.7), _floats(1), _floats(5))
@@ -276,6 +283,19 @@ CALLS = (
     ),
     Call(
         "get",
+        "/v1/walk",
+        "walk",
+        "A step through the users whose records lie in some slots",
+        UserPage(17, ["196", "186"]),
+        (INVALID_QUERY, UNAVAILABLE),
+        query=(
+            CURSOR,
+            _parameter("limit", {"type": "integer", "default": 1000}, "About as many looked at, 1…10000.", example=100),
+            *SLOT_RANGE,
+        ),
+    ),
+    Call(
+        "get",
         "/v1/stale",
         "stale",
         "A step through all users: those whose records are not of the wanted model, and what they need",
@@ -283,8 +303,9 @@ CALLS = (
         (MISMATCH, INVALID_QUERY, UNAVAILABLE),
         query=(
             _parameter("version", TEXT, "The wanted model.", required=True, example=NEXT),
-            _parameter("cursor", {"type": "integer", "default": 0}, "Where the last step ended.", example=17),
+            CURSOR,
             _parameter("limit", {"type": "integer", "default": 200}, "About as many users, 1…1000.", example=200),
+            *SLOT_RANGE,
         ),
     ),
 )

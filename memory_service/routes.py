@@ -26,10 +26,12 @@ from memory_service.schemas import (
     RegisterRequest,
     RekeyRequest,
     RetrieveRequest,
+    UserPage,
     Users,
     WriteRequest,
 )
 from memory_service.service import MemoryService
+from memory_service.slots import SLOTS
 from memory_service.telemetry import CALL
 
 Body = TypeVar("Body", bound=msgspec.Struct)
@@ -55,6 +57,7 @@ def add(app: FastAPI) -> None:
     app.post("/v1/catalogue")(register)
     app.get("/v1/model")(model)
     app.post("/v1/model")(change_model)
+    app.get("/v1/walk")(walk)
     app.get("/v1/stale")(stale)
     app.get("/health/live")(live)
     app.get("/health/ready")(ready)
@@ -149,9 +152,29 @@ async def change_model(request: Request) -> Response:
     return _answer(service.model())
 
 
-async def stale(request: Request, version: str, cursor: int = 0, limit: int = 200) -> Response:
+async def walk(
+    request: Request, cursor: int = 0, limit: int = 1000, first_slot: int = 0, last_slot: int = SLOTS - 1
+) -> Response:
+    """Users of some slots, page by page."""
+    store, slots = _service(request).store, _slots(first_slot, last_slot)
+    return _answer(UserPage(*await store.walk(max(0, min(cursor, FAR)), max(1, min(limit, 10_000)), slots)))
+
+
+async def stale(
+    request: Request,
+    version: str,
+    cursor: int = 0,
+    limit: int = 200,
+    first_slot: int = 0,
+    last_slot: int = SLOTS - 1,
+) -> Response:
     """Users who are not of a model yet."""
-    return _answer(await _service(request).stale(version, max(0, min(cursor, FAR)), max(1, min(limit, 1000))))
+    cursor, limit, slots = max(0, min(cursor, FAR)), max(1, min(limit, 1000)), _slots(first_slot, last_slot)
+    return _answer(await _service(request).stale(version, cursor, limit, slots))
+
+
+def _slots(first: int, last: int) -> range:
+    return range(max(0, min(first, SLOTS)), max(0, min(last + 1, SLOTS)))
 
 
 async def live() -> dict[str, str]:

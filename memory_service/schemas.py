@@ -385,6 +385,13 @@ class GroupReply(msgspec.Struct):
     table: Written | None
 
 
+class UserPage(msgspec.Struct):
+    """A step through users: `cursor` goes on (0: all were named); one may be named at several steps."""
+
+    cursor: int
+    users: list[str]
+
+
 class Problem(msgspec.Struct):
     """Any error of the service: a stable code and what is wrong."""
 

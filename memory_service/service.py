@@ -54,7 +54,7 @@ from memory_service.schemas import (
 )
 from memory_service.slots import Part, range_of
 from memory_service.space import Space
-from memory_service.store import Store, Tombstone
+from memory_service.store import ALL_SLOTS, Store, Tombstone
 from memory_service.wire import BadRequest, Prepared
 from model.checkpoint import Checkpoint
 from model.events import Plan, Stacked, UserRecord, apply_stacked, plan, without
@@ -493,15 +493,19 @@ class MemoryService:
 
     # ------------------------------------------------------------------------------------------- models
 
-    async def stale(self, version: str, cursor: int, limit: int) -> StalePage:
-        """A step through all users: what brings those of other models to the wanted one, which `version` must be."""
+    async def stale(self, version: str, cursor: int, limit: int, slots: range = ALL_SLOTS) -> StalePage:
+        """A step through the users of some slots: what brings those of other models to the wanted one, which `version`
+        must be.
+        """
         space = await self._wanted(version)
         with self._reaching():
-            cursor, models = await self.store.walk(cursor, limit)
-            records = await self.store.load_readable([user for user, model in models.items() if model != version])
+            cursor, names = await self.store.walk(cursor, limit, slots)
+            models = await self.store.models(names)
+            others = [name for name, model in zip(names, models, strict=True) if model != version]
+            records = await self.store.load_readable(others)
             await self._know_items(list(records.values()))
         jobs = [wire.stale_user(user, record) for user, record in records.items() if space.is_stale(record)]
-        return StalePage(cursor, len(models), self.catalogue.size, jobs)
+        return StalePage(cursor, len(names), self.catalogue.size, jobs)
 
     def model(self) -> ModelReply:
         """Which models are loaded here and what for."""

@@ -33,9 +33,14 @@ def user_of(key: bytes) -> str:
     return key[len(b"ramrec:{") : -1].decode()
 
 
+def slot_of(user_id: str) -> int:
+    """The slot of a user."""
+    return int(key_slot(user_key(user_id)))
+
+
 def range_of(user_id: str) -> int:
     """The range of a user."""
-    return key_slot(user_key(user_id)) * RANGES // SLOTS
+    return slot_of(user_id) * RANGES // SLOTS
 
 
 def pack(ranges: Bools) -> bytes:

@@ -35,7 +35,7 @@ import msgspec
 
 from memory_service.link import Command, Link, Road, Single, sha
 from memory_service.record import CHECKSUM, MODEL, STAMP, RecordError, model_of, pack_record, stamp_bytes, unpack_record
-from memory_service.slots import user_key, user_of
+from memory_service.slots import SLOTS, slot_of, user_key, user_of
 from model.config import RulesConfig
 from model.events import UserRecord
 
@@ -57,6 +57,7 @@ CATALOGUE = NUMBERS, IDS, ABOUT, HIDDEN, REVISION, CHANGES = [
 CHANGES_KEPT = 10_000
 GROUP = "ramrec:group:{members}"
 TABLE, ALIVE = f"{GROUP}:table", f"{GROUP}:alive"
+ALL_SLOTS = range(SLOTS)
 
 STAMPS = """
 local found = {}
@@ -346,13 +347,13 @@ class Store:
         if names:
             yield names
 
-    async def walk(self, cursor: int, count: int) -> tuple[int, dict[str, str]]:
-        """A step through all users, about `count` of them, with the model versions of their records: where to go on (0:
-        all were named), and users; one may be named at several steps. Does not block Redis.
+    async def walk(self, cursor: int, count: int, slots: range = ALL_SLOTS) -> tuple[int, list[str]]:
+        """A step through all users, about `count` of them: where to go on (0: all were named), and those who have their
+        record in these slots; one may be named at several steps. Does not block Redis.
         """
         cursor, keys = await (await self.link.road()).scan(cursor, b"ramrec:{*}", count)
-        names = list(dict.fromkeys(map(user_of, keys)))
-        return cursor, dict(zip(names, await self.models(names), strict=True))
+        names = dict.fromkeys(map(user_of, keys))
+        return cursor, [name for name in names if slots == ALL_SLOTS or slot_of(name) in slots]
 
     async def models(self, users: Sequence[str]) -> list[str]:
         """Model version of each user's record, "" where there is none. One round trip."""
