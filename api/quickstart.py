@@ -33,6 +33,20 @@ class QuickstartError(RamrecError):
     """The tour cannot go on; the message says at which step and why."""
 
 
+def prepare(data: Path, run: Path, source: Path | None) -> None:
+    """The first two steps: a checkpoint in `run`, unless there is one; then nothing is fetched either.
+
+    Raises:
+        QuickstartError, DatasetError: a step failed.
+    """
+    from api.data import fetch_ml_100k
+
+    if not (run / "checkpoint.json").exists():
+        console.print(f"no checkpoint in {run}: a demo model is trained on ML-100K, which takes some minutes")
+        fetch_ml_100k(data, source)
+    _train_once(data, run)
+
+
 def tour(data: Path, run: Path, source: Path | None) -> None:
     """All steps, each skipped where its result is there already.
 

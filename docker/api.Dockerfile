@@ -1,25 +1,35 @@
 # The REST API, training and command line: everything above plus PyTorch.
-FROM python:3.11-slim AS build
+ARG PYTHON=python:3.11-slim
+FROM ${PYTHON} AS build
 # Where PyTorch's CPU build comes from; empty: the default package index.
 ARG TORCH_INDEX=""
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
-RUN python -m venv /opt/ramrec
-ENV PATH=/opt/ramrec/bin:$PATH
+ARG FAISS=cpu
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
-COPY pyproject.toml constraints.txt README.md LICENSE ./
-RUN pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -c constraints.txt torch==2.13.0
+COPY pyproject.toml constraints.txt docker/requirements.py docker/seal.sh ./
+# With pip: `ramrec data` downloads by it.
+RUN python -m venv /opt/ramrec && python requirements.py api "$FAISS" > requirements.txt
+RUN --mount=type=cache,target=/root/.cache/pip \
+    grep '^torch==' requirements.txt > torch.txt && \
+    pip --python /opt/ramrec/bin/python install --no-compile --no-deps ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
+        -r torch.txt && \
+    pip --python /opt/ramrec/bin/python install --no-compile -c constraints.txt -r requirements.txt
+COPY README.md LICENSE ./
 COPY model ./model
 COPY memory_service ./memory_service
 COPY api ./api
-RUN pip install -c constraints.txt '.[api,cpu]'
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip install -c constraints.txt setuptools && \
+    pip wheel --no-deps --no-build-isolation --wheel-dir . . && \
+    pip --python /opt/ramrec/bin/python install --no-compile --no-deps ramrec-*.whl && sh seal.sh
 
-FROM python:3.11-slim
-RUN groupadd --gid 10001 ramrec && useradd --uid 10001 --gid ramrec --no-create-home ramrec
+FROM ${PYTHON}
+COPY --from=build /seal/ /
+COPY --from=build --chown=10001:10001 /seal-owned/ /srv/
 COPY --from=build /opt/ramrec /opt/ramrec
-ENV PATH=/opt/ramrec/bin:$PATH OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+ENV PATH=/opt/ramrec/bin:$PATH HOME=/tmp OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 10001:10001
 EXPOSE 8000
-HEALTHCHECK --interval=5s --timeout=3s --start-period=30s --retries=5 \
-  CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health/ready', timeout=2)"]
+HEALTHCHECK --interval=2s --timeout=3s --start-period=60s --retries=5 CMD ["ready", "8000"]
 ENTRYPOINT ["python", "-m", "api"]
 CMD ["--host", "0.0.0.0", "--port", "8000"]

@@ -6,6 +6,7 @@ import os
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, Self
+from urllib.parse import quote
 
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -14,6 +15,14 @@ from memory_service.telemetry import LogLevel
 
 TOKEN_LENGTH = 16
 """Characters that a token has at least."""
+SECRETS = Path("/run/secrets")
+"""Where container engines put secrets: a setting may come from a file here that is called like its variable."""
+
+
+def secrets_dir() -> Path | None:
+    """The folder of secrets: RAMREC_SECRETS_DIR, else the engines' usual one where it exists."""
+    named = os.environ.get("RAMREC_SECRETS_DIR")
+    return Path(named) if named else SECRETS if SECRETS.is_dir() else None
 
 
 def user_data_dir() -> Path:
@@ -30,12 +39,36 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-class MemorySettings(BaseSettings):
-    """Everything the memory service can be told."""
+class RedisSettings(BaseSettings):
+    """Where memories are kept."""
 
     model_config = SettingsConfigDict(
-        env_prefix="RAMREC_MEMORY_", extra="forbid", env_ignore_empty=True, hide_input_in_errors=True
+        env_prefix="RAMREC_MEMORY_",
+        extra="forbid",
+        env_ignore_empty=True,
+        hide_input_in_errors=True,
+        secrets_dir=secrets_dir(),
     )
+
+    redis_url: str | None = Field(
+        None, repr=False, description="redis://, rediss:// or unix://, with its password; none: embedded Valkey"
+    )
+    redis_password: SecretStr | None = Field(
+        None, description="password of a Redis whose URL names none: by a variable or a secret of its own"
+    )
+
+    @model_validator(mode="after")
+    def _with_password(self) -> Self:
+        if self.redis_password is None:
+            return self
+        if self.redis_url is None:
+            raise ValueError("RAMREC_MEMORY_REDIS_PASSWORD without RAMREC_MEMORY_REDIS_URL: whose password is it?")
+        self.redis_url = with_password(self.redis_url, self.redis_password.get_secret_value())
+        return self
+
+
+class MemorySettings(RedisSettings):
+    """Everything the memory service can be told."""
 
     run: Path = Field(description="checkpoint folder")
     host: str = "127.0.0.1"
@@ -45,9 +78,6 @@ class MemorySettings(BaseSettings):
     )
     open: bool = Field(False, description="listen beyond loopback without a token")
     log_level: LogLevel = "info"
-    redis_url: str | None = Field(
-        None, repr=False, description="redis://, rediss:// or unix://, with its password; none: embedded Valkey"
-    )
     data_dir: Path = Field(default_factory=user_data_dir, description="folder of the embedded Valkey")
     fsync: Literal["everysec", "always"] = Field("everysec", description="AOF policy of the embedded Valkey")
     redis_timeout_s: float = Field(2.0, gt=0)
@@ -96,3 +126,14 @@ class MemorySettings(BaseSettings):
                 "or RAMREC_MEMORY_OPEN=true to answer whoever asks"
             )
         return self
+
+
+def with_password(url: str, password: str) -> str:
+    """URLs of Redis, separated by commas, in each of which the password stands where it names none."""
+
+    def one(url: str) -> str:
+        scheme, mark, rest = url.partition("://")
+        named = "@" in rest.partition("/")[0] or scheme.strip() == "unix"
+        return url if named or not mark else f"{scheme}://:{quote(password, safe='')}@{rest}"
+
+    return ",".join(map(one, url.split(",")))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -22,13 +21,14 @@ from pathlib import Path
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from memory_service.embedded import embedded_valkey, running_valkey
 from memory_service.link import StoreUnavailable
-from memory_service.settings import user_data_dir
+from memory_service.settings import RedisSettings, user_data_dir
 from memory_service.store import CatalogueItem, Store
 from model.bank import ENTRY_FIELDS, KEY, Banks
-from model.config import RulesConfig
+from model.config import RulesConfig, describe
 from model.errors import RamrecError
 from model.events import UserRecord
 
@@ -284,20 +284,20 @@ def main() -> int:
     parser.add_argument("what", choices=("export", "import"))
     parser.add_argument("--file", type=Path, required=True)
     parser.add_argument("--overwrite", action="store_true", help="import: replace users who are there already")
-    parser.add_argument(
-        "--redis-url",
-        default=os.environ.get("RAMREC_MEMORY_REDIS_URL") or None,
-        help="redis://, rediss:// or unix://; none: the embedded Valkey",
-    )
+    parser.add_argument("--redis-url", help="redis://, rediss:// or unix://; none: the embedded Valkey")
     parser.add_argument("--data-dir", type=Path, default=user_data_dir(), help="folder of the embedded Valkey")
     asked = parser.parse_args()
     try:
-        with _redis_url(asked.redis_url, asked.data_dir) as url:
+        given = RedisSettings(**({"redis_url": asked.redis_url} if asked.redis_url else {})).redis_url
+        with _redis_url(given, asked.data_dir) as url:
             if asked.what == "export":
                 print(f"{export_file(url, asked.file):,} lines written to {asked.file}")
             else:
                 counts = import_file(url, asked.file, asked.overwrite)
                 print(", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    except ValidationError as error:
+        print(f"ramrec: settings: {describe(error)}", file=sys.stderr)
+        return 2
     except RamrecError as error:
         print(f"ramrec: {error}", file=sys.stderr)
         return 2

@@ -254,7 +254,7 @@ def test_a_token_is_not_shown(run, monkeypatch):
     monkeypatch.setenv("RAMREC_MEMORY_REDIS_URL", "redis://:password@somewhere")
     settings = MemorySettings(run=run)
     assert TOKEN not in repr(settings)
-    assert "password" not in repr(settings)
+    assert "somewhere" not in repr(settings)
     monkeypatch.setenv("RAMREC_MEMORY_TOKEN", "")  # as a compose file says it
     assert MemorySettings(run=run).token is None
 
