@@ -20,7 +20,7 @@ from api.ingest import Intake
 from api.keys import KeyRing
 from api.lifecycle import Models
 from api.limits import Limits
-from api.memory_client import MemoryClient
+from api.memory_group import MemoryGroup
 from api.metrics import Metrics
 from api.middleware import BodyLimit, Gate
 from api.openapi import document, operation_id
@@ -70,7 +70,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     torch.set_num_threads(settings.torch_threads)
     metrics: Metrics = app.state.metrics
     token = settings.memory_token.get_secret_value() if settings.memory_token else None
-    memory = MemoryClient(settings.memory_url, settings.memory_timeout_s, token)
+    memory = MemoryGroup(settings.memory_url, settings.memory_timeout_s, token)
     engine = Engine(app.state.recommender, memory, metrics)
     models = Models(engine, settings.run, lambda serving: setattr(app.state, "engine", serving))
     batcher: MicroBatcher[face.RecommendRequest, face.RecommendResponse] = MicroBatcher(

@@ -14,6 +14,7 @@ import numpy as np
 from api.catalogue import CatalogueMirror
 from api.filters import Filter
 from api.memory_client import MemoryClient
+from api.memory_group import MemoryGroup
 from api.metrics import Metrics
 from api.problems import MemoryUnavailable
 from memory_service.schemas import Job, RekeyRequest, StaleUser, UserRekey
@@ -34,7 +35,7 @@ class Engine:
     def __init__(
         self,
         recommender: Recommender,
-        memory: MemoryClient,
+        memory: MemoryClient | MemoryGroup,
         metrics: Metrics,
         thread: ThreadPoolExecutor | None = None,
     ) -> None:

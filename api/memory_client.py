@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import aiohttp
@@ -13,12 +13,20 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from api.problems import ApiProblem, CheckpointRefused, DeadlineExceeded, MemoryUnavailable, ModelGone
+from api.problems import (
+    ApiProblem,
+    CheckpointRefused,
+    DeadlineExceeded,
+    MemoryUnavailable,
+    MemoryUnreachable,
+    ModelGone,
+)
 from api.replies import check_inspected, check_listed, check_planned, check_retrieved, check_written
 from memory_service.schemas import (
     CONTENT_TYPE,
     CatalogueReply,
     Forgotten,
+    GroupReply,
     Job,
     ModelReply,
     ModelRequest,
@@ -43,6 +51,9 @@ from memory_service.schemas import (
 from memory_service.telemetry import CALL, span
 from model.bank import Retrieved
 
+CONNECT_S = 1.0
+"""A replica that is there is connected to in far less."""
+LOOK_TIMEOUT_S = 1.0
 LOADING_S = 600.0
 """The memory service reads a checkpoint, or all that changed, before it answers a change of models."""
 Reply = TypeVar("Reply", bound=msgspec.Struct)
@@ -54,7 +65,8 @@ class Remembered:
 
     `known`: something is remembered; `states` (B, d) float32; `seen`: items each user had; `stale`: users to be
     keyed anew first; `without`: rows that ignore something of what the user had, and how the state without it is made;
-    `moved`: rows whose users must be asked about with another model, and which.
+    `moved`: rows whose users must be asked about with another model, and which; `held`: items (u4) that each user is
+    counted for, where that was asked.
     """
 
     retrieved: Retrieved
@@ -67,6 +79,24 @@ class Remembered:
     moved: dict[int, str]
     degraded: bool
     catalogue_size: int
+    held: list[bytes] = field(default_factory=list)
+
+    @classmethod
+    def nothing(cls, rows: int, width: int) -> Remembered:
+        """Of nobody anything is known."""
+        zero = np.zeros(rows, np.int64)
+        return cls(
+            retrieved=Retrieved.nothing(np.zeros(rows, np.float32)),
+            known=np.zeros(rows, bool),
+            versions=zero,
+            states=np.zeros((rows, width), np.float32),
+            seen=[],
+            stale=[],
+            without={},
+            moved={},
+            degraded=False,
+            catalogue_size=0,
+        )
 
 
 def unpack(reply: RetrieveReply) -> Remembered:
@@ -91,6 +121,7 @@ def unpack(reply: RetrieveReply) -> Remembered:
         moved=reply.moved,
         degraded=reply.degraded,
         catalogue_size=reply.catalogue_size,
+        held=reply.held,
     )
 
 
@@ -102,7 +133,7 @@ class MemoryClient:
     """
 
     def __init__(self, url: str, timeout_s: float, token: str | None = None) -> None:
-        self._url = url.rstrip("/")
+        self.url = url.rstrip("/")
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._timeout_s = timeout_s
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout_s), headers=headers)
@@ -158,9 +189,15 @@ class MemoryClient:
                 check_inspected(found, user_id)
         return found
 
-    async def forget(self, user_id: str) -> Forgotten:
-        """Forget a user."""
-        return _there(await self._call("DELETE", "/v1/user", Forgotten, params={"user_id": user_id}))
+    async def forget(self, user_id: str, *, here: bool = False) -> Forgotten:
+        """Forget a user; `here`: let go of one whom another replica has forgotten."""
+        params = {"user_id": user_id} | ({"here": "true"} if here else {})
+        return _there(await self._call("DELETE", "/v1/user", Forgotten, params=params))
+
+    async def group(self) -> GroupReply:
+        """Who owns which users, where there are several replicas. None where the service knows of no groups."""
+        limit_s = min(LOOK_TIMEOUT_S, self._timeout_s)
+        return _there(await self._call("GET", "/v1/group", GroupReply, timeout_s=limit_s))
 
     async def users(self, prefix: str, limit: int) -> Sequence[str]:
         """User ids with a prefix."""
@@ -185,12 +222,12 @@ class MemoryClient:
     async def ready(self) -> Readiness:
         """Which model the service serves, once it is ready."""
         try:
-            async with self._session.get(f"{self._url}/health/ready") as response:
+            async with self._session.get(f"{self.url}/health/ready") as response:
                 content = await response.read()
                 if response.status == 401:
                     raise _failure(401, content)
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise MemoryUnavailable(f"memory service: {str(error) or 'no answer in time'}") from error
+            raise MemoryUnreachable(f"memory service: {str(error) or 'no answer in time'}") from error
         with _doubting():
             about = msgspec.json.decode(content, type=Readiness)
         if not about.authorized:
@@ -224,18 +261,18 @@ class MemoryClient:
                 headers = {"Content-Type": CONTENT_TYPE} | ({} if call is None else call.onward())
                 async with self._session.request(
                     method,
-                    self._url + path,
+                    self.url + path,
                     data=data,
                     params=params,
                     headers=headers,
-                    timeout=aiohttp.ClientTimeout(total=min(limit_s, left_s)),
+                    timeout=aiohttp.ClientTimeout(total=min(limit_s, left_s), sock_connect=CONNECT_S),
                 ) as response:
                     content = await response.read()
                     status = response.status
         except (aiohttp.ClientError, TimeoutError) as error:
             if isinstance(error, TimeoutError) and left_s < limit_s:
                 raise DeadlineExceeded("memory service: no answer in the time of the request") from error
-            raise MemoryUnavailable(f"memory service: {str(error) or 'no answer in time'}") from error
+            raise MemoryUnreachable(f"memory service: {str(error) or 'no answer in time'}") from error
         if status == 200:
             return _decoded(content, kind)
         if status == 404:

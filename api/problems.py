@@ -127,6 +127,10 @@ class MemoryUnavailable(ApiProblem):
     status, code, title = 503, "memory_unavailable", "Memory unavailable"
 
 
+class MemoryUnreachable(MemoryUnavailable):
+    """A memory service cannot be reached, or does not answer in time; another replica may."""
+
+
 class ModelGone(MemoryUnavailable):
     """The memory service works with another model by now; following it helps."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from api.engine import Engine
-from api.memory_client import MemoryClient
+from api.memory_group import MemoryGroup
 from api.metrics import Metrics
 from api.problems import ApiProblem, MemoryUnavailable, ModelGone
 from memory_service.schemas import ModelReply, ModelRequest
@@ -52,7 +52,7 @@ def reembed(run: Path, url: str, token: str | None = None) -> int:
 async def _reembed(recommender: Recommender, url: str, token: str | None) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    engine = Engine(recommender, MemoryClient(url, TIMEOUT_S, token), Metrics())
+    engine = Engine(recommender, MemoryGroup(url, TIMEOUT_S, token), Metrics())
     columns = (TextColumn("reembed"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[moved]:,} moved"))
     try:
         state = await wanted(engine)

@@ -21,7 +21,9 @@ class ApiSettings(BaseSettings):
     )
 
     run: Path = Field(description="checkpoint folder")
-    memory_url: str = Field("http://127.0.0.1:8001", description="base URL of the memory service")
+    memory_url: str = Field(
+        "http://127.0.0.1:8001", description="base URL of the memory service; several replicas, comma separated"
+    )
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
     keys: Path | None = Field(None, description="file of API keys; without it everybody may do everything")

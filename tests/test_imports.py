@@ -21,7 +21,14 @@ ALLOWED = {
         "model.config",
         "model.errors",
     ),
-    "api": ("api", "model", "memory_service.schemas", "memory_service.settings", "memory_service.telemetry"),
+    "api": (
+        "api",
+        "model",
+        "memory_service.schemas",
+        "memory_service.settings",
+        "memory_service.slots",
+        "memory_service.telemetry",
+    ),
 }
 
 
