@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ import msgspec
 from rich import progress as bars
 from rich.console import Console
 
-from api.journal import Journal, JournalFile, Tally, journal_file
-from api.parcels import LAYOUT, Parcel, parcels
+from api.bulk import HERE, Report, Runner, divided
+from api.journal import Journal, JournalFile, Tally, joined, journal_file, journal_path, state_folder
+from api.parcels import LAYOUT, Parcel, named, parcels
+from memory_service.slots import ALL_SLOTS, slot_of
 from model.config import DatasetConfig
 from model.errors import RamrecError
 from model.interactions import DatasetError, log_file
@@ -37,6 +40,8 @@ PATIENCE_S = 300.0
 LATER = (429, 502, 503, 504)
 """Statuses that say: not now."""
 REASONS = 5
+PARTS = 16
+"""Parts of the users, where several workers send: always as many, since each part has its journal."""
 
 
 console = Console(stderr=True, highlight=False)
@@ -75,10 +80,12 @@ def backfill(
     patience_s: float = PATIENCE_S,
     again: bool = False,
     keep_journal: bool = True,
+    where: Runner = HERE,
 ) -> Outcome:
     """Send all interactions of a file.
 
-    With a journal, what was acknowledged before is not sent `again`. `key`: API key, if the service wants one.
+    With a journal, what was acknowledged before is not sent `again`. `key`: API key, if the service wants one. Sent by
+    several workers (`where`), each part of the users has a journal of its own, in the same folder.
 
     Raises:
         DatasetError: something is wrong in the file; nothing was sent.
@@ -86,18 +93,67 @@ def backfill(
         JournalError: see `journal_file`.
     """
     file, config, url = log_file(path), config or DatasetConfig(), url.rstrip("/")
-    digest = _digest(file)
-    identity = (digest, url, config.model_dump_json(), f"{PORTION}/{LAYOUT}")
-    with journal_file(*identity) if keep_journal else nullcontext(JournalFile(None)) as keeper:
-        journal = None if again else keeper.load()
-        if journal is None:
-            journal = Journal(_checked_rows(file, config))
-            keeper.save(journal)
-        before = journal.tally.rows
-        if not journal.complete:
-            headers = {"Authorization": f"Bearer {key}"} if key else {}
-            asyncio.run(_Backfill(url, headers, patience_s, digest, journal, keeper).run(portions(file, config)))
+    journals = state_folder() if keep_journal else None
+    send = Sending(file.absolute(), _digest(file), config, url, journals, again, patience_s, key)
+    parts = divided(PARTS) if where.workers > 1 else [ALL_SLOTS]
+    if len(parts) > 1 and not all(send.is_begun(slots) for slots in parts):
+        send = replace(send, rows=_checked_rows(file, config, parts))
+    outcomes = list(where.run(send, parts, lambda looked_at, done: None))
+    return Outcome(joined([one.tally for one in outcomes], REASONS), sum(one.before for one in outcomes))
+
+
+@dataclass(frozen=True)
+class Sending:
+    """Sends the interactions of a checked file, those of the users of some slots (`api.bulk.Job`).
+
+    `file` and the folder `journals` are the same for every worker. `rows`: how many interactions there are, by the
+    first slot of each part; None: not counted, so the file is not checked yet.
+    """
+
+    file: Path
+    digest: str
+    config: DatasetConfig
+    url: str
+    journals: Path | None
+    again: bool
+    patience_s: float
+    key: str | None = field(default=None, repr=False)
+    rows: dict[int, int] | None = None
+
+    def __call__(self, slots: range, report: Report) -> Outcome:
+        """See `backfill`."""
+        with self._keeper(slots) as keeper:
+            journal = None if self.again else keeper.load()
+            if journal is None:
+                rows = self.rows or _checked_rows(self.file, self.config, [slots])
+                journal = Journal(rows[slots.start])
+                keeper.save(journal)
+            before = journal.tally.rows
+            if not journal.complete:
+                headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+                sending = _Backfill(self.url, headers, self.patience_s, journal, keeper)
+                asyncio.run(sending.run(self._lines(slots)))
+        report(journal.tally.rows - before, journal.tally.accepted)
         return Outcome(journal.tally, before)
+
+    def is_begun(self, slots: range) -> bool:
+        """Whether there is a journal to go on from."""
+        return not self.again and self.journals is not None and journal_path(self.journals, *self._of(slots)).exists()
+
+    def _keeper(self, slots: range) -> AbstractContextManager[JournalFile]:
+        if self.journals is None:
+            return nullcontext(JournalFile(None))
+        return journal_file(*self._of(slots), folder=self.journals)
+
+    def _of(self, slots: range) -> tuple[str, ...]:
+        """What a journal belongs to."""
+        part = () if slots == ALL_SLOTS else (f"{slots.start}-{slots.stop}",)
+        return (self.digest, self.url, self.config.model_dump_json(), f"{PORTION}/{LAYOUT}", *part)
+
+    def _lines(self, slots: range) -> Iterator[list[LogLine]]:
+        """Every portion of the file, without other users' lines."""
+        for lines in named(portions(self.file, self.config), self.digest):
+            yield lines if slots == ALL_SLOTS else [line for line in lines if slot_of(line.user_id) in slots]
 
 
 def _digest(file: Path) -> str:
@@ -110,27 +166,31 @@ def _digest(file: Path) -> str:
         return digest.hexdigest()
 
 
-def _checked_rows(file: Path, config: DatasetConfig) -> int:
-    """How many interactions there are, once all have been read."""
+def _checked_rows(file: Path, config: DatasetConfig, parts: Sequence[range]) -> dict[int, int]:
+    """How many interactions there are, by the first slot of each part, once all have been read."""
+    first = [part.start for part in parts]
+    found = dict.fromkeys(first, 0)
     rows_read = bars.TextColumn("checking {task.completed:,} interactions")
     quiet = not console.is_terminal
     with bars.Progress(bars.SpinnerColumn(), rows_read, transient=True, console=console, disable=quiet) as shown:
         task = shown.add_task("checking", total=None)
         for portion in portions(file, config):
             shown.advance(task, len(portion))
+            for line in portion if len(parts) > 1 else ():
+                found[first[bisect_right(first, slot_of(line.user_id)) - 1]] += 1
         rows = int(shown.tasks[0].completed)
     if not rows:
         raise DatasetError(f"{file}: no interactions in it")
-    return rows
+    return found if len(parts) > 1 else {first[0]: rows}
 
 
 class _Backfill:
     """One run over a file."""
 
     def __init__(
-        self, url: str, headers: dict[str, str], patience_s: float, digest: str, journal: Journal, keeper: JournalFile
+        self, url: str, headers: dict[str, str], patience_s: float, journal: Journal, keeper: JournalFile
     ) -> None:
-        self.url, self.patience_s, self.digest = f"{url}/memories", patience_s, digest
+        self.url, self.patience_s = f"{url}/memories", patience_s
         self.headers = headers | {"Content-Type": "application/json"}
         self.journal, self.keeper = journal, keeper
         self.under_way: dict[asyncio.Task[_Answer], tuple[int, Parcel]] = {}
@@ -159,18 +219,17 @@ class _Backfill:
                     await self._abandon()
 
     async def _send_all(self, session: aiohttp.ClientSession, source: Iterator[list[LogLine]]) -> None:
-        row, ahead = 0, _read(source)
+        ahead = _read(source)
         for number in count():
             portion = await ahead
             if portion is None:
                 return
             ahead = _read(source)
             if number == self.journal.portion:
-                await self._send(session, parcels(portion, self.digest, row))
+                await self._send(session, parcels(portion))
                 self.journal.portion, self.journal.done = number + 1, set()
                 self.keeper.save(self.journal)
                 self._tell()
-            row += len(portion)
 
     async def _send(self, session: aiohttp.ClientSession, sent: list[Parcel]) -> None:
         """Send a portion. A user's next parcel waits until the one before it is acknowledged."""

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -39,6 +39,17 @@ PortOption = Annotated[int, typer.Option("--port", min=1, max=65535, help="Port 
 DataDirOption = Annotated[
     Path | None,
     typer.Option("--data-dir", help="Folder of the embedded Valkey (default: the user's data folder)."),
+]
+MemoryUrlOption = Annotated[str, typer.Option("--memory-url", help="Base URL of the memory service.")]
+EngineOption = Annotated[
+    Literal["local", "ray"], typer.Option(help="Work in this process, or on Ray (pip install 'ramrec[ray]').")
+]
+WorkersOption = Annotated[
+    int | None, typer.Option(min=1, help="Workers of Ray, each on one core (default: as many as it has cores).")
+]
+RayOption = Annotated[
+    str | None,
+    typer.Option(envvar="RAY_ADDRESS", help="Ray cluster (auto, HOST:PORT, ray://…); without it one is started here."),
 ]
 RedisOption = Annotated[
     str | None,
@@ -346,17 +357,57 @@ def keys_revoke(file: KeyFileOption, name: Annotated[str, typer.Option(help="The
 @app.command()
 def reembed(
     run: RunOption,
-    memory_url: Annotated[str, typer.Option(help="Base URL of the memory service.")] = "http://127.0.0.1:8001",
+    memory_url: MemoryUrlOption = "http://127.0.0.1:8001",
+    engine: EngineOption = "local",
+    workers: WorkersOption = None,
+    ray_address: RayOption = None,
 ) -> None:
     """Move all users to the model that `POST /model/reload` (or SIGHUP) asked for, then let it serve. May be broken off
     and started again. RAMREC_MEMORY_TOKEN holds the memory service's token, where it has one.
-    """
-    import os
 
+    Workers on Ray need the folder of --run and the memory service, under the same names.
+    """
+    from api.bulk import runner
     from api.reembed import reembed as move
 
-    token = os.environ.get("RAMREC_MEMORY_TOKEN") or os.environ.get("RAMREC_API_MEMORY_TOKEN")
-    typer.echo(f"{move(run, memory_url, token):,} users moved; the model in {run} serves")
+    with runner(engine, workers, ray_address) as where:
+        moved = move(run, memory_url, memory_token(), where)
+    typer.echo(f"{moved:,} users moved; the model in {run} serves")
+
+
+@app.command()
+def recommend(
+    run: RunOption,
+    out: Annotated[Path, typer.Option(help="Folder to write Parquet files to.")],
+    memory_url: MemoryUrlOption = "http://127.0.0.1:8001",
+    top_n: Annotated[int, typer.Option(min=1, max=1000, help="Items for each user.")] = 10,
+    include_seen: Annotated[bool, typer.Option(help="Also items that the user had.")] = False,
+    engine: EngineOption = "local",
+    workers: WorkersOption = None,
+    ray_address: RayOption = None,
+) -> None:
+    """Recommendations for all users of the store, as POST /recommend would answer now; they do not count as uses of
+    memories. One row a user: user_id, items, scores (best first), source, version of the record, model_version.
+
+    Each file appears when it is complete; stopped at any moment, the same command goes on with the missing ones.
+    Workers on Ray need the folders of --run and --out and the memory service, under the same names.
+    RAMREC_MEMORY_TOKEN holds the memory service's token, where it has one.
+    """
+    from api.bulk import runner
+    from api.everybody import recommend_all
+
+    with runner(engine, workers, ray_address) as where:
+        written = recommend_all(
+            run, memory_url, out, top_n, exclude_seen=not include_seen, token=memory_token(), where=where
+        )
+    typer.echo(f"{written.users:,} users in {written.files} files written to {out}; {written.before} were there")
+
+
+def memory_token() -> str | None:
+    """The memory service's token, from the environment."""
+    import os
+
+    return os.environ.get("RAMREC_MEMORY_TOKEN") or os.environ.get("RAMREC_API_MEMORY_TOKEN")
 
 
 @app.command()
@@ -377,18 +428,26 @@ def ingest(
         float, typer.Option(min=0, help="Seconds for which a service that is overloaded or away is waited for.")
     ] = 300,
     again: Annotated[bool, typer.Option(help="Send everything, also what was acknowledged before.")] = False,
+    engine: EngineOption = "local",
+    workers: WorkersOption = None,
+    ray_address: RayOption = None,
 ) -> None:
     """Send a log of interactions to a running service, each user's events in order of time.
 
     The file is checked first, then sent in bounded memory. Stopped at any moment, the same command goes on where it
     was: what is acknowledged is noted in ~/.local/state/ramrec (XDG_STATE_HOME) under the file's checksum and the URL.
+
+    On Ray, 16 parts of the users are sent by the workers, each with a journal of its own. They all read the file and
+    write to that folder, under the same names; go on with the engine that you began with.
     """
     from api.backfill import backfill
+    from api.bulk import runner
     from model.config import Config, load_config
 
     dataset = (load_config(config) if config else Config()).dataset
     try:
-        outcome = backfill(url, file, dataset, key=key, patience_s=patience, again=again)
+        with runner(engine, workers, ray_address) as where:
+            outcome = backfill(url, file, dataset, key=key, patience_s=patience, again=again, where=where)
     except KeyboardInterrupt:
         typer.echo("ramrec: stopped; the same command goes on from there", err=True)
         sys.exit(130)

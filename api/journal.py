@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,6 +35,17 @@ class Tally(msgspec.Struct):
     def summary(self) -> str:
         """One line."""
         return f"accepted {self.accepted:,}, duplicates {self.duplicates:,}, rejected {self.rejected:,}"
+
+
+def joined(tallies: Sequence[Tally], reasons: int) -> Tally:
+    """The sum, with the first `reasons`."""
+    total = Tally()
+    for one in tallies:
+        total.accepted += one.accepted
+        total.duplicates += one.duplicates
+        total.rejected += one.rejected
+        total.reasons += one.reasons[: reasons - len(total.reasons)]
+    return total
 
 
 class Journal(msgspec.Struct):
@@ -74,16 +85,24 @@ class JournalFile:
             replace_file(self.path, msgspec.json.encode(journal))
 
 
+def journal_path(folder: Path, *identity: str) -> Path:
+    """Where the journal of what `identity` names lies."""
+    return folder / f"{hashlib.blake2b(chr(0).join(identity).encode(), digest_size=16).hexdigest()}.json"
+
+
+def state_folder() -> Path:
+    """The user's folder for journals (XDG_STATE_HOME)."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "ramrec" / "ingest"
+
+
 @contextmanager
-def journal_file(*identity: str) -> Iterator[JournalFile]:
-    """The journal of what `identity` names, in the user's state folder (XDG_STATE_HOME), for this process alone.
+def journal_file(*identity: str, folder: Path | None = None) -> Iterator[JournalFile]:
+    """The journal of what `identity` names, for this process alone. `folder`: None: the user's.
 
     Raises:
         JournalError: another process keeps it, or the folder cannot be written.
     """
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    name = hashlib.blake2b("\0".join(identity).encode(), digest_size=16).hexdigest()
-    path = Path(base) / "ramrec" / "ingest" / f"{name}.json"
+    path = journal_path(folder or state_folder(), *identity)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_suffix(".lock").open("wb")

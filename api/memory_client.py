@@ -44,10 +44,12 @@ from memory_service.schemas import (
     StalePage,
     StaleUser,
     UserMemory,
+    UserPage,
     Users,
     WriteReply,
     WriteRequest,
 )
+from memory_service.slots import ALL_SLOTS
 from memory_service.telemetry import CALL, span
 from model.bank import Retrieved
 
@@ -176,9 +178,14 @@ class MemoryClient:
         data = msgspec.msgpack.encode(request)
         return _there(await self._call("POST", "/v1/model", ModelReply, data=data, timeout_s=LOADING_S))
 
-    async def stale(self, version: str, cursor: int, limit: int) -> StalePage:
-        """A step through all users: those who are not of a model."""
-        params = {"version": version, "cursor": str(cursor), "limit": str(limit)}
+    async def walk(self, cursor: int, limit: int, slots: range = ALL_SLOTS) -> UserPage:
+        """A step through the users of some slots."""
+        params = {"cursor": str(cursor), "limit": str(limit)} | _bounds(slots)
+        return _there(await self._call("GET", "/v1/walk", UserPage, params=params))
+
+    async def stale(self, version: str, cursor: int, limit: int, slots: range = ALL_SLOTS) -> StalePage:
+        """A step through the users of some slots: those who are not of a model."""
+        params = {"version": version, "cursor": str(cursor), "limit": str(limit)} | _bounds(slots)
         return _there(await self._call("GET", "/v1/stale", StalePage, params=params))
 
     async def inspect(self, user_id: str) -> UserMemory | None:
@@ -303,6 +310,10 @@ def _doubting() -> Iterator[None]:
 def _decoded(content: bytes, kind: type[Reply]) -> Reply:
     with _doubting():
         return msgspec.msgpack.decode(content, type=kind)
+
+
+def _bounds(slots: range) -> dict[str, str]:
+    return {"first_slot": str(slots.start), "last_slot": str(slots.stop - 1)}
 
 
 def _there(reply: Reply | None) -> Reply:

@@ -38,10 +38,11 @@ from memory_service.schemas import (
     RetrieveRequest,
     StalePage,
     UserMemory,
+    UserPage,
     WriteReply,
     WriteRequest,
 )
-from memory_service.slots import NOBODY, Table, pack, range_of, read
+from memory_service.slots import ALL_SLOTS, NOBODY, Table, pack, range_of, read
 from model import rules as rule
 from model.bank import Entries, Retrieved, merged
 from model.rules import Ints
@@ -254,9 +255,13 @@ class MemoryGroup:
         trouble = next((one.trouble for one in replies if one.trouble), "")
         return ModelReply(first.serving, first.wanted, first.serving_run, first.wanted_run, users, moved, trouble)
 
-    async def stale(self, version: str, cursor: int, limit: int) -> StalePage:
-        """A step through all users: those who are not of a model."""
-        return await self._of_any(lambda client: client.stale(version, cursor, limit))
+    async def walk(self, cursor: int, limit: int, slots: range = ALL_SLOTS) -> UserPage:
+        """A step through the users of some slots."""
+        return await self._of_any(lambda client: client.walk(cursor, limit, slots))
+
+    async def stale(self, version: str, cursor: int, limit: int, slots: range = ALL_SLOTS) -> StalePage:
+        """A step through the users of some slots: those who are not of a model."""
+        return await self._of_any(lambda client: client.stale(version, cursor, limit, slots))
 
     async def users(self, prefix: str, limit: int) -> Sequence[str]:
         """User ids with a prefix."""

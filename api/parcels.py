@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -27,15 +27,21 @@ class Parcel:
     users: frozenset[str]
 
 
-def parcels(lines: Sequence[LogLine], identity: str, first_row: int) -> list[Parcel]:
-    """Parcels to be sent in their order; each user's events are in order of time (ties and unknown times: of rows).
-
-    What has neither `event_id` nor timestamp is given an id of the file's `identity` and the row in it, so that it is
-    recognised when sent again. `first_row` is the portion's.
+def named(portions: Iterable[list[LogLine]], identity: str) -> Iterator[list[LogLine]]:
+    """A file's portions; what has neither `event_id` nor timestamp is given an id, the file's `identity` and the row
+    in it, so that it is recognised when sent again.
     """
-    for row, line in enumerate(lines, first_row):
-        if line.event_id is None and line.timestamp is None:
-            line.event_id = f"{identity}:{row}"
+    first_row = 0
+    for lines in portions:
+        for row, line in enumerate(lines, first_row):
+            if line.event_id is None and line.timestamp is None:
+                line.event_id = f"{identity}:{row}"
+        first_row += len(lines)
+        yield lines
+
+
+def parcels(lines: Sequence[LogLine]) -> list[Parcel]:
+    """Parcels to be sent in their order; each user's events are in order of time (ties and unknown times: of rows)."""
     return [_parcel(lines, rows) for rows in _packed(_spread(lines))]
 
 

@@ -52,9 +52,9 @@ from memory_service.schemas import (
     WriteReply,
     WriteRequest,
 )
-from memory_service.slots import Part, range_of
+from memory_service.slots import ALL_SLOTS, Part, range_of
 from memory_service.space import Space
-from memory_service.store import ALL_SLOTS, Store, Tombstone
+from memory_service.store import Store, Tombstone
 from memory_service.wire import BadRequest, Prepared
 from model.checkpoint import Checkpoint
 from model.events import Plan, Stacked, UserRecord, apply_stacked, plan, without

@@ -18,6 +18,7 @@ from redis.crc import key_slot
 from model.rules import Bools
 
 SLOTS = 16384
+ALL_SLOTS = range(SLOTS)
 RANGES = 1024
 """Ranges of 16 slots."""
 NOBODY = -1

@@ -35,7 +35,7 @@ import msgspec
 
 from memory_service.link import Command, Link, Road, Single, sha
 from memory_service.record import CHECKSUM, MODEL, STAMP, RecordError, model_of, pack_record, stamp_bytes, unpack_record
-from memory_service.slots import SLOTS, slot_of, user_key, user_of
+from memory_service.slots import ALL_SLOTS, slot_of, user_key, user_of
 from model.config import RulesConfig
 from model.events import UserRecord
 
@@ -57,7 +57,6 @@ CATALOGUE = NUMBERS, IDS, ABOUT, HIDDEN, REVISION, CHANGES = [
 CHANGES_KEPT = 10_000
 GROUP = "ramrec:group:{members}"
 TABLE, ALIVE = f"{GROUP}:table", f"{GROUP}:alive"
-ALL_SLOTS = range(SLOTS)
 
 STAMPS = """
 local found = {}

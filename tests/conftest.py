@@ -23,7 +23,7 @@ from memory_service.app import create_app as create_memory
 from memory_service.settings import MemorySettings
 from model.checkpoint import save_checkpoint
 from tests.redis_cluster import ClusterOfValkeys, redis_cluster
-from tests.synthetic import random_checkpoint
+from tests.synthetic import random_checkpoint, small_config
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -65,6 +65,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with random weights: 30 items i1…i30, dimension 16, window 8, capacity 10."""
     folder = tmp_path_factory.mktemp("run")
     save_checkpoint(folder, random_checkpoint())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of another seed, other dimensions, other rules, and more items."""
+    folder = tmp_path_factory.mktemp("other")
+    config = small_config({"dim": 24})
+    rules = config.rules.model_copy(update={"clusters": 3, "k_max": 5, "weight_rating": 0.4})
+    save_checkpoint(folder, random_checkpoint(config.model_copy(update={"rules": rules}), items=34, seed=1))
     return folder
 
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from api.app import create_app as create_api
 from api.backfill import BackfillError, backfill
 from api.journal import JournalError, journal_file
-from api.parcels import BLOCK, PARCEL, parcels
+from api.parcels import BLOCK, PARCEL, named, parcels
 from api.settings import ApiSettings
 from memory_service.app import create_app as create_memory
 from memory_service.settings import MemorySettings
@@ -56,7 +56,9 @@ LINES = st.lists(st.tuples(st.integers(0, 9), st.none() | st.integers(0, 50)), m
 @given(LINES, st.booleans())
 def test_parcels_hold_every_line_once_and_keep_each_users_order(drawn, timed):
     lines = [LogLine(f"u{u * u % 10}", f"i{n}", (t or 0) if timed else t) for n, (u, t) in enumerate(drawn)]
-    cut = parcels(lines, "file", 1000)
+    before = [LogLine("u", "i", 0.0)] * 1000
+    _, lines = named([before, lines], "file")
+    cut = parcels(lines)
     assert sorted(row for one in cut for row in one.rows) == list(range(len(lines)))
     assert max(len(one.rows) for one in cut) <= PARCEL
     rows_of = defaultdict(list)
@@ -73,7 +75,7 @@ def test_parcels_hold_every_line_once_and_keep_each_users_order(drawn, timed):
 
 def test_users_of_neighbouring_parcels_differ_where_they_can():
     lines = [LogLine(f"u{u}", f"i{n}") for u in range(40) for n in range(5 * BLOCK)]
-    cut = parcels(lines, "file", 0)
+    cut = parcels(lines)
     shared = [bool(one.users & other.users) for one, other in pairwise(cut)]
     assert sum(shared) <= len(shared) / 4
 

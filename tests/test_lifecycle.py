@@ -36,16 +36,6 @@ USERS = [f"u{n}" for n in range(8)]
 OLD, NEW = "run", "other"
 
 
-@pytest.fixture(scope="module")
-def other(tmp_path_factory) -> Path:
-    """A model of another seed, other dimensions, other rules, and more items."""
-    folder = tmp_path_factory.mktemp("other")
-    config = small_config({"dim": 24})
-    rules = config.rules.model_copy(update={"clusters": 3, "k_max": 5, "weight_rating": 0.4})
-    save_checkpoint(folder, random_checkpoint(config.model_copy(update={"rules": rules}), items=34, seed=1))
-    return folder
-
-
 class Service:
     """An api and a memory service over one Redis."""
 

@@ -1,0 +1,207 @@
+"""Work on all users, by slot ranges of a Redis Cluster: in this process and on Ray."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2
+import pytest
+import redis
+from pyarrow import parquet
+
+from api.app import create_app as create_api
+from api.backfill import backfill
+from api.bulk import HERE, BulkError, OnRay, Report, divided
+from api.everybody import FEWEST_FILES, recommend_all
+from api.memory_client import MemoryClient
+from api.recommend import recommend
+from api.reembed import ReembedError, reembed
+from api.settings import ApiSettings
+from memory_service.app import create_app as create_memory
+from memory_service.settings import MemorySettings
+from memory_service.slots import slot_of
+from tests.conftest import served
+from tests.test_backfill import remembered
+from tests.test_lifecycle import version
+
+USERS = [f"u{n}" for n in range(300)] + ["a}b", "{a", "}x", "é"]
+
+
+@pytest.fixture
+def known_url(api_url) -> str:
+    """The api, where all users have taken something."""
+    events = [
+        {"user_id": user, "item_id": f"i{1 + (n + 3 * step) % 30}", "timestamp": 1.6e9 + step}
+        for n, user in enumerate(USERS)
+        for step in range(1 + n % 4)
+    ]
+    for at in range(0, len(events), 1000):
+        answer = httpx2.post(f"{api_url}/memories", json={"interactions": events[at : at + 1000]}, timeout=60)
+        assert answer.status_code == 200, answer.text
+    return api_url
+
+
+async def users_in(memory_url: str, slots: range) -> list[str]:
+    client, found, cursor = MemoryClient(memory_url, 30), [], 0
+    try:
+        while True:
+            page = await client.walk(cursor, 50, slots)
+            cursor, found = page.cursor, found + page.users
+            if cursor == 0:
+                return found
+    finally:
+        await client.close()
+
+
+@pytest.mark.usefixtures("known_url")
+def test_slot_ranges_part_all_users(memory_url, valkey_url, go):
+    with redis.Redis.from_url(valkey_url) as client:
+        for user in USERS:
+            assert slot_of(user) == client.execute_command("CLUSTER KEYSLOT", b"ramrec:{" + user.encode() + b"}")
+    parts = [go(users_in(memory_url, slots)) for slots in (range(100), range(100, 9000), range(9000, 16_384))]
+    assert sorted(set().union(*parts)) == sorted(USERS)
+    for part, slots in zip(parts, (range(100), range(100, 9000), range(9000, 16_384)), strict=True):
+        assert part
+        assert all(slot_of(user) in slots for user in part)
+
+
+def files_of(out: Path) -> dict[str, list[dict]]:
+    return {file.name: parquet.read_table(file).to_pylist() for file in sorted(out.glob("*.parquet"))}
+
+
+def close(rows: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """The same, scores to 1e-5: who else is asked about at the moment shows in the digits behind."""
+    return {
+        name: [row | {"scores": pytest.approx(row["scores"], abs=1e-5)} for row in part] for name, part in rows.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[OnRay]:
+    """Two workers of Ray on loopback."""
+    pytest.importorskip("ray", reason="Ray is not installed: make test-ray")
+    with OnRay(workers=2) as started:
+        yield started
+
+
+# ------------------------------------------------------------------------------ recommendations for everybody
+
+
+def test_everybody_is_answered_as_over_http(known_url, memory_url, run, tmp_path):
+    written = recommend_all(run, memory_url, tmp_path / "out", top_n=5)
+    assert (written.files, written.users, written.before) == (FEWEST_FILES, len(USERS), 0)
+    rows = [row for part in files_of(tmp_path / "out").values() for row in part]
+    assert sorted(row["user_id"] for row in rows) == sorted(USERS)
+    for at in range(0, len(rows), 200):
+        some = rows[at : at + 200]
+        asks = {"requests": [{"user_id": row["user_id"], "top_n": 5} for row in some]}
+        answers = httpx2.post(f"{known_url}/recommend/batch", json=asks, timeout=60).json()["results"]
+        for row, answer in zip(some, answers, strict=True):
+            assert row["items"] == [item["item_id"] for item in answer["items"]]
+            assert row["scores"] == pytest.approx([item["score"] for item in answer["items"]], abs=1e-5)
+            assert (row["source"], row["model_version"]) == (answer["source"], answer["model_version"])
+            assert row["version"] == answer["memory"]["version"]
+
+
+def test_broken_off_it_goes_on_with_the_files_that_are_missing(known_url, memory_url, run, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    for folder in (whole, out):
+        recommend_all(run, memory_url, folder)
+    lost = sorted(out.glob("*.parquet"))[3:9:2]
+    kept = {file: file.stat().st_mtime_ns for file in out.glob("*.parquet") if file not in lost}
+    for file in lost:
+        file.rename(file.with_suffix(".partial"))
+    written = recommend_all(run, memory_url, out)
+    assert (written.files, written.before) == (len(lost), len(kept))
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    assert files_of(out) == close(files_of(whole))
+    assert not list(out.glob("*.partial"))
+    with pytest.raises(BulkError, match=r"holds other recommendations .* choose another --out"):
+        recommend_all(run, memory_url, out, top_n=3)
+
+
+def test_it_does_not_count_as_a_use(known_url, memory_url, run, tmp_path, valkey_url):
+    recommend_all(run, memory_url, tmp_path / "out")
+    with httpx2.Client(base_url=known_url, timeout=60) as client:
+        event = {"user_id": "u3", "item_id": "i9", "timestamp": 1.7e9}
+        assert client.post("/memories", json={"interactions": [event]}).json()["accepted"] == 1
+        assert {entry["access"] for entry in client.get("/users/u3/memory").json()["entries"]} == {0}
+
+
+def test_half_a_memory_is_no_answer(memory_url, run, tmp_path, monkeypatch, known_url):
+    """A service that loses Redis under way: nothing wrong is written."""
+    monkeypatch.setattr("api.everybody.PAUSE_S", 0.0)
+    monkeypatch.setattr("api.everybody.recommend", degraded)
+    with pytest.raises(BulkError, match="without all of its memories"):
+        recommend_all(run, memory_url, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.parquet"))
+
+
+# ----------------------------------------------------------------------------------------------- on Ray
+
+
+def test_on_ray_recommendations_are_the_same(known_url, memory_url, run, tmp_path, cluster):
+    here = recommend_all(run, memory_url, tmp_path / "here")
+    there = recommend_all(run, memory_url, tmp_path / "there", where=cluster)
+    assert here == there
+    assert files_of(tmp_path / "there") == close(files_of(tmp_path / "here"))
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_on_ray_histories_arrive_the_same(run, valkey_url, tmp_path, stack, cluster, monkeypatch, timed):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    file = tmp_path / ("log.csv" if timed else "log.txt")
+    taken = {user: [f"i{1 + (n * 7 + step * step) % 30}" for step in range(60)] for n, user in enumerate(USERS[:40])}
+    rows = [f"{user},{item},{1_600_000_000 + n}" for user, items in taken.items() for n, item in enumerate(items)]
+    if timed:
+        random.Random(0).shuffle(rows)
+        file.write_text("\n".join(["user_id,item_id,timestamp", *rows]) + "\n")
+    else:
+        file.write_text("".join(f"{user} {' '.join(items)}\n" for user, items in taken.items()))
+    found = []
+    for number, where in enumerate((HERE, cluster)):
+        settings = MemorySettings(run=run, redis_url=f"{valkey_url}?db={number}")
+        memory = stack.enter_context(served(create_memory(settings)))
+        url = stack.enter_context(served(create_api(ApiSettings(run=run, memory_url=memory))))
+        first, again = (backfill(url, file, where=where) for _ in range(2))
+        assert (first.tally.accepted, first.tally.rows, first.before) == (len(rows), len(rows), 0)
+        assert (again.tally, again.before) == (first.tally, len(rows))
+        assert backfill(url, file, where=where, again=True).tally.duplicates == len(rows)
+        with httpx2.Client(base_url=url) as client:
+            found.append({user: remembered(client, user, timed) for user in taken})
+    assert found[0] == found[1]
+
+
+def test_on_ray_everybody_moves(known_url, memory_url, run, other, cluster):
+    with httpx2.Client(base_url=known_url, timeout=60) as client:
+        assert client.post("/model/reload", json={"run": str(other)}).json()["state"] == "moving"
+        assert reembed(other, memory_url, where=cluster) == len(USERS)
+        assert client.get("/health/ready").status_code == 200  # an api that finds the memory service ahead follows it
+        state = client.get("/model").json()
+        assert state["model_version"] == state["wanted"] == version(other)
+        asks = {"requests": [{"user_id": user} for user in USERS[:200]]}
+        answers = client.post("/recommend/batch", json=asks).json()["results"]
+        assert {(one["model_version"], one["memory"]["degraded"]) for one in answers} == {(version(other), False)}
+
+
+def test_what_goes_wrong_in_a_worker_is_said_here(memory_url, other, cluster):
+    with pytest.raises(ReembedError, match="POST /model/reload first"):
+        reembed(other, memory_url, where=cluster)
+    with pytest.raises(BulkError, match="a Ray worker failed"):
+        list(cluster.run(Broken(), divided(3), lambda looked_at, done: None))
+
+
+@dataclass(frozen=True)
+class Broken:
+    def __call__(self, slots: range, report: Report) -> int:
+        raise ZeroDivisionError("by zero")
+
+
+async def degraded(models, asked):
+    answers = await recommend(models, asked)
+    for answer in answers[-1:]:
+        answer["memory"]["degraded"] = True
+    return answers
