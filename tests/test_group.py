@@ -1,0 +1,297 @@
+"""A group of memory replicas behind one api: the same answers as one replica, whoever joins, leaves or dies."""
+
+import asyncio
+import signal
+import threading
+from collections import defaultdict
+from contextlib import ExitStack
+
+import httpx2
+import numpy as np
+import pytest
+
+from memory_service.slots import RANGES, range_of, read
+from memory_service.store import Store
+from model.checkpoint import load_checkpoint
+from model.config import RulesConfig
+from tests.groups import Group, described, until
+from tests.redis_cluster import redis_cluster
+
+USERS = [f"user {n}" for n in range(24)]
+NOW = 1_700_000_000
+
+
+def history(user: str) -> list[dict]:
+    """What a user took: common items, and one that one other user has, or nobody."""
+    n = USERS.index(user)
+    rng = np.random.default_rng(n)
+    items = [f"i{item}" for item in rng.choice(np.arange(1, 31), 7, replace=False)]
+    items.insert(4, f"rare {n % (len(USERS) // 2)}" if n % 3 else f"only {n}")
+    return [
+        {"user_id": user, "item_id": item, "timestamp": NOW + 60 * at, "rating": float(rng.integers(1, 6))}
+        for at, item in enumerate(items)
+    ]
+
+
+def take(api: httpx2.Client, *interactions: dict) -> dict:
+    response = api.post("/memories", json={"interactions": list(interactions)})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+QUESTIONS = [
+    *({"user_id": user, "top_n": 40} for user in USERS),
+    *({"user_id": user, "top_n": 40, "ignore_memories": ["i1", "i2", "i3"]} for user in USERS[:6]),
+    *({"user_id": user, "top_n": 40, "exclude_seen": False, "k": 2, "scopes": ["own"]} for user in USERS[:6]),
+    *({"user_id": user, "sequence": ["i3", "i9"], "top_n": 40} for user in USERS[:6]),
+    {"sequence": ["i1", "i5", "i7"], "top_n": 40},
+    {"sequence": ["i2"], "scopes": ["collective"], "top_n": 40},
+    {"user_id": "nobody", "top_n": 40},
+    {},
+]
+
+
+def answers(api: httpx2.Client) -> list[dict]:
+    """Answers to all questions, without what differs by nature."""
+    questions = [{**one, "explain": True} for one in QUESTIONS]  # so that asking changes nothing
+    response = api.post("/recommend/batch", json={"requests": questions})
+    assert response.status_code == 200, response.text
+    told = []
+    for one in response.json()["results"]:
+        one.pop("recommendation_id")
+        one["items"] = {item["item_id"]: pytest.approx(item["score"], abs=1e-5) for item in one["items"]}
+        one["memory"]["entropy"] = pytest.approx(one["memory"]["entropy"], abs=1e-6)
+        told.append(one)
+    return told
+
+
+@pytest.fixture
+def alone(run, valkey_url, stack):
+    """An api over one memory service of the same events, in another database."""
+    from api.app import create_app as create_api
+    from api.settings import ApiSettings
+    from memory_service.app import create_app as create_memory
+    from memory_service.settings import MemorySettings
+    from tests.conftest import served
+
+    settings = MemorySettings(run=run, redis_url=f"{valkey_url}?db=1", collective_users=2)
+    memory = stack.enter_context(served(create_memory(settings)))
+    url = stack.enter_context(served(create_api(ApiSettings(run=run, memory_url=memory))))
+    return stack.enter_context(httpx2.Client(base_url=url, timeout=60))
+
+
+def test_a_group_answers_as_one_replica_would(run, valkey_url, stack, alone):
+    group = Group(run, valkey_url, stack, collective_users=2)
+    first, *_ = (group.add() for _ in range(3))
+    group.settle()
+    api = group.api(first)  # the others are learnt from it
+    for user in USERS:
+        assert take(api, *history(user))["accepted"] == take(alone, *history(user))["accepted"] == 8
+    owners = read(described(first).table).owner[[range_of(user) for user in USERS]]
+    assert len(set(owners.tolist())) == 3, "or this test shows nothing"
+    wanted = answers(alone)
+    assert any("rare" in item for one in wanted for item in one["items"])
+    assert not any("only" in item for one in wanted for item in one["items"])
+    until(lambda: answers(api) == wanted, 20)  # counts of holders are told within a second
+
+    stays, goes, comes = USERS[0], USERS[4], USERS[5]
+    for one in (alone, api):  # who is forgotten is forgotten everywhere; its rare item has one holder less
+        assert one.delete(f"/users/{goes}/memory").json()["existed"]
+        assert one.get(f"/users/{goes}/memory").status_code == 404
+        take(one, {"user_id": comes, "item_id": "i30", "timestamp": NOW + 10_000})
+        assert one.get(f"/users/{stays}/memory").status_code == 200
+    assert not any(item == "rare 4" for one in answers(api) for item in one["items"]), "no later than the forgetting"
+    until(lambda: answers(api) == answers(alone), 20)
+
+    group.add()
+    group.settle()
+    until(lambda: answers(api) == answers(alone), 20)
+    group.remove(first)  # a crash, of the only seed the api was given
+    until(lambda: not any(one["memory"]["degraded"] for one in answers(api)), 30)
+    group.settle()
+    until(lambda: answers(api) == answers(alone), 20)
+
+
+def test_what_another_process_does_to_redis_is_heard_within_moments(run, valkey_url, stack, go):
+    group = Group(run, valkey_url, stack)
+    urls = [group.add(), group.add()]
+    group.settle()
+    api = group.api()
+    take(api, *history(USERS[0]), *history(USERS[1]))
+    store = Store(valkey_url, RulesConfig(capacity=10), 5)
+    seen = [one for one in answers(api)[: len(USERS)] if one["memory"]["collective"]["retrieved"]]
+    assert seen
+    go(store.forget(USERS[0], NOW + 10_000.0))
+    go(store.forget(USERS[1], NOW + 10_000.0))  # behind the replicas' backs
+    asked = {"sequence": ["i1", "i5"], "scopes": ["collective"]}
+    until(lambda: not api.post("/recommend", json=asked).json()["memory"]["collective"]["retrieved"], 10)
+    go(store.close())
+    assert sorted(read(described(urls[0]).table).members) == sorted(urls)
+
+
+class Load:
+    """Somebody who goes on taking and asking while things break, and keeps what was acknowledged."""
+
+    def __init__(self, api: httpx2.Client, users: list[str]) -> None:
+        self._api, self._users = api, users
+        self.acknowledged: dict[str, list[str]] = defaultdict(list)
+        self.versions: dict[str, int] = {}
+        self.faults: list[str] = []
+        self.refused = self.written = self.asked = 0
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(users[n::2], n), daemon=True) for n in range(2)]
+
+    def __enter__(self):
+        for one in self._threads:
+            one.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        for one in self._threads:
+            one.join(60)
+
+    def _run(self, users: list[str], seed: int) -> None:
+        step = 0
+        try:
+            while not self._stop.is_set():
+                step += 1
+                user = users[step % len(users)]
+                self._write(user, f"{user}/{step}", NOW + step)
+                self._ask(users[(step + 1) % len(users)])
+        except Exception as error:
+            self.faults.append(repr(error))
+
+    def _write(self, user: str, item: str, when: int) -> None:
+        event = {"user_id": user, "item_id": item, "timestamp": when}
+        while not self._stop.is_set():
+            response = self._api.post("/memories", json={"interactions": [event]})
+            if response.status_code == 200:
+                told = response.json()
+                if told["rejected"] or told["accepted"] + told["duplicates"] != 1:
+                    self.faults.append(f"{user}: {told}")
+                version = told["versions"].get(user, self.versions.get(user, 0))
+                if version < self.versions.get(user, 0):
+                    self.faults.append(f"{user}: version {version} after {self.versions[user]}")
+                self.versions[user] = version
+                self.acknowledged[user].append(item)
+                self.written += 1
+                return
+            if response.status_code != 503:
+                self.faults.append(f"{response.status_code}: {response.text}")
+            self.refused += 1
+
+    def _ask(self, user: str) -> None:
+        before = self.versions.get(user, 0)
+        response = self._api.post("/recommend", json={"user_id": user, "scopes": ["own"], "explain": True})
+        if response.status_code != 200:
+            self.faults.append(f"recommend: {response.status_code}: {response.text}")
+            return
+        told = response.json()
+        self.asked += 1
+        if not told["memory"]["degraded"] and told["memory"]["version"] < before:
+            self.faults.append(f"{user}: stale: {told['memory']['version']} after {before}")
+        for item in told["items"]:
+            for memory in item.get("because") or []:
+                if not memory["item_id"].startswith(f"{user}/"):
+                    self.faults.append(f"{user} was shown {memory['item_id']}")
+
+
+def kept(url: str, users: list[str]) -> dict[str, list[str]]:
+    """What Redis has of users, oldest first."""
+
+    async def read_all() -> dict[str, list[str]]:
+        store = Store(url, RulesConfig(capacity=10), 10)
+        try:
+            ids = await store.item_ids(1)
+            records = await store.load(users)
+            return {
+                user: [] if record is None else [ids[n - 1] for n in record.log_item.tolist()]
+                for user, record in records.items()
+            }
+        finally:
+            await store.close()
+
+    return asyncio.run(read_all())
+
+
+def test_nothing_acknowledged_is_lost_while_a_primary_dies_and_replicas_come_and_go(run, tmp_path, stack):
+    users = [f"walker {n}" for n in range(12)]
+    cluster = stack.enter_context(redis_cluster(tmp_path / "redis"))
+    group = Group(run, cluster.url, stack)
+    first, second = group.add(), group.add()
+    group.settle()
+    api = group.api()
+    with Load(api, users) as load:
+        until(lambda: load.written > 60)
+        victim = cluster.primary_of_slot(5000)
+        cluster.kill(victim)
+        until(lambda: cluster.primary_of_slot(5000) != victim)
+        calm = load.written
+        until(lambda: load.written > calm + 60)
+        cluster.start_again(victim)
+        group.add()
+        until(lambda: len(read(described(first).table).members) == 3 and load.written > calm + 120)
+        group.remove(second)
+        until(lambda: read(described(first).table).members and second not in read(described(first).table).members)
+        calm = load.written
+        until(lambda: load.written > calm + 60)
+        until(lambda: cluster.is_whole(victim))
+        hung = cluster.primary_of_slot(12000)
+        cluster.signal(hung, signal.SIGSTOP)  # a primary that hangs is replaced as one that died
+        until(lambda: cluster.primary_of_slot(12000) != hung)
+        cluster.signal(hung, signal.SIGCONT)
+        calm = load.written
+        until(lambda: load.written > calm + 60)
+    assert not load.faults
+    found = kept(cluster.url, users)
+    for user in users:
+        assert found[user] == list(dict.fromkeys(load.acknowledged[user])), user
+    group.settle()
+    assert load.asked > 100
+
+
+def test_a_primary_whose_replica_hangs_does_not_acknowledge_and_one_without_replica_does(run, tmp_path, stack):
+    cluster = stack.enter_context(redis_cluster(tmp_path / "redis"))
+    group = Group(run, cluster.url, stack)
+    group.add()
+    api = group.api()
+    user = next(f"u{n}" for n in range(100) if range_of(f"u{n}") < RANGES // 3)  # of the first primary
+    events = [{"user_id": user, "item_id": f"i{n}", "timestamp": NOW + n} for n in range(1, 6)]
+    take(api, events[0])
+    replica = cluster.primaries  # of the first primary
+    cluster.signal(replica, signal.SIGSTOP)
+    refused = api.post("/memories", json={"interactions": [events[1]]})
+    assert refused.status_code == 503
+    assert int(refused.headers["retry-after"]) > 0
+    cluster.signal(replica, signal.SIGCONT)
+    until(lambda: api.post("/memories", json={"interactions": [events[1]]}).status_code == 200)
+    cluster.kill(replica)
+    until(lambda: api.post("/memories", json={"interactions": [events[2]]}).status_code == 200)
+    assert kept(cluster.url, [user])[user] == ["i1", "i2", "i3"]
+    assert load_checkpoint(run).version == api.get("/model").json()["model_version"]
+
+
+def test_slots_that_move_between_primaries_are_followed(run, tmp_path, stack):
+    with ExitStack() as opened:
+        cluster = opened.enter_context(redis_cluster(tmp_path / "redis", replicas=0))
+        group = Group(run, cluster.url, opened, redis_replicas=0)
+        group.add()
+        api = group.api()
+        take(api, {"user_id": "u", "item_id": "i1", "timestamp": NOW})
+        key = b"ramrec:{u}"
+        source = cluster.primary_of(key)
+        target = (source + 1) % 3
+        slot = cluster.client(source).execute_command("CLUSTER", "KEYSLOT", key)
+        ids = [cluster.client(n).execute_command("CLUSTER", "MYID").decode() for n in range(3)]
+        cluster.client(target).execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[source])
+        cluster.client(source).execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[target])
+        cluster.client(source).execute_command("MIGRATE", "127.0.0.1", cluster.ports[target], key, 0, 5000)
+        told = take(api, {"user_id": "u", "item_id": "i2", "timestamp": NOW + 1})  # asked for (ASK), not moved yet
+        assert told["versions"] == {"u": 2}
+        for n in (target, source, 3 - source - target):
+            cluster.client(n).execute_command("CLUSTER", "SETSLOT", slot, "NODE", ids[target])
+        told = take(api, {"user_id": "u", "item_id": "i3", "timestamp": NOW + 2})  # moved (MOVED)
+        assert told["versions"] == {"u": 3}
+        assert api.post("/recommend", json={"user_id": "u"}).json()["memory"]["version"] == 3
+        assert kept(cluster.url, ["u"])["u"] == ["i1", "i2", "i3"]
