@@ -21,8 +21,11 @@ from memory_service.schemas import (
     RetrieveReply,
     RetrieveRequest,
     StaleUser,
+    UserEvents,
     UserMemory,
     UserPlan,
+    UserWrite,
+    UserWritten,
     WriteReply,
     WriteRequest,
 )
@@ -65,11 +68,13 @@ def _reals(columns: Columns, *more: bytes) -> tuple[bytes, ...]:
 def check_planned(reply: PlanReply, request: PlanRequest) -> None:
     """A plan for every user asked about, whose job can be encoded."""
     _check_plans(reply.users, [user.user_id for user in request.users], reply.catalogue_size)
+    _check_events(reply.users, request.users)
 
 
 def check_written(reply: WriteReply, request: WriteRequest) -> None:
     """An outcome for every user written."""
     _demand([one.user_id for one in reply.users] == [one.user_id for one in request.users], "users")
+    _check_events(reply.users, request.users)
     again = [one.retry for one in reply.users if one.retry is not None]
     _check_plans(again, [one.user_id for one in reply.users if one.retry is not None], reply.catalogue_size)
 
@@ -106,6 +111,13 @@ def _check_plans(plans: Sequence[UserPlan], names: Sequence[str], catalogue_size
         _check_job(plan.job, catalogue_size)
         _demand(len(plan.job.positions) == 8 * len(plan.accepted), "positions")
     _check_stale([plan.stale for plan in plans if plan.stale is not None], names, catalogue_size)
+
+
+def _check_events(told: Sequence[UserPlan | UserWritten], asked: Sequence[UserEvents | UserWrite]) -> None:
+    """Outcomes of the events that each user was asked about, and of no others."""
+    for one, user in zip(told, asked, strict=True):
+        events = {event.index for event in user.events}
+        _demand(events.issuperset([*one.accepted, *one.duplicates, *one.forgotten]), "events")
 
 
 def _check_stale(stale: Iterable[StaleUser], names: Sequence[str], catalogue_size: int) -> None:

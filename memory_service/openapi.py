@@ -22,6 +22,7 @@ from memory_service.schemas import (
     EntryOut,
     EventIn,
     Forgotten,
+    GroupReply,
     Item,
     Job,
     ModelReply,
@@ -227,7 +228,23 @@ CALLS = (
         "Remove everything about a user; a tombstone keeps late retries from bringing it back",
         Forgotten(existed=True),
         (INVALID_QUERY, UNAVAILABLE),
-        query=(USER,),
+        query=(
+            USER,
+            _parameter(
+                "here",
+                {"type": "boolean", "default": False},
+                "Another replica has forgotten the user; this one lets go.",
+                example=True,
+            ),
+        ),
+    ),
+    Call(
+        "get",
+        "/v1/group",
+        "group",
+        "The group of replicas, as this one sees it: who is there, and who owns which of the 1,024 ranges of slots",
+        GroupReply("", [], b"", None),
+        (),
     ),
     Call(
         "get",
