@@ -115,6 +115,16 @@ class Group:
         """The group as this replica sees it."""
         return GroupReply(self.me, sorted(self.alive), pack(self.part.loaded), self.table.write())
 
+    def counts(self) -> dict[str, int]:
+        """Ranges that are owned, held and loaded here, and those that change hands anywhere."""
+        states = {
+            "owned": self.table.owned(self.me),
+            "held": self.part.kept,
+            "loaded": self.part.loaded,
+            "changing": self.table.contested(),
+        }
+        return {state: int(ranges.sum()) for state, ranges in states.items()}
+
     def misses(self, asked: Bools | None) -> bool:
         """Whether some ranges asked about (none: those kept) are not loaded here."""
         wanted = self.part.kept if asked is None else asked

@@ -37,6 +37,22 @@ class Metrics:
         self.redis_seconds = Gauge(
             "ramrec_memory_redis_ping_seconds", "Time of the last ping that Redis answered", registry=self.registry
         )
+        self.primaries_lost = Gauge(
+            "ramrec_memory_redis_primaries_lost", "Primaries of a Redis Cluster out of reach", registry=self.registry
+        )
+        self.unreplicated = Total(
+            "ramrec_memory_redis_unreplicated_writes",
+            "Batches of writes kept by a primary alone, which had no replica to confirm them",
+        )
+        self.members = Gauge(
+            "ramrec_memory_group_members", "Replicas in the group as this one sees it; 0: alone", registry=self.registry
+        )
+        self.ranges = Gauge(
+            "ramrec_memory_group_ranges",
+            "Of 1,024 ranges of users: owned here, held here, loaded here, and changing hands anywhere",
+            ["state"],
+            registry=self.registry,
+        )
         self.resident = Gauge("ramrec_memory_resident_users", "Banks in memory", registry=self.registry)
         self.collective = Gauge(
             "ramrec_memory_collective_entries", "Entries in the collective index", registry=self.registry
@@ -74,7 +90,7 @@ class Metrics:
         self.collective_k = Distribution(
             "ramrec_memory_collective_k", "Others' entries wanted for users asked about", K
         )
-        for one in (self.pruned, self.bank_size, self.entropy, self.k, self.collective_k):
+        for one in (self.pruned, self.unreplicated, self.bank_size, self.entropy, self.k, self.collective_k):
             self.registry.register(one)
 
 

@@ -68,6 +68,8 @@ async def retrieve(request: Request) -> Response:
     """Memories of a batch of users."""
     asked = await _body(request, RetrieveRequest)
     reply = await _service(request).retrieve(asked)
+    if asked.held:  # the rest of a question that the users' owners have answered, and counted
+        return _answer(reply)
     seen: Metrics = request.app.state.metrics
     seen.users.inc(len(asked.users))
     seen.entropy.observe(np.frombuffer(reply.entropy, "<f4"))
@@ -210,6 +212,12 @@ async def metrics(request: Request) -> Response:
     shown.collective.set(len(collective or ()))
     shown.collective_users.set(collective.users if collective is not None else 0)
     shown.pruned.value = service.pruned
+    shown.primaries_lost.set(service.store.link.lost)
+    shown.unreplicated.value = service.store.link.unreplicated
+    if service.group is not None:
+        shown.members.set(len(service.group.table.members))
+        for state, count in service.group.counts().items():
+            shown.ranges.labels(state).set(count)
     shown.model.clear()
     shown.model.labels("serving", service.model_version).set(1)
     shown.model.labels("wanted", service.models.wanted.model_version).set(1)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,9 @@ from api.settings import ApiSettings
 from memory_service.app import create_app as create_memory
 from memory_service.schemas import GroupReply
 from memory_service.settings import MemorySettings
-from memory_service.slots import read
+from memory_service.slots import read, unpack
 from tests.conftest import served
-
-PATIENCE_S = 60.0
+from tests.redis_cluster import until
 
 
 def free_port() -> int:
@@ -28,15 +25,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def until(done: Callable[[], Any], patience_s: float = PATIENCE_S) -> Any:
-    """Wait for what other threads or processes do."""
-    end = time.monotonic() + patience_s
-    while not (said := done()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-    return said
 
 
 def described(url: str) -> GroupReply:
@@ -51,15 +39,9 @@ def settled(*urls: str) -> bool:
         table = read(reply.table)
         if sorted(table.members) != sorted(urls) or table.contested().any():
             return False
-        if not (table.owned(url) <= _bits(reply.loaded)).all():
+        if not (table.owned(url) <= unpack(reply.loaded)).all():
             return False
     return True
-
-
-def _bits(data: bytes) -> Any:
-    import numpy as np
-
-    return np.unpackbits(np.frombuffer(data, "u1")).astype(bool)
 
 
 class Group:

@@ -1,22 +1,32 @@
 """A group of memory replicas behind one api: the same answers as one replica, whoever joins, leaves or dies."""
 
 import asyncio
+import os
 import signal
+import subprocess
+import sys
 import threading
 from collections import defaultdict
 from contextlib import ExitStack
+from pathlib import Path
 
 import httpx2
 import numpy as np
 import pytest
 
+from api.app import create_app as create_api
+from api.settings import ApiSettings
+from memory_service.app import create_app as create_memory
+from memory_service.settings import MemorySettings
 from memory_service.slots import RANGES, range_of, read
 from memory_service.store import Store
 from model.checkpoint import load_checkpoint
 from model.config import RulesConfig
-from tests.groups import Group, described, until
-from tests.redis_cluster import redis_cluster
+from tests.conftest import served
+from tests.groups import Group, described, free_port, settled
+from tests.redis_cluster import redis_cluster, until
 
+ROOT = Path(__file__).parent.parent
 USERS = [f"user {n}" for n in range(24)]
 NOW = 1_700_000_000
 
@@ -68,12 +78,6 @@ def answers(api: httpx2.Client) -> list[dict]:
 @pytest.fixture
 def alone(run, valkey_url, stack):
     """An api over one memory service of the same events, in another database."""
-    from api.app import create_app as create_api
-    from api.settings import ApiSettings
-    from memory_service.app import create_app as create_memory
-    from memory_service.settings import MemorySettings
-    from tests.conftest import served
-
     settings = MemorySettings(run=run, redis_url=f"{valkey_url}?db=1", collective_users=2)
     memory = stack.enter_context(served(create_memory(settings)))
     url = stack.enter_context(served(create_api(ApiSettings(run=run, memory_url=memory))))
@@ -106,6 +110,9 @@ def test_a_group_answers_as_one_replica_would(run, valkey_url, stack, alone):
     group.add()
     group.settle()
     until(lambda: answers(api) == answers(alone), 20)
+    shown = httpx2.get(f"{first}/metrics").text
+    assert "ramrec_memory_group_members 4.0" in shown
+    assert 'ramrec_memory_group_ranges{state="owned"} 256.0' in shown
     group.remove(first)  # a crash, of the only seed the api was given
     until(lambda: not any(one["memory"]["degraded"] for one in answers(api)), 30)
     group.settle()
@@ -251,6 +258,55 @@ def test_nothing_acknowledged_is_lost_while_a_primary_dies_and_replicas_come_and
     assert load.asked > 100
 
 
+@pytest.fixture
+def process(run, valkey_url):
+    """Starts replicas as processes of their own; gives the process and the URL of each."""
+    started: list[subprocess.Popen] = []
+
+    def start() -> tuple[subprocess.Popen, str]:
+        port = free_port()
+        url = f"http://127.0.0.1:{port}"
+        words = ["--run", str(run), "--port", str(port), "--redis-url", valkey_url]
+        told = {"RAMREC_MEMORY_ADVERTISE": url, "RAMREC_MEMORY_COLLECTIVE_USERS": "1"}
+        started.append(
+            subprocess.Popen([sys.executable, "-m", "memory_service", *words], cwd=ROOT, env=os.environ | told)
+        )
+        return started[-1], url
+
+    yield start
+    for one in started:
+        one.kill()
+        one.wait(30)
+
+
+def answers_at(url: str) -> bool:
+    try:
+        return httpx2.get(f"{url}/health/ready").status_code == 200
+    except httpx2.TransportError:
+        return False
+
+
+def test_a_replica_that_is_told_to_stop_hands_over_first(run, process, stack):
+    (stays, staying), (goes, going) = process(), process()
+    until(lambda: answers_at(staying) and answers_at(going) and settled(staying, going))
+    url = stack.enter_context(served(create_api(ApiSettings(run=run, memory_url=f"{going},{staying}"))))
+    api = stack.enter_context(httpx2.Client(base_url=url, timeout=60))
+    for user in USERS:
+        take(api, *history(user))
+    before = answers(api)
+    goes.send_signal(signal.SIGTERM)
+    while goes.poll() is None:
+        now = answers(api)
+        assert not any(one["memory"]["degraded"] for one in now)
+        assert now == before
+    assert goes.returncode == 0
+    table = read(described(staying).table)
+    assert table.owned(staying).all()
+    until(lambda: answers(api) == before)
+    stays.send_signal(signal.SIGTERM)  # the last one has nobody to hand over to, and stops at once
+    assert stays.wait(10) == 0
+
+
 def test_a_primary_whose_replica_hangs_does_not_acknowledge_and_one_without_replica_does(run, tmp_path, stack):
     cluster = stack.enter_context(redis_cluster(tmp_path / "redis"))
     group = Group(run, cluster.url, stack)
@@ -269,6 +325,9 @@ def test_a_primary_whose_replica_hangs_does_not_acknowledge_and_one_without_repl
     cluster.kill(replica)
     until(lambda: api.post("/memories", json={"interactions": [events[2]]}).status_code == 200)
     assert kept(cluster.url, [user])[user] == ["i1", "i2", "i3"]
+    shown = httpx2.get(f"{next(iter(group.replicas))}/metrics").text
+    assert "ramrec_memory_redis_primaries_lost 0.0" in shown
+    assert "ramrec_memory_redis_unreplicated_writes_total 0.0" not in shown
     assert load_checkpoint(run).version == api.get("/model").json()["model_version"]
 
 
