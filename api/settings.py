@@ -9,7 +9,7 @@ from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from api.batching import PATIENCE_S
-from memory_service.settings import TOKEN_LENGTH, is_loopback
+from memory_service.settings import TOKEN_LENGTH, is_loopback, secrets_dir
 from memory_service.telemetry import LogLevel
 
 
@@ -17,7 +17,11 @@ class ApiSettings(BaseSettings):
     """Everything the api can be told."""
 
     model_config = SettingsConfigDict(
-        env_prefix="RAMREC_API_", extra="forbid", env_ignore_empty=True, hide_input_in_errors=True
+        env_prefix="RAMREC_API_",
+        extra="forbid",
+        env_ignore_empty=True,
+        hide_input_in_errors=True,
+        secrets_dir=secrets_dir(),
     )
 
     run: Path = Field(description="checkpoint folder")

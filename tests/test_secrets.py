@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from api.settings import ApiSettings
 from memory_service.settings import MemorySettings, with_password
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +29,7 @@ def test_settings_come_from_files_called_like_their_variables(run, secrets):
     assert memory.token.get_secret_value() == TOKEN
     assert memory.redis_url == f"redis://:{QUOTED}@redis:6379/0"
     assert "s3cret" not in repr(memory)
+    assert ApiSettings(run=run, _secrets_dir=secrets).memory_token.get_secret_value() == TOKEN
 
 
 def test_a_variable_comes_before_a_file(run, secrets, monkeypatch):
