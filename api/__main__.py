@@ -12,6 +12,7 @@ import uvicorn
 from pydantic import ValidationError
 
 from api.app import create_app
+from api.draining import DrainingServer
 from api.settings import ApiSettings
 from memory_service.telemetry import configure_logs, tracer_of
 from model.config import describe
@@ -23,16 +24,16 @@ def main() -> int:
     try:
         settings = ApiSettings(**_options())
         configure_logs(settings.log_level)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                create_app(settings, tracer_of("ramrec-api")),
-                host=settings.host,
-                port=settings.port,
-                access_log=False,
-                log_config=None,
-                timeout_graceful_shutdown=10,
-            )
+        app = create_app(settings, tracer_of("ramrec-api"))
+        config = uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            access_log=False,
+            log_config=None,
+            timeout_graceful_shutdown=10,
         )
+        server = DrainingServer(config, app, settings.drain_s)
         gc.freeze()  # what was loaded stays: looking through it would stop all requests for a tenth of a second
         server.run()
         return 0 if server.started else 1

@@ -54,6 +54,7 @@ def create_app(settings: ApiSettings, tracer: Any = None) -> FastAPI:
     )
     app.openapi = lambda: document(app, guarded=ring is not None)  # type: ignore[method-assign]
     app.state.settings, app.state.recommender = settings, recommender
+    app.state.leaving = False
     app.state.metrics = Metrics(settings.feedback_key.get_secret_value())
     app.include_router(direct)
     app.include_router(router)

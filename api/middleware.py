@@ -24,6 +24,8 @@ QUIET = frozenset({"/metrics"})
 UNHURRIED = frozenset({"/model/reload"})
 """Calls that take what they take, unless their caller says otherwise."""
 PROBES = frozenset({"/health/live", "/health/ready"})
+LEAVING = ((b"connection", b"close"),)
+"""What answers say once the service is about to stop."""
 
 
 class Gate:
@@ -54,7 +56,8 @@ class Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 own = (REQUEST_ID.lower().encode(), call.request_id.encode())
-                message = {**message, "headers": [*message.get("headers", ()), own]}
+                leaving = LEAVING if scope["app"].state.leaving else ()
+                message = {**message, "headers": [*message.get("headers", ()), own, *leaving]}
             await send(message)
 
         try:

@@ -254,6 +254,8 @@ async def live() -> face.Alive:
 @router.get("/health/ready", tags=["probes"], response_model=face.Ready, responses={503: {"model": face.Unready}})
 async def ready(request: Request) -> JSONResponse:
     """Recommendations with memory can be given: memory service and Redis answer, with the same model."""
+    if request.app.state.leaving:
+        return JSONResponse({"status": "about to stop"}, 503)
     models: Models = request.app.state.models
     begin = time.perf_counter()
     try:

@@ -46,6 +46,9 @@ class ApiSettings(BaseSettings):
     patience_s: float = Field(PATIENCE_S, ge=0, description="wait after which the connection is looked at")
     queue_limit: int = Field(512, ge=256, description="waiting requests beyond which new ones are refused")
     ingest_limit: int = Field(10_000, ge=1, description="interactions being written beyond which more are answered 429")
+    drain_s: float = Field(
+        1.0, ge=0, description="how long after SIGTERM requests are still taken while callers are sent elsewhere"
+    )
     feedback_key: SecretStr = Field(SecretStr(""), description="what recommendation ids are authenticated with")
     torch_threads: int = Field(1, ge=1)
 
