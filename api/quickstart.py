@@ -33,7 +33,7 @@ class QuickstartError(RamrecError):
     """The tour cannot go on; the message says at which step and why."""
 
 
-def prepare(data: Path, run: Path, source: Path | None) -> None:
+def prepare(data: Path, run: Path, source: Path | None, config: str) -> None:
     """The first two steps: a checkpoint in `run`, unless there is one; then nothing is fetched either.
 
     Raises:
@@ -44,10 +44,10 @@ def prepare(data: Path, run: Path, source: Path | None) -> None:
     if not (run / "checkpoint.json").exists():
         console.print(f"no checkpoint in {run}: a demo model is trained on ML-100K, which takes some minutes")
         fetch_ml_100k(data, source)
-    _train_once(data, run)
+    _train_once(data, run, config)
 
 
-def tour(data: Path, run: Path, source: Path | None) -> None:
+def tour(data: Path, run: Path, source: Path | None, config: str) -> None:
     """All steps, each skipped where its result is there already.
 
     Raises:
@@ -60,7 +60,7 @@ def tour(data: Path, run: Path, source: Path | None) -> None:
     console.rule("1. ML-100K")
     console.print(f"in {fetch_ml_100k(data, source)}")
     console.rule("2. Training")
-    _train_once(data, run)
+    _train_once(data, run, config)
     log = read_interactions(data)
     console.rule("3. Serving")
     with _serving(run) as url:
@@ -76,11 +76,11 @@ def tour(data: Path, run: Path, source: Path | None) -> None:
     _what_next(run, diverse)
 
 
-def _train_once(data: Path, run: Path) -> None:
+def _train_once(data: Path, run: Path, config: str) -> None:
     if (run / "checkpoint.json").exists():
         console.print(f"reusing the checkpoint in {run}")
         return
-    command = ["train", "--dataset", str(data), "--config", "ml-100k", "--out", str(run)]
+    command = ["train", "--dataset", str(data), "--config", config, "--out", str(run)]
     outcome = subprocess.run([sys.executable, "-m", "api.cli", *command], check=False)
     if outcome.returncode:
         raise QuickstartError(f"training failed with exit code {outcome.returncode}")

@@ -197,11 +197,11 @@ def check(
             over.set()
             for thread in threads:
                 thread.join()
-            found = {user: _remembered(deployment, user) for one in writers for user in one.sent}
+            found = {user: remembered(deployment.url, user) for one in writers for user in one.sent}
         finally:
             deployment.stop()
     return {"kills": dict(killed), "acknowledged": _count(writers), "refused": sum(one.refused for one in writers)} | (
-        _compared(writers, found)
+        compared(writers, found)
     )
 
 
@@ -209,9 +209,10 @@ def _count(writers: list[Client]) -> int:
     return sum(len(events) for one in writers for events in one.acknowledged.values())
 
 
-def _remembered(deployment: Deployment, user: str) -> list[tuple[str, float]]:
+def remembered(url: str, user: str) -> list[tuple[str, float]]:
+    """The events in a user's log."""
     try:
-        memory = call(f"{deployment.url}/users/{urllib.request.quote(user)}/memory")
+        memory = call(f"{url}/users/{urllib.request.quote(user)}/memory")
     except urllib.error.HTTPError as error:
         if error.code == 404:
             return []
@@ -221,7 +222,8 @@ def _remembered(deployment: Deployment, user: str) -> list[tuple[str, float]]:
     return log
 
 
-def _compared(writers: list[Client], found: dict[str, list[tuple[str, float]]]) -> dict[str, int]:
+def compared(writers: list[Client], found: dict[str, list[tuple[str, float]]]) -> dict[str, int]:
+    """Events that are missing, phantom or there twice."""
     report = Counter({"missing": 0, "phantom": 0, "duplicates": 0})
     for one in writers:
         for user, sent in one.sent.items():
