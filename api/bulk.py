@@ -20,7 +20,10 @@ from memory_service.slots import ALL_SLOTS
 from model.errors import RamrecError
 
 RANGES_A_WORKER = 4
-LOOPBACK = "127.0.0.1"
+ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+"""Ray's words, read when it is imported, for listening on loopback alone, as it does on a desktop, and for telling
+nobody.
+"""
 STORE_BYTES = 100 * 2**20
 """Ray's shared memory: jobs and results are small."""
 Report = Callable[[int, int], None]
@@ -82,6 +85,8 @@ class OnRay(AbstractContextManager["OnRay"]):
     """
 
     def __init__(self, workers: int | None = None, address: str | None = None) -> None:
+        if address is None:
+            os.environ |= ALONE
         try:
             import ray
         except ImportError as error:
@@ -131,9 +136,7 @@ def _connect(ray: Any, workers: int | None, address: str | None) -> None:
     if address is not None:
         ray.init(address, **quiet)
         return
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    alone = {"include_dashboard": False, "_node_ip_address": LOOPBACK, "object_store_memory": STORE_BYTES}
-    ray.init("local", num_cpus=workers, **alone, **quiet)
+    ray.init("local", num_cpus=workers, include_dashboard=False, object_store_memory=STORE_BYTES, **quiet)
 
 
 def _counted(job: Job[Result], slots: range) -> tuple[Result, int, int]:

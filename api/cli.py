@@ -101,19 +101,29 @@ def train(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Overrides training.seed of the config.")] = None,
 ) -> None:
-    """Fit encoder and memory fusion. An interrupted run of the same config goes on where it was."""
+    """Fit encoder and memory fusion. An interrupted run of the same config goes on where it was.
+
+    Several processes share every batch under torchrun (`torchrun --nproc-per-node 4 -m api.cli train …`); --dataset and
+    --out are then the same folders for all.
+    """
+    from contextlib import nullcontext
+
     from model.config import Config, load_config
     from model.dataset import read_dataset
+    from model.distributed import joined
     from model.training import train as fit
 
     settings = load_config(config) if config else Config()
     if seed is not None:
         settings = settings.model_copy(update={"training": settings.training.model_copy(update={"seed": seed})})
-    data = read_dataset(recbole_notes(config, dataset), settings.dataset)
-    describe_dataset(data)
-    with TrainingDisplay() as display:
-        checkpoint = fit(data, settings, out, display)
-    typer.echo(f"checkpoint {checkpoint.version} is in {out}")
+    with joined() as peers:
+        data = read_dataset(recbole_notes(config, dataset), settings.dataset)
+        if peers.is_first:
+            describe_dataset(data)
+        with TrainingDisplay() if peers.is_first else nullcontext(lambda epoch: None) as display:
+            checkpoint = fit(data, settings, out, display, peers)
+    if peers.is_first:
+        typer.echo(f"checkpoint {checkpoint.version} is in {out}")
 
 
 def recbole_notes(config: str | None, dataset: Path) -> Path:

@@ -14,6 +14,7 @@ from torch import Tensor
 from model.config import Config, TrainingConfig
 from model.contrast import ContrastiveViews
 from model.dataset import Dataset, leave_one_out, length_batches, pad_windows
+from model.distributed import ALONE, Peers
 from model.encoder import SequenceEncoder, encode_states
 from model.losses import gbce_loss, sampled_softmax_loss, softmax_loss
 from model.marks import mark
@@ -37,7 +38,7 @@ VALIDATION_ROWS = 512
 
 
 def fit_encoder(
-    dataset: Dataset, config: Config, users: NDArray[np.bool_], run: Path, report: Report
+    dataset: Dataset, config: Config, users: NDArray[np.bool_], run: Path, report: Report, peers: Peers = ALONE
 ) -> SequenceEncoder:
     """The encoder of the best validation epoch, trained on the marked users' training interactions."""
     settings = config.training
@@ -46,12 +47,15 @@ def fit_encoder(
     optimizer = adamw(encoder.parameters(), settings.learning_rate, settings.weight_decay)
     best = snapshot(encoder)
     progress = resume(run, _fingerprint(dataset, config), encoder, optimizer, best)
+    peers.agree(progress.epoch, "the epoch they go on from; the run's folder must be one for all")
     while not progress.over(settings.max_epochs, settings.patience):
         set_rate(optimizer, decayed(settings.learning_rate, progress.epoch / settings.max_epochs, settings.final_rate))
-        loss = _encoder_epoch(encoder, optimizer, dataset, users, config, progress.epoch)
-        figures = validate_encoder(encoder, dataset)
+        peers.synchronise(encoder)
+        loss = _encoder_epoch(encoder, optimizer, dataset, users, config, progress.epoch, peers)
+        figures = validate_encoder(encoder, dataset, peers)
         advance(progress, figures, encoder, best)
-        save_state(run, _fingerprint(dataset, config), encoder, optimizer, best, progress)
+        if peers.is_first:
+            save_state(run, _fingerprint(dataset, config), encoder, optimizer, best, progress)
         is_best = progress.best_epoch == progress.epoch
         report(Epoch("encoder", progress.epoch, settings.max_epochs, loss, figures, is_best))
     encoder.load_state_dict(best)
@@ -65,21 +69,24 @@ def _encoder_epoch(
     users: NDArray[np.bool_],
     config: Config,
     epoch: int,
+    peers: Peers,
 ) -> float:
     """One pass over every training interaction as a target; returns the mean loss."""
-    torch.manual_seed((config.training.seed + 1) * 100_003 + epoch)
+    torch.manual_seed((config.training.seed + 1) * 100_003 + epoch + peers.seed_shift)
     rng = np.random.default_rng([config.training.seed, 2, epoch])
     encoder.train()
     settings, total, count = config.training, 0.0, 0.0
     views = ContrastiveViews(dataset, users, config.encoder.window) if settings.contrast_weight else None
+    view_rng = rng if peers.size == 1 else np.random.default_rng([settings.seed, 5, epoch, peers.rank])
     for targets in training_batches(dataset, users, config, rng):
-        loss = next_item_loss(encoder, torch.from_numpy(targets), settings)
-        if views is not None:
-            contrast = views.loss(encoder, torch.from_numpy(targets), rng, settings.contrast_temperature)
-            loss = loss + settings.contrast_weight * contrast
-        step(optimizer, encoder, loss, settings)
-        total += loss.item() * np.count_nonzero(targets)
-        count += np.count_nonzero(targets)
+        mine, loss, targeted = targets[peers.share], None, np.count_nonzero(targets)
+        if len(mine):
+            loss = next_item_loss(encoder, torch.from_numpy(mine), settings)
+            if views is not None:
+                contrast = views.loss(encoder, torch.from_numpy(mine), view_rng, settings.contrast_temperature)
+                loss = loss + settings.contrast_weight * contrast
+        total += targeted * step(optimizer, encoder, loss, peers, np.count_nonzero(mine) / targeted)
+        count += targeted
     return total / count
 
 
@@ -133,12 +140,13 @@ def _training_windows(
     return first[user] + start, stop - start
 
 
-def validate_encoder(encoder: SequenceEncoder, dataset: Dataset) -> dict[str, float]:
+def validate_encoder(encoder: SequenceEncoder, dataset: Dataset, peers: Peers = ALONE) -> dict[str, float]:
     """Metrics of the encoder alone on the validation items of all users. Where nobody ever takes an item again, what a
     user has had is left out of the ranking: the repeat bias, fitted later, will do the same.
     """
     split = leave_one_out(dataset)
-    event = split.validation[split.validation >= 0]
+    validated = split.validation[split.validation >= 0]
+    event = validated[peers.share]
     states = encode_states(encoder, state_requests(dataset, event, dataset.item_count))
     target, masked = dataset.items[event], not dataset.repeats()
     found = []
@@ -149,7 +157,8 @@ def validate_encoder(encoder: SequenceEncoder, dataset: Dataset) -> dict[str, fl
             if masked:
                 scores[mark(dataset.history(event[rows]), scores.shape[1])] = -torch.inf
         found.append(ranks(scores.numpy(), target[rows]))
-    return summary(np.concatenate(found))
+    mine = np.concatenate([*found, np.zeros(0, np.int64)])
+    return summary(peers.gathered(mine, len(validated)))
 
 
 def _fingerprint(dataset: Dataset, config: Config) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -65,6 +65,10 @@ class MemoryTokens:
             entropy=torch.from_numpy(retrieved.entropy.astype(np.float32)),
             size=torch.from_numpy(retrieved.bank_size.astype(np.float32)),
         )
+
+    def take(self, rows: slice) -> MemoryTokens:
+        """Those of some of the batch."""
+        return MemoryTokens(*(getattr(self, column.name)[rows] for column in fields(self)))
 
     @property
     def own(self) -> int:

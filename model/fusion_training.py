@@ -14,6 +14,7 @@ from torch.nn import functional
 from model.bank import Retrieved
 from model.config import Config, TrainingConfig
 from model.dataset import Dataset, leave_one_out
+from model.distributed import ALONE, Peers
 from model.encoder import SequenceEncoder
 from model.fusion import MemoryFusion, MemoryTokens
 from model.losses import smooth_ndcg_loss
@@ -22,6 +23,7 @@ from model.metrics import ranks, summary
 from model.optimisation import Epoch, Progress, Report, adamw, advance, snapshot, step
 from model.recommender import predict
 from model.replay import MemorySpace, Replay, adaptive, collective, replay, trajectory
+from model.rules import Floats, Ints
 
 UNKNOWN_SHARE = 0.02
 """Share of memories whose item is hidden from the fusion while fitting, so that "unknown" gets an embedding."""
@@ -37,6 +39,7 @@ def fit_fusion(
     space: MemorySpace,
     held_out: NDArray[np.bool_],
     report: Report,
+    peers: Peers = ALONE,
 ) -> MemoryFusion:
     """The fusion of the best validation epoch, trained on what `fusion_targets` says.
 
@@ -47,7 +50,7 @@ def fit_fusion(
     torch.manual_seed(settings.seed + 1)
     fusion = MemoryFusion(config.fusion, config.encoder.dim)
     samples, validation = _fusion_samples(dataset, encoder, space, *fusion_events(dataset, settings, held_out))
-    fit = _Fit(dataset, config, encoder.table().detach(), samples, validation, report)
+    fit = _Fit(dataset, config, encoder.table().detach(), samples, validation, report, peers)
     fusion.repeat_bias.data.fill_(repeat_bias(dataset, fit.table, samples))
     fit("calibration", fusion, _calibration_optimizer(fusion, settings), _no_memory)
     fit("fusion", fusion, _memory_optimizer(fusion, settings), adaptive)
@@ -64,6 +67,7 @@ class _Fit:
     samples: Replay
     validation: Replay
     report: Report
+    peers: Peers
 
     def __call__(
         self,
@@ -78,6 +82,7 @@ class _Fit:
         settings, best = self.config.training, snapshot(fusion)
         progress = Progress(best=self._validated(fusion, choose)["ndcg@10"])
         while not progress.over(settings.fusion_max_epochs, settings.fusion_patience):
+            self.peers.synchronise(fusion)
             rng = np.random.default_rng([settings.seed, 4, progress.epoch])
             loss = self._epoch(fusion, optimizer, choose, rng)
             figures = self._validated(fusion, choose)
@@ -87,9 +92,9 @@ class _Fit:
         fusion.load_state_dict(best)
 
     def _validated(self, fusion: MemoryFusion, choose: Callable[[Replay], Retrieved]) -> dict[str, float]:
-        return summary(
-            memory_ranks(fusion, self.table, self.dataset, self.validation, choose(self.validation)).unmasked
-        )
+        mine = self.validation.take(self.peers.share)
+        found = memory_ranks(fusion, self.table, self.dataset, mine, choose(mine)).unmasked
+        return summary(self.peers.gathered(found, len(self.validation.event)))
 
     def _epoch(
         self,
@@ -106,13 +111,18 @@ class _Fit:
             batch = self.samples.take(order[at : at + settings.fusion_batch])
             memories = MemoryTokens.of(choose(batch), len(self.table) - 1)
             memories.item[torch.rand(memories.item.shape) < UNKNOWN_SHARE] = 0
-            had = mark(self.dataset.history(batch.event), len(self.table))
-            prediction = predict(fusion, self.table, torch.from_numpy(batch.state), memories, had)
-            target = torch.from_numpy(self.dataset.items[batch.event].astype(np.int64))
-            loss = smooth_ndcg_loss(prediction.scores(), target, settings.rank_temperature)
-            step(optimizer, fusion, loss, settings)
-            losses.append(loss.item())
+            rows = self.peers.share
+            with self.peers.own_randomness():
+                mine = batch.event[rows]
+                loss = self._loss(fusion, mine, batch.state[rows], memories.take(rows)) if len(mine) else None
+            losses.append(step(optimizer, fusion, loss, self.peers, len(mine) / len(batch.event)))
         return float(np.mean(losses))
+
+    def _loss(self, fusion: MemoryFusion, event: Ints, state: Floats, memories: MemoryTokens) -> Tensor:
+        had = mark(self.dataset.history(event), len(self.table))
+        prediction = predict(fusion, self.table, torch.from_numpy(state), memories, had)
+        target = torch.from_numpy(self.dataset.items[event].astype(np.int64))
+        return smooth_ndcg_loss(prediction.scores(), target, self.config.training.rank_temperature)
 
 
 def _no_memory(asked: Replay) -> Retrieved:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.config import TrainingConfig
+from model.distributed import ALONE, Peers
 from model.errors import RamrecError
 
 STATE_FILE = "training.safetensors"
@@ -77,14 +77,23 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def step(optimizer: torch.optim.Optimizer, network: torch.nn.Module, loss: Tensor, config: TrainingConfig) -> None:
-    """One clipped optimiser step. Raises TrainingError where the loss is not finite."""
-    if not torch.isfinite(loss):
-        raise TrainingError(f"the loss is {loss.item()}: lower the learning rate, or look for broken input")
+def step(
+    optimizer: torch.optim.Optimizer,
+    network: torch.nn.Module,
+    loss: Tensor | None,
+    peers: Peers = ALONE,
+    part: float = 1.0,
+) -> float:
+    """One clipped optimiser step; returns the loss over all processes (`Peers.backward`). Raises TrainingError where it
+    is not finite.
+    """
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    mean = peers.backward(network, loss, part)
+    if not math.isfinite(mean):
+        raise TrainingError(f"the loss is {mean}: lower the learning rate, or look for broken input")
     torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
     optimizer.step()
+    return mean
 
 
 def snapshot(network: torch.nn.Module) -> dict[str, Tensor]:

@@ -49,8 +49,8 @@ class Replay:
     retrieved: Retrieved
     rules: RulesConfig
 
-    def take(self, rows: Ints | Bools) -> Replay:
-        """Some of the questions; a mask or indices."""
+    def take(self, rows: Ints | Bools | slice) -> Replay:
+        """Some of the questions; a mask, indices or a slice."""
         return Replay(self.event[rows], self.state[rows], self.retrieved.take(rows), self.rules)
 
 

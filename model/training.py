@@ -22,6 +22,7 @@ from torch.nn import functional
 from model.checkpoint import Checkpoint, save_checkpoint
 from model.config import Config, TrainingConfig
 from model.dataset import Dataset, leave_one_out
+from model.distributed import ALONE, Peers
 from model.encoder import SequenceEncoder, encode_states
 from model.encoder_training import fit_encoder
 from model.fusion_training import fit_fusion
@@ -35,20 +36,27 @@ KEYS_A_LIST = 32
 """Keys that a centroid is trained on."""
 
 
-def train(dataset: Dataset, config: Config, run: Path, report: Report = lambda epoch: None) -> Checkpoint:
+def train(
+    dataset: Dataset, config: Config, run: Path, report: Report = lambda epoch: None, peers: Peers = ALONE
+) -> Checkpoint:
     """Fit encoder and fusion, write the checkpoint to `run`, return it. Resumes an interrupted run of equal config.
 
+    With `peers` every process calls this with the same data, config and folder; the first one reports and writes, and
+    the others' checkpoint has no version.
+
     Raises:
+        PeersError: the processes do not go on from the same state.
         TrainingError: a loss was not finite, or `run` holds the state of another config or dataset.
         DatasetError: no user has the three events that training, validation and test need.
     """
     config = fitted_config(config, dataset)
     if config.training.threads:
-        torch.set_num_threads(config.training.threads)
+        torch.set_num_threads(max(1, config.training.threads // peers.size))
     held_out = hold_out(dataset.users, config.training)
-    encoder = fit_encoder(dataset, config, ~held_out, run, report)
-    space = memory_space(dataset, encoder, config)
-    fusion = fit_fusion(dataset, config, encoder, space, held_out, report)
+    report = report if peers.is_first else lambda epoch: None
+    encoder = fit_encoder(dataset, config, ~held_out, run, report, peers)
+    space = _shared(memory_space(dataset, encoder, config), peers)
+    fusion = fit_fusion(dataset, config, encoder, space, held_out, report, peers)
     checkpoint = Checkpoint(
         config=config,
         item_ids=dataset.item_ids,
@@ -58,6 +66,8 @@ def train(dataset: Dataset, config: Config, run: Path, report: Report = lambda e
         index_centroids=space.centroids,
         popularity=popularity(dataset),
     )
+    if not peers.is_first:
+        return checkpoint
     version = save_checkpoint(run, checkpoint)
     return replace(checkpoint, version=version)
 
@@ -91,6 +101,12 @@ def popularity(dataset: Dataset) -> NDArray[np.float32]:
 def memory_space(dataset: Dataset, encoder: SequenceEncoder, config: Config) -> MemorySpace:
     """Item clusters and index centroids of a fitted encoder, beside the rules."""
     return MemorySpace(config.rules, cluster_items(encoder, config), collective_centroids(dataset, encoder, config))
+
+
+def _shared(space: MemorySpace, peers: Peers) -> MemorySpace:
+    """The first process's for all."""
+    clusters, centroids = peers.from_first(space.clusters), peers.from_first(space.centroids)
+    return replace(space, clusters=clusters, centroids=centroids)
 
 
 def cluster_items(encoder: SequenceEncoder, config: Config) -> NDArray[np.int32]:

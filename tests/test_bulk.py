@@ -143,6 +143,12 @@ def test_half_a_memory_is_no_answer(memory_url, run, tmp_path, monkeypatch, know
 # ----------------------------------------------------------------------------------------------- on Ray
 
 
+def test_the_cluster_that_is_started_listens_on_loopback_alone(cluster):
+    ray = pytest.importorskip("ray")
+    assert [node["NodeManagerAddress"] for node in ray.nodes()] == ["127.0.0.1"]
+    assert cluster.workers == 2
+
+
 def test_on_ray_recommendations_are_the_same(known_url, memory_url, run, tmp_path, cluster):
     here = recommend_all(run, memory_url, tmp_path / "here")
     there = recommend_all(run, memory_url, tmp_path / "there", where=cluster)

@@ -80,7 +80,6 @@ def test_a_loss_that_is_no_number_is_refused():
             adamw(layer.parameters(), 0.1, 0.0),
             layer,
             layer(torch.full((1, 2), math.nan)).sum(),
-            small_config().training,
         )
 
 
