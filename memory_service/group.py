@@ -126,9 +126,8 @@ class Group:
         return {state: int(ranges.sum()) for state, ranges in states.items()}
 
     def misses(self, asked: Bools | None) -> bool:
-        """Whether some ranges asked about (none: those kept) are not loaded here."""
-        wanted = self.part.kept if asked is None else asked
-        return bool((wanted & ~self.part.loaded).any())
+        """Whether some of the ranges asked about (None: all) are not loaded here."""
+        return bool((~self.part.loaded if asked is None else asked & ~self.part.loaded).any())
 
     async def exchange(self) -> None:
         """Tell the others what is counted here, and hear what they count. Raises StoreUnavailable."""

@@ -76,4 +76,6 @@ class Group:
         """An api over the group."""
         settings = ApiSettings(run=self._run, memory_url=",".join(seeds or self.replicas))
         url = self._stack.enter_context(served(create_api(settings)))
-        return self._stack.enter_context(httpx2.Client(base_url=url, timeout=60))
+        client = self._stack.enter_context(httpx2.Client(base_url=url, timeout=60))
+        client.memory_url = settings.memory_url
+        return client

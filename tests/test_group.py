@@ -15,16 +15,18 @@ import numpy as np
 import pytest
 
 from api.app import create_app as create_api
+from api.reembed import reembed
 from api.settings import ApiSettings
 from memory_service.app import create_app as create_memory
 from memory_service.settings import MemorySettings
 from memory_service.slots import RANGES, range_of, read
 from memory_service.store import Store
-from model.checkpoint import load_checkpoint
+from model.checkpoint import load_checkpoint, save_checkpoint
 from model.config import RulesConfig
 from tests.conftest import served
 from tests.groups import Group, described, free_port, settled
 from tests.redis_cluster import redis_cluster, until
+from tests.synthetic import random_checkpoint
 
 ROOT = Path(__file__).parent.parent
 USERS = [f"user {n}" for n in range(24)]
@@ -81,7 +83,9 @@ def alone(run, valkey_url, stack):
     settings = MemorySettings(run=run, redis_url=f"{valkey_url}?db=1", collective_users=2)
     memory = stack.enter_context(served(create_memory(settings)))
     url = stack.enter_context(served(create_api(ApiSettings(run=run, memory_url=memory))))
-    return stack.enter_context(httpx2.Client(base_url=url, timeout=60))
+    client = stack.enter_context(httpx2.Client(base_url=url, timeout=60))
+    client.memory_url = memory
+    return client
 
 
 def test_a_group_answers_as_one_replica_would(run, valkey_url, stack, alone):
@@ -256,6 +260,22 @@ def test_nothing_acknowledged_is_lost_while_a_primary_dies_and_replicas_come_and
         assert found[user] == list(dict.fromkeys(load.acknowledged[user])), user
     group.settle()
     assert load.asked > 100
+
+
+def test_a_group_moves_to_another_model_as_one_replica_does(run, valkey_url, stack, alone, tmp_path):
+    group = Group(run, valkey_url, stack, collective_users=2)
+    group.add(), group.add()
+    group.settle()
+    api = group.api()
+    other = tmp_path / "other"
+    save_checkpoint(other, random_checkpoint(seed=1))
+    version = load_checkpoint(other).version
+    for one in (alone, api):
+        take(one, *(event for user in USERS for event in history(user)))
+        assert one.post("/model/reload", json={"run": str(other)}).status_code == 200
+        assert reembed(other, one.memory_url) == len(USERS)
+        until(lambda one=one: one.get("/model").json()["model_version"] == version)
+    until(lambda: answers(api) == answers(alone), 30)
 
 
 @pytest.fixture
