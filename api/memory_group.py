@@ -49,6 +49,8 @@ from model.rules import Ints
 
 LOOK_S = 1.0
 """How often it is looked who owns whom."""
+STALE_S = 3.0
+"""A view so old is not gone by any more: the calls that found it so wait for a new one."""
 TRIES = 3
 """Replicas asked in place of one that is lost."""
 BELIEVED = 5
@@ -83,15 +85,16 @@ class MemoryGroup:
         self._view: View | None = None
         self._looked_at, self._doubts = -np.inf, 0
         self._looking: asyncio.Task[None] | None = None
-        self._first = asyncio.Lock()
+        self._probing: asyncio.Task[None] | None = None
         self._down: set[str] = set()
         self._preferred = random.random()  # replicas asked for what any can tell differ between apis
 
     async def close(self) -> None:
         """Close all connections."""
-        if self._looking is not None:
-            self._looking.cancel()
-            await asyncio.gather(self._looking, return_exceptions=True)
+        for task in (self._looking, self._probing):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         for client in self._clients.values():
             await client.close()
 
@@ -102,6 +105,14 @@ class MemoryGroup:
         view = await self._current()
         if view is None or len(view.table.members) < 2:
             return await self._try(self._any(view), lambda client: client.retrieve(request))
+        found = await self._retrieve(view, request)
+        if found.degraded and self._down & set(view.table.members):
+            await self._look_now()  # who could not be reached may have handed over to others
+            if self._view is not None and not self._view.table.same(view.table):
+                return await self._retrieve(self._view, request)
+        return found
+
+    async def _retrieve(self, view: View, request: RetrieveRequest) -> Remembered:
         asked = await self._ask_owners(view, request)
         found = _assembled([(rows, part) for rows, part, _ in asked], len(request.users))
         others = await self._ask_others(view, request, found, asked)
@@ -220,7 +231,7 @@ class MemoryGroup:
             await self._client(member).forget(user_id, here=True)
         except MemoryUnreachable as error:
             self._lose(member)
-            await self._look()
+            await self._look_now()
             if self._view is not None and member in self._view.alive:
                 raise MemoryUnavailable(f"{error.detail}: forgotten, but not confirmed by every replica") from error
 
@@ -350,14 +361,17 @@ class MemoryGroup:
 
     async def _current(self) -> View | None:
         """The group as seen a moment ago; None where the memory service stands alone, or nobody answers."""
-        if time.monotonic() - self._looked_at > LOOK_S:
-            if self._looked_at == -np.inf:
-                async with self._first:
-                    if self._looked_at == -np.inf:
-                        await self._look()
-            else:
-                self._look_soon()
+        age = time.monotonic() - self._looked_at
+        if age > STALE_S:
+            await self._look_now()
+        elif age > LOOK_S:
+            self._look_soon()
         return self._view
+
+    async def _look_now(self) -> None:
+        self._look_soon()
+        assert self._looking is not None
+        await asyncio.shield(self._looking)
 
     def _look_soon(self) -> None:
         if self._looking is None or self._looking.done():
@@ -368,18 +382,23 @@ class MemoryGroup:
         self._look_soon()
 
     async def _look(self) -> None:
-        """Ask who is there; replicas that were lost are asked, too, and no longer lost where they answer."""
+        """Ask somebody who is there. Whoever was lost is asked beside that, and no longer lost after an answer."""
         members = [] if self._view is None else list(self._view.table.members)
         known = list(dict.fromkeys([*members, *self._seeds]))
         random.shuffle(known)
-        up = [url for url in known if url not in self._down]
-        seen = await self._first_answer(up)
-        back = await asyncio.gather(*(self._described(url) for url in self._down & set(known)))
-        for reply in (seen, *back):
+        seen = await self._first_answer(url for url in known if url not in self._down)
+        if seen is not None:
+            self._adopt(seen)
+        self._down &= {*self._seeds, *(known if self._view is None else self._view.table.members)}
+        self._looked_at = time.monotonic()
+        if self._down and (self._probing is None or self._probing.done()):
+            self._probing = asyncio.create_task(self._probe())
+
+    async def _probe(self) -> None:
+        """Ask the lost; one that hangs keeps nobody waiting."""
+        for reply in await asyncio.gather(*(self._described(url) for url in list(self._down))):
             if reply is not None:
                 self._adopt(reply)
-        self._down &= set(known if self._view is None else self._view.table.members) | set(self._seeds)
-        self._looked_at = time.monotonic()
 
     async def _first_answer(self, urls: Iterable[str]) -> GroupReply | None:
         for url in urls:

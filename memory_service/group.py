@@ -35,6 +35,8 @@ SETTLE_S = 4 * TICK_S
 """From when an heir is named to when it takes over at the earliest: the owner has stopped counting, and all know."""
 GRACE_S = 5.0
 """How long a replica goes on searching what it lost: callers may not have heard of it yet."""
+LINGER_S = 3.0
+"""How long a replica that owns nothing any more stays, for callers who have not heard of it."""
 RETOLD_S = 60.0
 """After this all counts are told anew."""
 LONGEST = 200
@@ -85,13 +87,17 @@ class Group:
                 await asyncio.gather(self._loading, return_exceptions=True)
 
     async def leave(self, limit_s: float) -> None:
-        """Hand over everything to the others, as far as there are any; returns at the latest after `limit_s`."""
+        """Hand over everything to the others, as far as there are any, and answer on until callers have heard of it;
+        returns at the latest after `limit_s`.
+        """
         self._is_leaving, end = True, time.monotonic() + limit_s
         with suppress(StoreUnavailable):
-            while time.monotonic() < end:
+            while (now := time.monotonic()) < end:
                 await self.tick()
-                if not self.table.owned(self.me).any() or self.table.leaving >= self.alive | {self.me}:
-                    break
+                if self.table.leaving >= self.alive | {self.me}:
+                    break  # nobody stays
+                if not self.table.owned(self.me).any():
+                    end = min(end, now + LINGER_S)
                 await asyncio.sleep(TICK_S)
             await self._store.silence(self.me)
 

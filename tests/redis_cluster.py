@@ -33,14 +33,17 @@ def until(done: Callable[[], Any], patience_s: float = PATIENCE_S) -> Any:
 class ClusterOfValkeys:
     """`primaries` with a replica each (or none)."""
 
-    def __init__(self, folder: Path, primaries: int = 3, replicas: int = 1) -> None:
+    def __init__(
+        self, folder: Path, primaries: int = 3, replicas: int = 1, node_timeout_ms: int = NODE_TIMEOUT_MS
+    ) -> None:
         self.primaries, count = primaries, primaries * (1 + replicas)
         config = {
             "cluster-enabled": "yes",
-            "cluster-node-timeout": NODE_TIMEOUT_MS,
+            "cluster-node-timeout": node_timeout_ms,
             "appendonly": "yes",
             "repl-diskless-sync-delay": 0,
             "cluster-replica-validity-factor": 0,
+            "cluster-require-full-coverage": "no",
             "notify-keyspace-events": "",
         }
         self.folder = folder
@@ -126,9 +129,11 @@ class ClusterOfValkeys:
 
 
 @contextmanager
-def redis_cluster(folder: Path, primaries: int = 3, replicas: int = 1) -> Iterator[ClusterOfValkeys]:
+def redis_cluster(
+    folder: Path, primaries: int = 3, replicas: int = 1, node_timeout_ms: int = NODE_TIMEOUT_MS
+) -> Iterator[ClusterOfValkeys]:
     """A cluster, ended at the end."""
-    cluster = ClusterOfValkeys(folder, primaries, replicas)
+    cluster = ClusterOfValkeys(folder, primaries, replicas, node_timeout_ms)
     try:
         yield cluster
     finally:
