@@ -58,7 +58,7 @@ node)
     shift
     rejoin "$@" &
     serve --cluster-enabled yes --cluster-announce-hostname "$(hostname)" --cluster-preferred-endpoint-type hostname \
-        --cluster-node-timeout 5000
+        --cluster-node-timeout 2000 --cluster-require-full-coverage no --repl-diskless-sync-delay 0
     ;;
 create)
     shift

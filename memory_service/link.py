@@ -422,22 +422,25 @@ class Cluster(Road):
 
     async def _is_trusted(self, node: ClusterNode) -> bool:
         """Whether most primaries take a primary for a living one: else another may be promoted in its place."""
+        try:
+            name = _text(await node.execute_command("CLUSTER MYID"))
+        except (RedisError, OSError):
+            return False
         others = [other for other in self._cluster.get_primaries() if other.name != node.name]
-        views = await asyncio.gather(*(self._view(other, node) for other in others))
+        views = await asyncio.gather(*(self._view(other, name) for other in others))
         return 1 + sum(views) > (len(others) + 1) / 2
 
-    async def _view(self, of: ClusterNode, node: ClusterNode) -> bool:
-        """Whether another primary sees this one as a primary that has not failed."""
+    async def _view(self, of: ClusterNode, name: str) -> bool:
+        """Whether a primary sees another (by its id) as a primary that has not failed."""
         try:
             told = await of.execute_command("CLUSTER NODES")
         except (RedisError, OSError):
             return False
-        text = told.decode() if isinstance(told, bytes) else told
-        if isinstance(text, dict):  # as redis-py parses it
-            flags = text.get(node.name, {}).get("flags", "")
+        if isinstance(told, dict):  # as redis-py parses it
+            flags = next((one["flags"] for one in told.values() if one["node_id"] == name), "")
         else:
-            lines = [line.split() for line in text.splitlines()]
-            flags = next((line[2] for line in lines if line[1].split("@")[0] == node.name), "")
+            lines = [line.split() for line in _text(told).splitlines()]
+            flags = next((line[2] for line in lines if line[0] == name), "")
         return "master" in flags and "fail" not in flags
 
     # ----------------------------------------------------------------------------------------- topology
@@ -569,6 +572,10 @@ async def _of_a_shard(trouble: BaseException) -> BaseException:
         return ShardUnavailable(str(error))
     except BaseException as error:
         return error
+
+
+def _text(said: bytes | str) -> str:
+    return said.decode() if isinstance(said, bytes) else said
 
 
 def sha(text: str) -> str:
