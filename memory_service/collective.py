@@ -46,6 +46,7 @@ class CollectiveScope:
         self._stamp: dict[str, int] = {}
         self._free: list[int] = []
         self._touched: set[str] = set()  # users who changed while Redis was being read
+        self._looking = asyncio.Lock()
 
     @property
     def index(self) -> CollectiveIndex:
@@ -81,19 +82,22 @@ class CollectiveScope:
             await self.look_at(left[at : at + COMPARE_USERS], stamps, read, loaded)
 
     async def look_at(self, names: list[str], stamps: Stamps, read: Read, loaded: Collection[str]) -> None:
-        """Bring some users to what Redis has; those of other replicas are left alone. Not beside another look."""
+        """Bring some users to what Redis has; those of other replicas are left alone. Others who look wait: a few
+        milliseconds, where it is some hundred users.
+        """
         if self._part is not None:
             names = [name for name in names if self._part.keeps(name)]
         if not names:
             return
-        self._touched.clear()
-        found = dict(zip(names, await stamps(names), strict=True))
-        changed = [name for name, stamp in found.items() if stamp != self._stamp.get(name, 0)]
-        records = await read([name for name in changed if found[name]])
-        for name in changed:
-            if name not in records and name not in self._touched:
-                self.drop(name)
-        self.put(((name, record) for name, record in records.items() if name not in self._touched), loaded)
+        async with self._looking:
+            self._touched.clear()
+            found = dict(zip(names, await stamps(names), strict=True))
+            changed = [name for name, stamp in found.items() if stamp != self._stamp.get(name, 0)]
+            records = await read([name for name in changed if found[name]])
+            for name in changed:
+                if name not in records and name not in self._touched:
+                    self.drop(name)
+            self.put(((name, record) for name, record in records.items() if name not in self._touched), loaded)
 
     def put(self, records: Iterable[tuple[str, UserRecord]], loaded: Collection[str] = ()) -> None:
         """Make these the users' entries; a record that does not share, or is of another model, has none. One that
@@ -173,13 +177,15 @@ class CollectiveScope:
 
     # -------------------------------------------------------------------------------------------- parts
 
-    async def let_go(self, ranges: Bools) -> None:
-        """Take out the users of ranges (RANGES,), some at a time between other calls."""
-        names = [name for name in list(self._stamp) if ranges[range_of(name)]]
-        for at in range(0, len(names), COMPARE_USERS):
-            for name in names[at : at + COMPARE_USERS]:
-                self.drop(name)
-            await asyncio.sleep(0)
+    async def let_go(self) -> None:
+        """Take out users who are not to be here any more, some at a time between other calls."""
+        if self._part is not None:
+            names = [name for name in list(self._stamp) if not self._part.keeps(name)]
+            for at in range(0, len(names), COMPARE_USERS):
+                for name in names[at : at + COMPARE_USERS]:
+                    if not self._part.keeps(name):  # by now it may be wanted again
+                        self.drop(name)
+                await asyncio.sleep(0)
 
     def count(self) -> None:
         """Count those as holders whose ranges are counted here now, and no others."""

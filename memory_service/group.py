@@ -15,9 +15,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -69,6 +70,7 @@ class Group:
         self._is_leaving = False
         self._ticking = asyncio.Lock()
         self._exchange = Exchange(store, me)
+        self._tasks: set[asyncio.Task[None]] = set()  # what takes longer than being heard of may wait
         self._loading: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
@@ -82,9 +84,9 @@ class Group:
                     log.debug("the group was not heard of: %s", error)
                 await asyncio.sleep(TICK_S)
         finally:
-            if self._loading is not None:
-                self._loading.cancel()
-                await asyncio.gather(self._loading, return_exceptions=True)
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def leave(self, limit_s: float) -> None:
         """Hand over everything to the others, as far as there are any, and answer on until callers have heard of it;
@@ -171,11 +173,9 @@ class Group:
         if over.any():
             part.kept &= ~over
             part.loaded &= ~over
-            for space in self._spaces().values():
-                if space.collective is not None:
-                    await space.collective.let_go(over)
+            self._begin(self._let_go())
         if (part.kept & ~part.loaded).any() and (self._loading is None or self._loading.done()):
-            self._loading = asyncio.create_task(self._load_missing())
+            self._loading = self._begin(self._load_missing())
         counted = owned & part.loaded & ~self.table.contested()
         if (counted != part.counted).any():
             part.counted[:] = counted
@@ -183,6 +183,17 @@ class Group:
                 if space.collective is not None:
                     space.collective.count()
         await self.exchange()
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _let_go(self) -> None:
+        for space in list(self._spaces().values()):
+            if space.collective is not None:
+                await space.collective.let_go()
 
     async def _load_missing(self) -> None:
         """Tries again at a later tick where Redis cannot be reached."""

@@ -141,9 +141,11 @@ class Link:
             return self._first
         raise trouble or StoreUnavailable("no URL of Redis")
 
-    async def send(self, commands: Sequence[Command], *, durable: bool = False) -> list[Any]:
-        """Answers to commands, in their order. Where it raises, some may have been carried out."""
-        return await (await self.road()).send(commands, durable) if commands else []
+    async def send(self, commands: Sequence[Command], *, durable: bool = False, partly: bool = False) -> list[Any]:
+        """Answers to commands, in their order. Where it raises, some may have been carried out. `partly`: what a
+        primary that is out of reach should have answered is a ShardUnavailable, and the others' answers are there.
+        """
+        return await (await self.road()).send(commands, durable, partly) if commands else []
 
     async def close(self) -> None:
         """Close all connections."""
@@ -162,7 +164,7 @@ class Road(ABC):
         """Places of keys that one command may name together."""
 
     @abstractmethod
-    async def send(self, commands: Sequence[Command], durable: bool) -> list[Any]:
+    async def send(self, commands: Sequence[Command], durable: bool, partly: bool = False) -> list[Any]:
         """Answers to commands."""
 
     @abstractmethod
@@ -229,7 +231,7 @@ class Single(Road):
         return [list(range(len(keys)))] if keys else []
 
     @override
-    async def send(self, commands: Sequence[Command], durable: bool) -> list[Any]:
+    async def send(self, commands: Sequence[Command], durable: bool, partly: bool = False) -> list[Any]:
         wait = [("WAIT", self._replicas, self._wait_ms)] if durable and self._replicas else []
         async with translated():
             for _ in range(TRIES):
@@ -308,13 +310,8 @@ class Cluster(Road):
             groups.setdefault(key_slot(key), []).append(place)
         return list(groups.values())
 
-    def place(self, key: bytes) -> str:
-        """Which primary has a key, as far as is known."""
-        nodes = self._nodes.slots_cache.get(key_slot(key))
-        return nodes[0].name if nodes else ""
-
     @override
-    async def send(self, commands: Sequence[Command], durable: bool) -> list[Any]:
+    async def send(self, commands: Sequence[Command], durable: bool, partly: bool = False) -> list[Any]:
         await self._connect()
         results: list[Any] = [None] * len(commands)
         asking: dict[int, ClusterNode] = {}
@@ -322,7 +319,12 @@ class Cluster(Road):
         for attempt in range(TRIES):
             groups: dict[ClusterNode, list[int]] = {}
             for n in left:
-                groups.setdefault(asking.get(n) or self._node_of(commands[n]), []).append(n)
+                try:
+                    groups.setdefault(asking.get(n) or self._node_of(commands[n]), []).append(n)
+                except ShardUnavailable as error:
+                    if not partly:
+                        raise
+                    results[n] = error
             parts = await asyncio.gather(
                 *(
                     self._at(node, [commands[n] for n in some], [n in asking for n in some], durable)
@@ -333,6 +335,10 @@ class Cluster(Road):
             asking, left = {}, []
             trouble: BaseException | None = None
             for (node, some), answers in zip(groups.items(), parts, strict=True):
+                if partly and isinstance(answers, ShardUnavailable):
+                    for n in some:
+                        results[n] = answers
+                    continue
                 if isinstance(answers, BaseException):
                     trouble = answers
                     continue

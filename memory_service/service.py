@@ -170,17 +170,15 @@ class MemoryService:
 
     async def _load(self, ranges: Bools) -> None:
         """Bring all users of these ranges into the collective scopes."""
-        async with self._comparing:
-            async for names in self.store.all_users(LOAD_USERS):
-                await self._look_at([name for name in names if ranges[range_of(name)]])
+        async for names in self.store.all_users(LOAD_USERS):
+            await self._look_at([name for name in names if ranges[range_of(name)]])
 
     async def _changed(self, users: set[str]) -> None:
         """Other replicas, or time, did something to these users; or we did."""
         if self.group is not None:
             mine = [name for name in users if self.group.part.keeps(name)]
-            async with self._comparing:
-                for at in range(0, len(mine), LOAD_USERS):
-                    await self._look_at(mine[at : at + LOAD_USERS])
+            for at in range(0, len(mine), LOAD_USERS):
+                await self._look_at(mine[at : at + LOAD_USERS])
 
     async def _missed(self) -> None:
         """Changes may have gone unheard."""
@@ -238,7 +236,11 @@ class MemoryService:
             raise BadRequest("no users")
         degraded = not space.complete or self._misses(space, request)
         altered = await self._altered(space, request) if request.ignore else {}
-        degraded = await self._refresh_all(space, request.users) or degraded
+        try:
+            damaged = await self._refresh(space, request.users)
+            degraded = degraded or damaged
+        except StoreUnavailable:
+            degraded = True  # what is resident goes on answering, and the answer says so
         visitors = {f"\0{row}": record for row, record in altered.items() if record is not None}
         users = [f"\0{row}" if row in altered else user for row, user in enumerate(request.users)]
         with space.residents.visited(visitors, space.clusters):
@@ -560,41 +562,31 @@ class MemoryService:
         if len(set(names)) < len(names):
             raise BadRequest("a user is named twice")
 
-    async def _refresh_all(self, space: Space, users: Sequence[str]) -> bool:
-        """Bring residents to what Redis has; returns whether some could not be read. Who is out of reach, with the
-        others on that primary, goes on as resident.
-        """
-        try:
-            shards = await self.store.shards([name for name in dict.fromkeys(users) if name])
-        except StoreUnavailable:
-            return True
-        found = await asyncio.gather(*(self._refresh(space, some) for some in shards), return_exceptions=True)
-        for one in found:
-            if isinstance(one, BaseException) and not isinstance(one, StoreUnavailable):
-                raise one
-        return any(found)  # an error of Redis, or a record that cannot be read
-
     async def _refresh(self, space: Space, users: Sequence[str]) -> bool:
-        """Bring residents of these users to what Redis has; returns whether some record could not be read.
+        """Bring residents of these users to what Redis has; returns whether some record could not be read. Who is on a
+        primary that is out of reach goes on as resident.
 
         One round trip compares the stamps of residents and loads the others. Other calls run while this one waits:
         whom they changed, and whoever is not at the stamp agreed on once nothing is awaited, is looked at again.
         """
         space.residents.make_room()
         agreed: dict[str, int] = {}
-        pending, damaged = list(users), False
+        pending, damaged = [name for name in dict.fromkeys(users) if name], False
         while pending:
             here = _stamps(space, pending)
             check = [name for name in pending if here[name] and agreed.get(name, here[name]) == here[name]]
             load = sorted(set(pending).difference(check))
             with self._watching() as changed:
                 with self._reaching():
-                    look = await self.store.look(check, load)
+                    look = await self.store.look(check, load, partly=True)
                 records = self.store.readable(load, look.records)
                 await self._know_items(list(records.values()))
-            damaged |= len(records) < sum(data is not None for data in look.records)
+            damaged |= bool(look.lost) or len(records) < sum(data is not None for data in look.records)
             found = dict(zip(check, look.stamps, strict=True))
             found |= {name: records[name].stamp if name in records else 0 for name in load}
+            if look.lost:
+                pending = [name for name in pending if name not in look.lost]
+                found, agreed = ({u: n for u, n in one.items() if u not in look.lost} for one in (found, agreed))
             agreed |= {name: stamp for name, stamp in found.items() if name not in changed}
             self._settle(space, [name for name in pending if name not in changed], agreed, records)
             now = _stamps(space, list(agreed))

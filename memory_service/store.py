@@ -33,7 +33,7 @@ from typing import Any
 
 import msgspec
 
-from memory_service.link import Command, Link, Road, Single, sha
+from memory_service.link import Cluster, Command, Link, Road, sha
 from memory_service.record import CHECKSUM, MODEL, STAMP, RecordError, model_of, pack_record, stamp_bytes, unpack_record
 from memory_service.slots import ALL_SLOTS, slot_of, user_key, user_of
 from model.config import RulesConfig
@@ -190,11 +190,14 @@ class Tombstone:
 
 @dataclass(frozen=True)
 class Look:
-    """What one round trip found: stamps (0: no record), records as bytes, tombstones, in the order asked."""
+    """What one round trip found: stamps (0: no record), records as bytes, tombstones, in the order asked. `lost`: users
+    whose records are out of reach.
+    """
 
     stamps: list[int]
     records: list[bytes | None]
     stones: list[Tombstone | None]
+    lost: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -233,29 +236,29 @@ class Store:
 
     # ------------------------------------------------------------------------------------------ records
 
-    async def look(self, check: Sequence[str], load: Sequence[str] = (), stones: Sequence[str] = ()) -> Look:
-        """Stamps of some users' records, others' records, and tombstones. One round trip."""
+    async def look(
+        self, check: Sequence[str], load: Sequence[str] = (), stones: Sequence[str] = (), *, partly: bool = False
+    ) -> Look:
+        """Stamps of some users' records, others' records, and tombstones. One round trip. `partly`: users whose records
+        are out of reach are named as `lost`.
+        """
         road = await self.link.road()
         stamps = Reads(road, [user_key(user) for user in check], _stamp_of, _stamps_of)
         records = Reads(road, [user_key(user) for user in load], _get, _mget)
         kept = Reads(road, [await self._tombstone_key(user) for user in stones], _get, _mget)
-        found = await self.link.send(stamps.commands + records.commands + kept.commands)
-        seen = b"".join(data or NO_STAMP for data in stamps.answers(found))
+        found = await self.link.send(stamps.commands + records.commands + kept.commands, partly=partly)
+        seen, loaded = stamps.answers(found), records.answers(found)
+        lost: set[str] = set()
+        if partly and isinstance(road, Cluster):
+            lost = {u for u, one in zip([*check, *load], [*seen, *loaded], strict=True) if isinstance(one, Exception)}
+            seen, loaded = ([None if isinstance(one, Exception) else one for one in some] for some in (seen, loaded))
+        stamped = STAMP.iter_unpack(b"".join(data or NO_STAMP for data in seen))
         return Look(
-            [version << 32 | checksum for version, checksum in STAMP.iter_unpack(seen)],
-            records.answers(found),
+            [version << 32 | checksum for version, checksum in stamped],
+            loaded,
             [_tombstone(data) for data in kept.answers(found)],
+            lost,
         )
-
-    async def shards(self, users: Sequence[str]) -> list[list[str]]:
-        """Users by the primary that has their records, as far as is known."""
-        road = await self.link.road()
-        if isinstance(road, Single):
-            return [list(users)]
-        groups: dict[str, list[str]] = {}
-        for user in users:
-            groups.setdefault(road.place(user_key(user)), []).append(user)
-        return list(groups.values())
 
     async def stamps(self, users: Sequence[str]) -> list[int]:
         """Stamp of each user's record, 0 where there is none. One round trip."""
@@ -491,7 +494,10 @@ class Reads:
         values: list[Any] = [None] * self._count
         mine, found[:] = found[: len(self._groups)], found[len(self._groups) :]
         for group, answer in zip(self._groups, mine, strict=True):
-            parts = [answer] if len(group) == 1 else answer if isinstance(answer, list) else _cut(answer)
+            if len(group) == 1 or isinstance(answer, Exception):
+                parts = [answer] * len(group)
+            else:
+                parts = answer if isinstance(answer, list) else _cut(answer)
             for n, part in zip(group, parts, strict=True):
                 values[n] = part
         return values

@@ -38,8 +38,8 @@ class GatedStore(Store):
     reached: asyncio.Event
     opened: asyncio.Event
 
-    async def look(self, check, load=(), stones=()):
-        found = await super().look(check, load, stones)
+    async def look(self, check, load=(), stones=(), **more):
+        found = await super().look(check, load, stones, **more)
         if load and self.gate is not None:
             gate, self.gate = self.gate, None
             self.reached.set()
@@ -136,8 +136,8 @@ def test_a_user_forgotten_while_loading_is_not_answered_from_the_cache(pair, go)
         await remember(other, "u", took(1, "i2"))  # `here` holds version 1 now
         look = here.store.look
 
-        async def then_forgotten(*asked):
-            found = await look(*asked)
+        async def then_forgotten(*asked, **more):
+            found = await look(*asked, **more)
             await other.forget("u")
             return found
 
