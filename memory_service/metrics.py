@@ -60,12 +60,6 @@ class Metrics:
         self.collective_users = Gauge(
             "ramrec_memory_collective_users", "Users with entries in the collective index", registry=self.registry
         )
-        self.members = Gauge(
-            "ramrec_memory_group_members", "Replicas heard of, this one included", registry=self.registry
-        )
-        self.slots = Gauge(
-            "ramrec_memory_slots_owned", "Of the 16,384 slots of users, those of this replica", registry=self.registry
-        )
         self.recall = Gauge(
             "ramrec_memory_collective_recall",
             "Share of the 20 nearest entries that the collective index finds, as last measured; NaN before",

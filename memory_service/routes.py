@@ -211,9 +211,6 @@ async def metrics(request: Request) -> Response:
     collective = service.serving.collective
     shown.collective.set(len(collective or ()))
     shown.collective_users.set(collective.users if collective is not None else 0)
-    group = service.group
-    shown.members.set(len(group.alive) if group is not None else 1)
-    shown.slots.set(group.owned if group is not None else SLOTS)
     shown.pruned.value = service.pruned
     shown.primaries_lost.set(service.store.link.lost)
     shown.unreplicated.value = service.store.link.unreplicated
