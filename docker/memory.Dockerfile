@@ -15,7 +15,7 @@ COPY memory_service ./memory_service
 COPY api ./api
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install -c constraints.txt setuptools && \
-    pip wheel --no-deps --no-build-isolation --wheel-dir . . && \
+    SOURCE_DATE_EPOCH=315532800 pip wheel --no-deps --no-build-isolation --wheel-dir . . && \
     pip --python /opt/ramrec/bin/python install --no-compile --no-deps ramrec-*.whl && sh seal.sh
 
 FROM ${PYTHON}
