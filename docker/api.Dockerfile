@@ -26,7 +26,6 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 FROM ${PYTHON}
 COPY --from=build /seal/ /
 COPY --from=build --chown=10001:10001 /seal-owned/ /srv/
-COPY --from=build /opt/ramrec /opt/ramrec
 ENV PATH=/opt/ramrec/bin:$PATH HOME=/tmp OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 10001:10001
 EXPOSE 8000

@@ -21,7 +21,6 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 FROM ${PYTHON}
 COPY --from=build /seal/ /
 COPY --from=build --chown=10001:10001 /seal-owned/ /srv/
-COPY --from=build /opt/ramrec /opt/ramrec
 # Banks on huge pages are searched a good twentieth faster.
 ENV PATH=/opt/ramrec/bin:$PATH HOME=/tmp OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1

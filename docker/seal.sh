@@ -1,7 +1,6 @@
 #!/bin/sh
 # The last step of a build stage: what services never read goes, and equal sources give equal layers, whenever built.
-#   /opt/ramrec   the installed service, compiled once and for good
-#   /seal         the user that it runs as, and its health check
+#   /seal         the installed service, compiled once and for good, the user that it runs as, and its health check
 #   /seal-owned   folders of that user, for /srv: a named volume takes its owner from them
 set -eu
 site=$(echo /opt/ramrec/lib/python3*/site-packages)
@@ -22,4 +21,6 @@ read -r -t 2 _ status _ <&3
 [ "$status" = 200 ]
 END
 chmod 755 /seal/usr/local/bin/ready
-find /opt/ramrec /seal /seal-owned -exec touch -h -d @0 {} +
+mkdir /seal/opt
+mv /opt/ramrec /seal/opt/
+find /seal /seal-owned -exec touch -h -d @0 {} +
