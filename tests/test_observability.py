@@ -20,6 +20,7 @@ from tests.test_serve import free_port
 ROOT = Path(__file__).parent.parent
 PROMETHEUS = ROOT / "docker" / "prometheus"
 DASHBOARD = ROOT / "docker" / "grafana" / "dashboards" / "ramrec.json"
+TRIALS = sorted((ROOT / "tests" / "alerts").glob("*.yml"))
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
 PROMETHEUS_OWN = {"up", "ALERTS"}
 WORDS = {"and", "or", "unless", "by", "without", "on", "ignoring", "offset", "bool", "group_left", "group_right"}
@@ -112,7 +113,7 @@ def test_every_alert_says_what_is_wrong_how_bad_and_what_to_do():
 
 
 def test_every_alert_is_tried_out_both_ways():
-    tried = {test["name"] for test in yaml.safe_load((ROOT / "tests" / "alerts.yml").read_text())["tests"]}
+    tried = {test["name"] for file in TRIALS for test in yaml.safe_load(file.read_text())["tests"]}
     assert tried == {f"{rule['alert']} {kind}" for rule in alerts() for kind in ("fires", "stays quiet")}
 
 
@@ -131,7 +132,7 @@ def test_promtool_finds_configuration_and_rules_in_order():
 
 
 def test_alerts_fire_where_they_must_and_nowhere_else():
-    run_tool(tool("promtool"), "test", "rules", ROOT / "tests" / "alerts.yml")
+    run_tool(tool("promtool"), "test", "rules", *TRIALS)
 
 
 @pytest.fixture
