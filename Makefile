@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-compose lint-docker sbom tools conformance check format install bench-quality bench-memory bench-serving clean
+.PHONY: quickstart test test-compose lint-docker sbom tools conformance check format install bench-quality bench-memory bench-serving bench-scale clean
 
 quickstart: $(BIN)/.ready
 	$(BIN)/ramrec quickstart $(if $(ML_100K),--source $(ML_100K))
@@ -86,6 +86,12 @@ bench-memory: $(BIN)/.ready-dev
 bench-serving: $(BIN)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.serving.run --run $(ML_1M_RUN) --dataset $(DATA)/ml-1m.txt.gz $(BENCH)
 	test -n "$(BENCH)" || $(BIN)/python -m benchmarks.serving.catalogue
+
+# benchmarks/scale: what users and requests cost at 10,000 to 1,000,000 users (about ten minutes, 12 GB), and what follows
+# for more. PLAN passes arguments on, for example PLAN="--users 5e6 --requests 2000 --cores 8 --ram 32 --price 0.3".
+bench-scale: $(BIN)/.ready-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scale.measure
+	$(BIN)/python -m benchmarks.scale.run $(PLAN)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -50,44 +50,45 @@ def user(n: int) -> str:
     return f"user-{n:07d}"
 
 
-def records(of: Checkpoint, users: range, seed: int = 0) -> Iterator[list[UserRecord]]:
-    """Full banks of keys round random centroids, in chunks of CHUNK users."""
+def records(of: Checkpoint, users: range, seed: int = 0, entries: int = ENTRIES) -> Iterator[list[UserRecord]]:
+    """Banks (full ones, unless told) of keys round random centroids, in chunks of CHUNK users."""
     for at in range(users.start, users.stop, CHUNK):
         count = min(CHUNK, users.stop - at)
         rng = np.random.default_rng((seed, at))
-        cell = rng.integers(0, LISTS, (count, ENTRIES))
-        noise = rng.standard_normal((count, ENTRIES, DIM), np.float32) / np.sqrt(DIM)
+        cell = rng.integers(0, LISTS, (count, entries))
+        noise = rng.standard_normal((count, entries, DIM), np.float32) / np.sqrt(DIM)
         keys = unit(of.index_centroids[cell] + NOISE * noise)
         states = unit(rng.standard_normal((count, DIM), np.float32))
-        items = (rng.integers(0, ITEMS, (count, 1)) + 37 * np.arange(ENTRIES)) % ITEMS + 1
+        items = (rng.integers(0, ITEMS, (count, 1)) + 37 * np.arange(entries)) % ITEMS + 1
         yield [_record(of, keys[row], cell[row], items[row], states[row]) for row in range(count)]
 
 
 def _record(of: Checkpoint, keys: np.ndarray, cell: np.ndarray, items: np.ndarray, state: np.ndarray) -> UserRecord:
-    times = START + HOUR * np.arange(ENTRIES)
+    entries = len(items)
+    times = START + HOUR * np.arange(entries)
     banks = Banks(1, DIM, of.config.rules)
     columns = {"item": items, "cell": cell, "frequency": 1, "rating": np.nan, "time": times}
     for name, values in columns.items():
-        banks.fields[name][0, :ENTRIES] = values
-    banks.key[0, :ENTRIES], banks.size[0] = keys, ENTRIES
+        banks.fields[name][0, :entries] = values
+    banks.key[0, :entries], banks.size[0] = keys, entries
     return UserRecord(
         banks=banks,
         version=1,
         model_version=of.version,
-        events=ENTRIES,
+        events=entries,
         log_item=items.astype("<u4"),
         log_time=times,
         seen=items.astype("<u4"),
-        event_ids=np.arange(1, ENTRIES + 1, dtype="<u8"),
+        event_ids=np.arange(1, entries + 1, dtype="<u8"),
         state=state.astype("<f4"),
     )
 
 
-async def fill(url: str, of: Checkpoint, users: range) -> None:
+async def fill(url: str, of: Checkpoint, users: range, entries: int = ENTRIES) -> None:
     """Write the banks of users straight into a Redis."""
     store = Store(url, of.config.rules, 30.0)
     at = users.start
-    for chunk in records(of, users):
+    for chunk in records(of, users, entries=entries):
         await store.commit([(user(at + n), 0, record) for n, record in enumerate(chunk)])
         at += len(chunk)
     await store.close()
