@@ -59,7 +59,7 @@ SHORT_WAIT_MS = 50
 """How long a write waits for replicas where there was none a moment ago."""
 TRIES = 16
 """Moves of slots that one batch follows."""
-NODE_SHIFT = 48
+NODE_SHIFT = 40
 """Where a cursor through a cluster says which primary it is at; below it stands that primary's own."""
 UNREACHABLE = (ConnectionError, TimeoutError, BusyLoadingError, ClusterDownError, SlotNotCoveredError, OSError)
 REFUSING = (ReadOnlyError, OutOfMemoryError, MaxConnectionsError, RedisClusterException)
