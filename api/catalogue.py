@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,18 @@ from numpy.typing import NDArray
 from api.filters import Filter, Filters, Mask, extended
 from memory_service.schemas import CatalogueReply, Item
 from model.rules import Ints
+
+TITLES = ("title", "name")
+"""Attributes that say what an item is called, or ends of their names: `movie_title`."""
+
+
+def title_of(item_id: str, metadata: Mapping[str, Any]) -> str:
+    """What an item's metadata calls it; without such an attribute its id."""
+    for end in TITLES:
+        for name, value in metadata.items():
+            if name.casefold().rpartition("_")[2] == end and isinstance(value, str) and value.strip():
+                return value.strip()
+    return item_id
 
 
 class CatalogueMirror:
@@ -74,6 +87,10 @@ class CatalogueMirror:
     def numbers(self, item_ids: Iterable[str]) -> list[int]:
         """Numbers of those ids that are known."""
         return [self.number_of[item] for item in item_ids if item in self.number_of]
+
+    def named(self, item_ids: Iterable[str]) -> list[Item]:
+        """Those of these items that are known."""
+        return [self.items[number - 1] for number in self.numbers(item_ids)]
 
     def find(self, query: str, limit: int) -> list[Item]:
         """Items whose id or any text in their metadata contains the query, whatever the case. May run in any thread."""

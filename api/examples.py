@@ -84,6 +84,8 @@ RECOMMENDED: dict[str, Any] = {
         "collective": {"k": 24, "retrieved": 24},
         "gate": 0.12,
         "copying": 0.08,
+        "log_z": 11.92,
+        "memories": [{"item_id": "172", "scope": "own", "similarity": 0.83, "weight": 0.4}],
         "degraded": False,
     },
     "unknown_items": [],
@@ -91,9 +93,11 @@ RECOMMENDED: dict[str, Any] = {
 }
 ITEM = {
     "item_id": "alien",
+    "title": "Alien",
     "metadata": {"title": "Alien", "year": 1979, "genres": ["Horror", "Sci-Fi"]},
     "hidden": False,
     "known_to_model": False,
+    "cluster": None,
 }
 BANK = {
     "user_id": "196",
@@ -105,23 +109,32 @@ BANK = {
     "pruned": 0,
     "seen": 39,
     "share": True,
-    "entropy": 0.71,
-    "k": 16,
+    "entropy": 0.5,
+    "k": 1,
     "clusters": {"7": 1.0},
     "entries": [
         {
             "item_id": "50",
-            "quality": 0.7,
+            "quality": 0.6,
             "recency": 1.0,
             "rating": 5.0,
             "timestamp": 1764000000.0,
             "frequency": 1,
-            "access": 2,
-            "last_access": 1764000100.0,
+            "access": 0,
+            "last_access": None,
             "cluster": 7,
+            "quality_parts": {"frequency": 0.0, "recency": 0.4, "access": 0.0, "rating": 0.2},
+            "position": [0.31, -0.12],
         }
     ],
     "log": [{"item_id": "50", "timestamp": 1764000000.0}],
+    "position": [0.28, -0.05],
+    "threshold": 0.6,
+    "adaptive_k": {
+        "own": {"base": 13.0, "growth": 0.115, "k_min": 3, "k_max": 20, "k": 1},
+        "collective": {"base": 20.0, "growth": 1.0, "k_min": 10, "k_max": 30, "k": 20},
+    },
+    "pruned_items": [],
 }
 ANSWERS: dict[str, Any] = {
     "recommend_one": RECOMMENDED,

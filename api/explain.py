@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from api.catalogue import CatalogueMirror
-from api.schemas import Because, MemoryUse, Parts, Recommended
+from api.schemas import Because, MemoryUse, Parts, Recommended, RetrievedMemory
 from model.bank import Entries, Retrieved
 from model.explanation import Explanation, Influence
 from model.recommender import Ranked
@@ -22,18 +22,32 @@ def tell(
     items: list[Recommended],
     memory: MemoryUse,
 ) -> None:
-    """Add the explanation of one answer to its items and its memory block. What is popular has no parts."""
+    """Add the explanation of one answer to its items and its memory block. What is popular has no parts, and used no
+    memories.
+    """
     told = ranked.explanation
     memory["gate"], memory["copying"] = (told.gate, told.copying) if told else (0.0, 0.0)
     if told is None:
+        memory["memories"] = []
         for item in items:
             item["because"] = []
         return
     memory["log_z"] = told.log_z
+    memory["memories"] = [_retrieved(catalogue, retrieved, row, one) for one in told.influences]
     parts = _parts(told)
     for n, item in enumerate(items):
         item["because"] = _because(catalogue, retrieved, row, told, n)
         item["parts"] = parts[n]
+
+
+def _retrieved(catalogue: CatalogueMirror, retrieved: Retrieved, row: int, one: Influence) -> RetrievedMemory:
+    entries = _entries(retrieved, one)
+    return {
+        "item_id": catalogue.item_id(int(entries.item[row, one.entry])),
+        "scope": one.scope,
+        "similarity": float(entries.similarity[row, one.entry]),
+        "weight": one.weight,
+    }
 
 
 def _parts(told: Explanation) -> list[Parts]:
@@ -53,10 +67,7 @@ def _because(catalogue: CatalogueMirror, retrieved: Retrieved, row: int, told: E
     strongest = sorted(told.influences, key=lambda one: -one.raises(n))[:REASONS]
     return [
         {
-            "item_id": catalogue.item_id(int(_entries(retrieved, one).item[row, one.entry])),
-            "scope": one.scope,
-            "similarity": float(_entries(retrieved, one).similarity[row, one.entry]),
-            "weight": one.weight,
+            **_retrieved(catalogue, retrieved, row, one),
             "logit": float(one.part[n]),
             "copied": float(one.copied[n]),
         }

@@ -68,6 +68,12 @@ class Metrics:
             buckets=(0, 1, 2, 3, 5, 8, 10, 12, 15, 20, 30, 50, 100),
             registry=self.registry,
         )
+        self.bank_size = Histogram(
+            "ramrec_api_bank_size",
+            "Memories in the banks of users answered from memory",
+            buckets=(0, 1, 3, 5, 10, 20, 30, 50, 75, 100, 200, 500, 1000),
+            registry=self.registry,
+        )
 
     def stage(self, name: str, begin: float) -> float:
         """A batch was done with a stage that began at `begin` (of `time.perf_counter`); the time now."""
@@ -90,3 +96,4 @@ class Metrics:
         if known:
             self.entropy.observe(memory["entropy"])
             self.k.observe(memory["k"])
+            self.bank_size.observe(memory["bank_size"])

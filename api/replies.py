@@ -97,11 +97,25 @@ def check_listed(reply: CatalogueReply, since: int) -> CatalogueReply:
 def check_inspected(reply: UserMemory, user_id: str) -> None:
     """The bank of this user, with items of the catalogue and finite numbers."""
     _demand(reply.user_id == user_id, "user_id")
-    items = [*(entry.item for entry in reply.entries), *(item for item, _ in reply.log)]
+    items = [entry.item for entry in reply.entries] + [one.item for one in reply.gone] + [item for item, _ in reply.log]
     _demand(all(0 < item <= reply.catalogue_size for item in items), "items")
     numbers = [reply.entropy, *reply.clusters.values(), *(when for _, when in reply.log)]
+    numbers += [*(reply.standing or ()), reply.threshold or 0.0]
     for entry in reply.entries:
-        numbers += [entry.quality, entry.recency, entry.rating or 0.0, entry.time, entry.last_access]
+        numbers += [
+            entry.quality,
+            entry.recency,
+            entry.rating or 0.0,
+            entry.time,
+            entry.last_access,
+            *(entry.place or ()),
+        ]
+    for one in reply.gone:
+        numbers += [one.quality, one.time]
+    for parts in [entry.parts for entry in reply.entries] + [one.parts for one in reply.gone]:
+        numbers += [] if parts is None else msgspec.structs.astuple(parts)
+    for how in (reply.own, reply.collective):
+        numbers += [how.base, how.growth] if how is not None else []
     _demand(bool(np.isfinite(numbers).all()), "numbers")
 
 

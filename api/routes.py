@@ -7,12 +7,14 @@ import time
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
+import msgspec
 from fastapi import APIRouter, Body, Path, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 import api.paths  # noqa: F401 - the convertor `id`
 from api import schemas as face
+from api.catalogue import title_of
 from api.engine import Engine
 from api.examples import (
     FULL,
@@ -32,7 +34,7 @@ from api.lifecycle import Models
 from api.openapi import failures
 from api.problems import InvalidRequest, MemoryUnavailable, NotFound
 from api.recommend import SCOPES
-from memory_service.schemas import Item, RegisterRequest, UserMemory
+from memory_service.schemas import Item, QualityParts, RegisterRequest, UserMemory
 
 UserId = Annotated[
     face.Identifier,
@@ -52,6 +54,10 @@ Prefix = Annotated[
 Search = Annotated[
     str,
     Query(max_length=face.ID_LIMIT_BYTES, description="Part of an id or of metadata; empty: all.", examples=["war"]),
+]
+Ids = Annotated[
+    list[face.Identifier] | None,
+    Query(alias="id", max_length=face.ITEMS_LIMIT, description="Items asked for by their ids.", examples=[["50"]]),
 ]
 
 router = APIRouter()
@@ -112,6 +118,8 @@ def _bank(engine: Engine, found: UserMemory) -> face.UserMemoryResponse:
             access=entry.access,
             last_access=entry.last_access or None,
             cluster=entry.cluster if entry.cluster >= 0 else None,
+            quality_parts=None if entry.parts is None else _parts(entry.parts),
+            position=entry.place,
         )
         for entry in found.entries
     ]
@@ -130,7 +138,31 @@ def _bank(engine: Engine, found: UserMemory) -> face.UserMemoryResponse:
         clusters={str(cluster): share for cluster, share in found.clusters.items()},
         entries=entries,
         log=[face.LogEntry(item_id=name(item), timestamp=when) for item, when in found.log],
+        position=found.standing,
+        threshold=found.threshold,
+        adaptive_k=_adaptive_k(found),
+        pruned_items=[
+            face.PrunedItem(
+                item_id=name(one.item),
+                timestamp=one.time,
+                frequency=one.frequency,
+                quality=one.quality,
+                quality_parts=_parts(one.parts),
+            )
+            for one in found.gone
+        ],
     )
+
+
+def _parts(parts: QualityParts) -> face.QualityParts:
+    return face.QualityParts(**msgspec.structs.asdict(parts))
+
+
+def _adaptive_k(found: UserMemory) -> face.AdaptiveK | None:
+    if found.own is None or found.collective is None:
+        return None  # a memory service of an older version
+    own, others = (face.HowMany(**msgspec.structs.asdict(how)) for how in (found.own, found.collective))
+    return face.AdaptiveK(own=own, collective=others)
 
 
 @router.delete("/users/{user_id:id}/memory", tags=["memory"], responses=failures(INVALID_ID, UNAVAILABLE))
@@ -150,9 +182,11 @@ async def users(request: Request, prefix: Prefix = "", limit: Limit = 100) -> fa
 
 
 @router.get("/items", tags=["catalogue"], responses=failures(INVALID))
-async def items(request: Request, query: Search = "", limit: Limit = 20) -> face.ItemsResponse:
-    """Items whose id or metadata contains the query."""
+async def items(request: Request, query: Search = "", limit: Limit = 20, ids: Ids = None) -> face.ItemsResponse:
+    """Items whose id or metadata contains the query; or those of the ids that are in the catalogue, in their order."""
     engine: Engine = request.app.state.engine
+    if ids is not None:
+        return face.ItemsResponse(items=[_item(engine, item) for item in engine.catalogue.named(ids)])
     found = await asyncio.to_thread(engine.catalogue.find, query, limit)  # a large catalogue takes its time
     return face.ItemsResponse(items=[_item(engine, item) for item in found])
 
@@ -208,8 +242,21 @@ def _known_item(engine: Engine, item_id: str) -> face.ItemOut:
 
 
 def _item(engine: Engine, item: Item) -> face.ItemOut:
-    known = item.item_id in engine.recommender.index_of
-    return face.ItemOut(item_id=item.item_id, metadata=item.metadata or {}, hidden=item.hidden, known_to_model=known)
+    index = engine.recommender.index_of.get(item.item_id)
+    metadata = item.metadata or {}
+    return face.ItemOut(
+        item_id=item.item_id,
+        title=title_of(item.item_id, metadata),
+        metadata=metadata,
+        hidden=item.hidden,
+        known_to_model=index is not None,
+        cluster=None if index is None else _cluster(engine, index),
+    )
+
+
+def _cluster(engine: Engine, index: int) -> int | None:
+    cluster = int(engine.recommender.checkpoint.item_clusters[index])
+    return cluster if cluster >= 0 else None
 
 
 # ------------------------------------------------------------------------------------ model and probes

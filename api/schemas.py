@@ -14,6 +14,8 @@ from typing_extensions import TypedDict
 
 ID_LIMIT_BYTES = 256
 METADATA_LIMIT_BYTES = 65536
+ITEMS_LIMIT = 200
+"""Items that one look-up names."""
 METADATA_DEPTH = 16
 RATING_LIMIT = 1e9
 """Largest size of a rating: far inside what a memory entry (32 bits) can hold."""
@@ -199,6 +201,15 @@ class Recommended(TypedDict):
     parts: NotRequired[Parts]
 
 
+class RetrievedMemory(TypedDict):
+    """A memory that was retrieved, and its share of the attention."""
+
+    item_id: str
+    scope: Scope
+    similarity: float
+    weight: float
+
+
 class ScopeUse(TypedDict):
     """Memories wanted and found in one scope."""
 
@@ -209,7 +220,8 @@ class ScopeUse(TypedDict):
 class MemoryUse(TypedDict):
     """What memory contributed; `degraded` says that it could not be asked, or only partly. When explained: `gate` is
     the share of memory in the fused state, `copying` that of copies in all probability, `log_z` the logarithm of the
-    sum over all items that turns logits into probabilities.
+    sum over all items that turns logits into probabilities, `memories` all that were retrieved, the most similar
+    of each scope first.
     """
 
     entropy: float
@@ -221,6 +233,7 @@ class MemoryUse(TypedDict):
     gate: NotRequired[float]
     copying: NotRequired[float]
     log_z: NotRequired[float]
+    memories: NotRequired[list[RetrievedMemory]]
     degraded: bool
 
 
@@ -300,8 +313,20 @@ class IngestResponse(BaseModel):
     versions: dict[str, int]
 
 
+class QualityParts(BaseModel):
+    """What each of the four terms gives to a quality: they sum to it."""
+
+    frequency: float
+    recency: float
+    access: float
+    rating: float
+
+
 class MemoryEntry(BaseModel):
-    """One memory: quality and recency in [0, 1], time in seconds UTC, how often taken and retrieved."""
+    """One memory: quality and recency in [0, 1], time in seconds UTC, how often taken and retrieved. `position`: where
+    its key lies in the plane in which the keys of this model spread most; memories near each other were made in like
+    situations.
+    """
 
     item_id: str
     quality: float
@@ -312,6 +337,39 @@ class MemoryEntry(BaseModel):
     access: int
     last_access: float | None
     cluster: int | None
+    quality_parts: QualityParts | None
+    position: tuple[float, float] | None
+
+
+class PrunedItem(BaseModel):
+    """An item of the log that the bank has forgotten: when it was last taken, how often as far as the log reaches, and
+    what it would be worth today if it had not been: unrated and never retrieved, for rating and access are forgotten.
+    """
+
+    item_id: str
+    timestamp: float
+    frequency: int
+    quality: float
+    quality_parts: QualityParts
+
+
+class HowMany(BaseModel):
+    """How K was reached: base · (0.5 + entropy) · growth, rounded, within k_min and k_max, and of a user's own memories
+    no more than there are. `growth`: the square root of how full the bank is; 1 for others' memories.
+    """
+
+    base: float
+    growth: float
+    k_min: int
+    k_max: int
+    k: int
+
+
+class AdaptiveK(BaseModel):
+    """How many memories are retrieved, the user's own and others'."""
+
+    own: HowMany
+    collective: HowMany
 
 
 class LogEntry(BaseModel):
@@ -322,7 +380,10 @@ class LogEntry(BaseModel):
 
 
 class UserMemoryResponse(BaseModel):
-    """A user's bank: `clusters` is the distribution over item clusters whose entropy decides K."""
+    """A user's bank: `clusters` is the distribution over item clusters whose entropy decides K. When the bank is
+    over-full, memories of a quality below `threshold` go, the lowest in any case. `pruned_items` are those of the log
+    that have gone, the newest first. `position`: where the user stands now, in the plane of the entries' positions.
+    """
 
     user_id: str
     version: int
@@ -338,6 +399,10 @@ class UserMemoryResponse(BaseModel):
     clusters: dict[str, float]
     entries: list[MemoryEntry]
     log: list[LogEntry]
+    position: tuple[float, float] | None
+    threshold: float | None
+    adaptive_k: AdaptiveK | None
+    pruned_items: list[PrunedItem]
 
 
 class ForgetResponse(BaseModel):
@@ -354,12 +419,16 @@ class UsersResponse(BaseModel):
 
 
 class ItemOut(BaseModel):
-    """A catalogue item; `known_to_model` says whether the encoder was trained with it."""
+    """A catalogue item; `title`: what its metadata calls it, else its id; `known_to_model`: whether the encoder was
+    trained with it; `cluster`: the item cluster that counts for a user's entropy (null: unknown to the model).
+    """
 
     item_id: str
+    title: str
     metadata: dict[str, Any]
     hidden: bool
     known_to_model: bool
+    cluster: int | None
 
 
 class ItemsResponse(BaseModel):

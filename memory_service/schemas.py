@@ -244,6 +244,15 @@ class RekeyReply(msgspec.Struct):
     rekeyed: list[str]
 
 
+class QualityParts(msgspec.Struct):
+    """What each term gives to a quality."""
+
+    frequency: float
+    recency: float
+    access: float
+    rating: float
+
+
 class EntryOut(msgspec.Struct):
     """One memory of a bank."""
 
@@ -256,10 +265,40 @@ class EntryOut(msgspec.Struct):
     access: int
     last_access: float
     cluster: int
+    parts: QualityParts | None = None
+    place: tuple[float, float] | None = None
+
+
+class GoneOut(msgspec.Struct):
+    """An item of the log that the bank has pruned: when it was last taken, how often as far as the log reaches, and
+    what it would be worth today, unrated and never retrieved, in all and by the parts of the quality.
+    """
+
+    item: int
+    time: float
+    frequency: int
+    quality: float
+    parts: QualityParts
+
+
+class HowMany(msgspec.Struct):
+    """How K was reached: base · (0.5 + entropy) · growth, rounded, within k_min and k_max, and for a user's own
+    memories no more than there are. growth is 1 for others' memories.
+    """
+
+    base: float
+    growth: float
+    k_min: int
+    k_max: int
+    k: int
 
 
 class UserMemory(msgspec.Struct):
-    """A bank laid open: `clusters` is the quality-weighted distribution that the entropy is of; log is (item, time)."""
+    """A bank laid open: `clusters` is the quality-weighted distribution that the entropy is of; log is (item, time).
+    `place` of the entries and `standing`, that of the user's state, lie in the plane that keeps most of the spread of
+    all keys. Entries of a quality below `threshold` go when the bank is over-full (None: quality does not decide).
+    `gone`: newest first.
+    """
 
     user_id: str
     version: int
@@ -275,6 +314,11 @@ class UserMemory(msgspec.Struct):
     log: list[tuple[int, float]]
     seen: int
     catalogue_size: int
+    standing: tuple[float, float] | None = None
+    threshold: float | None = None
+    own: HowMany | None = None
+    collective: HowMany | None = None
+    gone: list[GoneOut] = []
 
 
 class Forgotten(msgspec.Struct):

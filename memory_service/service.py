@@ -25,6 +25,7 @@ from memory_service import wire
 from memory_service.catalogue import Catalogue
 from memory_service.feed import Feed
 from memory_service.group import Group
+from memory_service.inspection import user_memory
 from memory_service.link import ShardUnavailable, StoreUnavailable
 from memory_service.merging import Merged
 from memory_service.models import ModelMismatch, Models
@@ -490,8 +491,9 @@ class MemoryService:
         record = known[user_id].record
         if record.version == 0:
             return None
-        space = self.models.spaces.get(record.model_version, self.serving)
-        return wire.user_memory(user_id, record, space.clusters)
+        space = self.models.spaces.get(record.model_version)
+        clusters, plane = (self.serving.clusters, None) if space is None else (space.clusters, space.plane)
+        return user_memory(user_id, record, clusters, plane)
 
     # ------------------------------------------------------------------------------------------- models
 

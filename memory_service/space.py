@@ -24,6 +24,7 @@ from model.bank import Entries
 from model.checkpoint import Checkpoint
 from model.collective import cells
 from model.events import Change, Stacked, UserRecord, rekey, rekey_job
+from model.plane import Plane
 from model.rules import Floats, Ints
 
 
@@ -50,6 +51,8 @@ class Space:
         self.collective = CollectiveScope(checkpoint, collective, replicate, part) if collective else None
         self.complete = self.collective is None
         """Whether others' memories are all here."""
+        self.plane = Plane.through(checkpoint.index_centroids)
+        """Where memories are drawn."""
         self._centroids = checkpoint.index_centroids
         self._catalogue = catalogue
         self._cluster_of = dict(zip(checkpoint.item_ids, checkpoint.item_clusters[1:].tolist(), strict=True))

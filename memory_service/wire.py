@@ -12,20 +12,17 @@ from numpy.typing import NDArray
 from memory_service.residents import Found, Residents
 from memory_service.schemas import (
     Columns,
-    EntryOut,
     EventIn,
     Job,
     RetrieveReply,
     RetrieveRequest,
     StaleUser,
-    UserMemory,
     UserPlan,
     UserWritten,
 )
 from memory_service.slots import unpack
 from memory_service.store import Tombstone
-from model import rules as rule
-from model.bank import Banks, Entries
+from model.bank import Entries
 from model.events import EncodeJob, Event, Plan, UserRecord, event_identity, rekey_job
 from model.rules import Bools, Floats, Ints
 
@@ -195,44 +192,4 @@ def written_out(one: Prepared, record: UserRecord | None, retry: UserPlan | None
         accepted=[event.index for event in planned.accepted],
         duplicates=list(planned.duplicates),
         forgotten=list(planned.forgotten),
-    )
-
-
-def user_memory(user_id: str, record: UserRecord, clusters: Ints) -> UserMemory:
-    """A bank laid open; `clusters` maps item numbers to the item clusters of the record's model."""
-    banks, rules = record.banks, record.banks.rules
-    cluster = banks.entry_clusters(clusters)
-    worth, recency = banks.quality(), banks.recency()
-    entropy = rule.entropy(worth, cluster, rules.clusters)
-    shares = rule.cluster_shares(worth * banks.valid(), cluster, rules.clusters)[0]
-    return UserMemory(
-        user_id=user_id,
-        version=record.version,
-        model_version=record.model_version,
-        events=record.events,
-        share=record.share,
-        entropy=float(entropy[0]),
-        k=int(rule.own_k(entropy, banks.size, rules)[0]),
-        capacity=rules.capacity,
-        pruned=int(banks.pruned[0]),
-        clusters={int(n): float(shares[n]) for n in np.flatnonzero(shares)},
-        entries=[_entry_out(banks, slot, worth, recency, cluster) for slot in range(record.size)],
-        log=list(zip(record.log_item.tolist(), record.log_time.tolist(), strict=True)),
-        seen=len(record.seen),
-        catalogue_size=len(clusters) - 1,
-    )
-
-
-def _entry_out(banks: Banks, slot: int, worth: Floats, recency: Floats, cluster: Ints) -> EntryOut:
-    fields = {name: values[0, slot].item() for name, values in banks.fields.items()}
-    return EntryOut(
-        item=fields["item"],
-        quality=float(worth[0, slot]),
-        recency=float(recency[0, slot]),
-        rating=None if np.isnan(fields["rating"]) else fields["rating"],
-        time=fields["time"],
-        frequency=fields["frequency"],
-        access=fields["access"],
-        last_access=fields["last_access"],
-        cluster=int(cluster[0, slot]),
     )

@@ -70,15 +70,32 @@ def quality(frequency: Ints, recency: Floats, access: Ints, rating: Floats, rule
 
     Frequency and access grow with the logarithm of their counts; `rating` is the raw rating, NaN where there is none.
     """
-    terms = (
-        (rules.weight_frequency, np.log(np.maximum(frequency, 1)) / np.log(SATURATION)),
-        (rules.weight_recency, recency),
-        (rules.weight_access, np.log1p(access) / np.log1p(SATURATION)),
-        (rules.weight_rating, rating_term(rating, rules)),
-    )
-    total = sum(weight for weight, _ in terms)
-    worth = sum(weight * np.clip(term, 0.0, 1.0) for weight, term in terms) / total
+    worth = sum(_quality_terms(frequency, recency, access, rating, rules).values()) / _quality_weight(rules)
     return np.asarray(worth, dtype=np.float32)
+
+
+def quality_parts(
+    frequency: Ints, recency: Floats, access: Ints, rating: Floats, rules: RulesConfig
+) -> dict[str, NDArray[np.float32]]:
+    """What each of the four terms gives to the quality: by name, summing to it. Arguments as of `quality`."""
+    terms, weight = _quality_terms(frequency, recency, access, rating, rules), _quality_weight(rules)
+    return {name: np.asarray(term / weight, dtype=np.float32) for name, term in terms.items()}
+
+
+def _quality_terms(
+    frequency: Ints, recency: Floats, access: Ints, rating: Floats, rules: RulesConfig
+) -> dict[str, Floats]:
+    terms = {
+        "frequency": (rules.weight_frequency, np.log(np.maximum(frequency, 1)) / np.log(SATURATION)),
+        "recency": (rules.weight_recency, recency),
+        "access": (rules.weight_access, np.log1p(access) / np.log1p(SATURATION)),
+        "rating": (rules.weight_rating, rating_term(rating, rules)),
+    }
+    return {name: weight * np.clip(term, 0.0, 1.0) for name, (weight, term) in terms.items()}
+
+
+def _quality_weight(rules: RulesConfig) -> float:
+    return rules.weight_frequency + rules.weight_recency + rules.weight_access + rules.weight_rating
 
 
 def ema_weight(frequency: Ints) -> NDArray[np.float32]:
@@ -107,15 +124,20 @@ def weak_entries(worth: Floats, valid: Bools, protected: Bools, rules: RulesConf
     another `eviction` than quality only the lowest. The entry just written is `protected`, so that a write is never
     undone by its own pruning. Banks must hold at least two entries.
     """
+    candidate = valid & ~protected
+    weak = candidate & (worth < pruning_threshold(worth, valid, rules)) & (rules.eviction == "quality")
+    lowest = np.argmin(np.where(candidate, worth, np.inf), axis=1)
+    weak[np.arange(len(weak)), lowest] = True
+    return np.asarray(weak, bool)
+
+
+def pruning_threshold(worth: Floats, valid: Bools, rules: RulesConfig) -> NDArray[np.float64]:
+    """Quality below which an over-full bank forgets: mean(q) − c·std(q), (B, 1). Banks must hold an entry."""
     count = valid.sum(axis=1, keepdims=True)
     known = np.where(valid, worth.astype(np.float64), 0.0)
     mean = known.sum(axis=1, keepdims=True) / count
     variance = np.where(valid, (worth - mean) ** 2, 0.0).sum(axis=1, keepdims=True) / count
-    candidate = valid & ~protected
-    weak = candidate & (worth < mean - rules.prune_std * np.sqrt(variance)) & (rules.eviction == "quality")
-    lowest = np.argmin(np.where(candidate, worth, np.inf), axis=1)
-    weak[np.arange(len(weak)), lowest] = True
-    return np.asarray(weak, bool)
+    return np.asarray(mean - rules.prune_std * np.sqrt(variance), np.float64)
 
 
 def scrambled(item: Ints, time: Floats) -> NDArray[np.float32]:
@@ -167,9 +189,14 @@ def own_k(diversity: Floats, size: Ints, rules: RulesConfig) -> NDArray[np.int64
     published rule, whose growth term is min(1, sqrt(n / 100)).
     """
     n = np.asarray(size, dtype=np.int64)
-    growth = np.minimum(1.0, np.sqrt(n / 100.0)) if rules.k_rule == "paper" else np.sqrt(n / rules.capacity)
-    wanted = _half_up(rules.k_base * (0.5 + diversity.astype(np.float64)) * growth)
+    wanted = _half_up(rules.k_base * (0.5 + diversity.astype(np.float64)) * k_growth(n, rules))
     return np.minimum(np.clip(wanted, rules.k_min, rules.k_max), n)
+
+
+def k_growth(size: Ints, rules: RulesConfig) -> NDArray[np.float64]:
+    """How far a bank of this size has grown, as the own K counts it: (B,) in [0, 1]."""
+    n = np.asarray(size, dtype=np.int64)
+    return np.minimum(1.0, np.sqrt(n / 100.0)) if rules.k_rule == "paper" else np.sqrt(n / rules.capacity)
 
 
 def collective_k(diversity: Floats, rules: RulesConfig) -> NDArray[np.int64]:

@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import math
 import socket
 import time
 from pathlib import Path
 from urllib.parse import quote
 
 import httpx2
+import numpy as np
 import pytest
 
 from api.app import create_app as create_api
@@ -196,6 +198,44 @@ def test_a_bank_laid_open(client):
     assert sum(bank["clusters"].values()) == pytest.approx(1)
 
 
+def test_a_bank_says_what_its_qualities_are_made_of_how_k_was_reached_and_what_has_gone(client, run):
+    """Capacity 10, of which one more item than that was taken."""
+    remember(client, *(("u", f"i{n}", 1.6e9 + 5e6 * n) for n in range(1, 12)), ("u", "i7", 1.66e9))
+    bank, rules = client.get("/users/u/memory").json(), client.get("/model").json()["config"]["rules"]
+    assert (bank["bank_size"], bank["pruned"]) == (10, 1)
+    for entry in bank["entries"]:
+        assert sum(entry["quality_parts"].values()) == pytest.approx(entry["quality"], abs=1e-6)
+    worth = np.array([entry["quality"] for entry in bank["entries"]])
+    assert bank["threshold"] == pytest.approx(worth.mean() - rules["prune_std"] * worth.std(), abs=1e-6)
+    kept = {entry["item_id"] for entry in bank["entries"]}
+    (gone,) = bank["pruned_items"]
+    assert {gone["item_id"]} == {f"i{n}" for n in range(1, 12)} - kept
+    assert (gone["frequency"], gone["timestamp"]) == (1, 1.6e9 + 5e6 * int(gone["item_id"][1:]))
+    assert gone["quality"] == pytest.approx(sum(gone["quality_parts"].values()), abs=1e-6)
+    assert gone["quality"] < worth.min()
+    own = bank["adaptive_k"]["own"]
+    wanted = own["base"] * (0.5 + bank["entropy"]) * own["growth"]
+    assert own["k"] == bank["k"] == min(max(math.floor(wanted + 0.5), own["k_min"]), own["k_max"], 10)
+    assert (own["base"], own["growth"]) == (rules["k_base"], 1.0)
+    others = bank["adaptive_k"]["collective"]
+    assert recommend(client, user_id="u")["memory"]["collective"]["k"] == others["k"]
+
+
+def test_memories_are_drawn_where_their_keys_lie(client, run):
+    """The first item of everybody was taken in one situation; whatever comes later moves nobody else's place."""
+    remember(client, ("u", "i1", 1.6e9), ("u", "i2", 1.6e9 + 5), ("v", "i9", 1.6e9))
+    before, other = client.get("/users/u/memory").json(), client.get("/users/v/memory").json()
+    first, second = (entry["position"] for entry in before["entries"])
+    assert first == pytest.approx(other["entries"][0]["position"])
+    assert second != pytest.approx(first)
+    remember(client, ("u", "i3", 1.6e9 + 9))
+    after = client.get("/users/u/memory").json()
+    assert [entry["position"] for entry in after["entries"][:2]] == [first, second]
+    assert after["entries"][2]["position"] == pytest.approx(
+        before["position"], abs=1e-3
+    )  # where the user stood, in fp16
+
+
 NAMES = ["a/b", "ü ñ", "{x}", "100%", "a?b#c", "..", "x/memory", "emoji 🦊", "a*[b", "a\nb", "a\n"]
 
 
@@ -213,12 +253,14 @@ def test_ids_may_hold_any_characters(client, name):
 
 
 def test_the_catalogue_over_rest(client):
-    assert client.get("/items/i1").json() == {
-        "item_id": "i1", "metadata": {"title": "One"}, "hidden": False, "known_to_model": True
-    }  # fmt: skip
+    one = {"item_id": "i1", "title": "One", "metadata": {"title": "One"}}
+    assert client.get("/items/i1").json() == one | {"hidden": False, "known_to_model": True, "cluster": 0}
     assert client.get("/items/nope").status_code == 404
     put = client.put("/items/new one", json={"metadata": {"title": "Brand new"}})
-    assert put.json()["known_to_model"] is False
+    assert (put.json()["known_to_model"], put.json()["cluster"]) == (False, None)
+    named = client.get("/items", params={"id": ["new one", "nope", "i2"]}).json()["items"]
+    assert [(item["item_id"], item["title"]) for item in named] == [("new one", "Brand new"), ("i2", "i2")]
+    assert client.get("/items", params={"id": ["i1"] * 201}).status_code == 422
     assert [item["item_id"] for item in client.get("/items?query=BRAND").json()["items"]] == ["new one"]
     assert client.patch("/items/new one", json={"metadata": {"year": 2026}}).json()["metadata"] == {
         "title": "Brand new", "year": 2026

@@ -57,6 +57,24 @@ def test_the_parts_of_every_item_give_its_score(client):
         assert not everything or copied_in_all == pytest.approx(memory["copying"], abs=1e-5)
 
 
+def test_all_memories_retrieved_are_told_with_their_attention(client):
+    for user, items in {"u": "i1 i2 i3", "v": "i1 i2 i6", "w": "i1 i2 i6 i7"}.items():
+        took(client, user, *items.split())
+    memory = recommend(client, user_id="u", explain=True)["memory"]
+    scopes = [one["scope"] for one in memory["memories"]]
+    assert [scopes.count("own"), scopes.count("collective")] == [
+        memory["own"]["retrieved"],
+        memory["collective"]["retrieved"],
+    ]
+    assert scopes == sorted(scopes, reverse=True)
+    assert sum(one["weight"] for one in memory["memories"]) == pytest.approx(1, abs=1e-5)
+    for scope in ("own", "collective"):
+        similarity = [one["similarity"] for one in memory["memories"] if one["scope"] == scope]
+        assert similarity == sorted(similarity, reverse=True)
+    assert "memories" not in recommend(client, user_id="u")["memory"]
+    assert recommend(client, explain=True)["memory"]["memories"] == []
+
+
 def test_where_few_memories_were_retrieved_because_names_all_and_they_add_up(client):
     took(client, "u", "i1", "i2")
     took(client, "v", "i1", "i2", "i4")

@@ -17,6 +17,7 @@ ALLOWED = {
         "model.bank",
         "model.collective",
         "model.events",
+        "model.plane",
         "model.checkpoint",
         "model.config",
         "model.errors",
