@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,13 @@ import msgspec
 
 from api.app import create_app as create_api
 from api.settings import ApiSettings
+from benchmarks.ports import free_port
 from memory_service.app import create_app as create_memory
 from memory_service.schemas import GroupReply
 from memory_service.settings import MemorySettings
 from memory_service.slots import read, unpack
 from tests.conftest import served
 from tests.redis_cluster import until
-
-
-def free_port() -> int:
-    """A port that nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def described(url: str) -> GroupReply:

@@ -16,6 +16,7 @@ from api.app import create_app as create_api
 from api.middleware import BODY_LIMIT_BYTES
 from api.settings import ApiSettings
 from api.supervisor import ServeError, data_dir_of, serve
+from benchmarks.ports import free_port
 from memory_service.app import create_app as create_memory
 from memory_service.settings import MemorySettings
 from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -428,12 +429,6 @@ def test_a_giant_body_is_refused(client, declared):
 
 
 # -------------------------------------------------------------------------------------------- ramrec serve
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_serving_fails_clearly_without_a_checkpoint_or_a_port(run, tmp_path):

@@ -26,6 +26,7 @@ from api.memory_client import MemoryClient
 from api.problems import CallerGone, MemoryUnavailable, Overloaded
 from api.settings import ApiSettings
 from api.supervisor import ServeError, serve
+from benchmarks.ports import free_port
 from memory_service.schemas import CatalogueReply, Columns, Item, RetrieveReply, RetrieveRequest
 from tests.conftest import served
 
@@ -299,21 +300,11 @@ def test_the_catalogue_mirror_grows_and_changes_step_by_step():
 # ------------------------------------------------------------------------------------- ramrec serve
 
 
-def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
 class Served:
     """`ramrec serve` as a process of its own; waits until it says that it serves."""
 
     def __init__(self, run: Path, data_dir: Path, **environment: str) -> None:
-        self.port, memory_port = free_ports(2)
+        self.port, memory_port = free_port(), free_port()
         words = ["serve", "--run", str(run), "--port", str(self.port), "--memory-port", str(memory_port)]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "api.cli", *words, "--data-dir", str(data_dir)],
@@ -393,7 +384,7 @@ def _wait_for_end(watch: int) -> None:
 
 
 def test_one_port_for_two_services_is_refused(run):
-    (port,) = free_ports(1)
+    port = free_port()
     with pytest.raises(ServeError, match=f"cannot both listen on port {port}"):
         serve(run, "127.0.0.1", port, port, None, None, None)
 

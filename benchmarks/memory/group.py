@@ -29,12 +29,13 @@ from api.problems import MemoryUnavailable
 from benchmarks.measures import Measure, measured, percentile, store
 from benchmarks.memory import banks as made
 from benchmarks.memory.service import until_ready
+from benchmarks.ports import free_port
 from memory_service.group import GRACE_S
 from memory_service.schemas import EventIn, PlanRequest, RetrieveRequest, UserEvents, UserWrite, WriteRequest
 from memory_service.slots import RANGES, SLOTS, range_of, read
 from model.checkpoint import Checkpoint
 from model.rules import unit
-from tests.groups import described, free_port
+from tests.groups import described
 from tests.redis_cluster import ClusterOfValkeys, redis_cluster, until
 
 USERS, CALLS, BATCH = 4_000, 400, 64

