@@ -34,6 +34,7 @@ ROUTES: dict[tuple[str, str], Scope | None] = {
     ("GET", "/docs/oauth2-redirect"): None,
     ("GET", "/redoc"): None,
     ("GET", "/"): None,
+    ("GET", "/inspector/{name}"): None,
 }
 """Method and path template → the scope that a key needs; None: open to everybody."""
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from fastapi import FastAPI
 
+from api import home
 from api import schemas as face
 from api.batching import MicroBatcher
 from api.direct import DirectCalls
@@ -58,6 +59,7 @@ def create_app(settings: ApiSettings, tracer: Any = None) -> FastAPI:
     app.state.metrics = Metrics(settings.feedback_key.get_secret_value())
     app.include_router(direct)
     app.include_router(router)
+    app.include_router(home.router)
     install(app)
     app.add_middleware(DirectCalls, router=direct)
     app.add_middleware(BodyLimit)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Body, Path, Query, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 import api.paths  # noqa: F401 - the convertor `id`
@@ -326,9 +326,3 @@ async def metrics(request: Request) -> Response:
     models: Models = request.app.state.models
     request.app.state.metrics.works_with(models.serving.version, models.wanted.version, stuck=models.stuck)
     return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-
-@router.get("/", include_in_schema=False)
-async def home() -> RedirectResponse:
-    """Where a browser lands."""
-    return RedirectResponse("/docs")
