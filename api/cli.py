@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -466,6 +467,49 @@ def ingest(
     typer.echo(outcome.tally.summary())
     if outcome.before:
         typer.echo(f"{outcome.before:,} were acknowledged before and not sent; --again sends everything")
+
+
+class Whose(StrEnum):
+    """Whose memories."""
+
+    own = "own"
+    collective = "collective"
+
+
+@app.command()
+def inspect(
+    user: Annotated[str, typer.Argument(help="The user's id.")],
+    url: Annotated[str, typer.Option(help="Base URL of the REST API.")] = "http://127.0.0.1:8000",
+    key: Annotated[
+        str | None, typer.Option(envvar="RAMREC_KEY", help="API key with the scopes `admin` and `recommend`.")
+    ] = None,
+    memories: Annotated[int, typer.Option(min=0, help="Memories, and pruned items, to show at most.")] = 15,
+    top_n: Annotated[int, typer.Option(min=1, max=1000, help="Items to recommend.")] = 5,
+    k: Annotated[int | None, typer.Option(min=1, max=100, help="What if so many own memories were fetched?")] = None,
+    scope: Annotated[
+        list[Whose] | None,
+        typer.Option(help="What if only the user's own memories, or only those of others, were used?"),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ITEM", help="What if the user had not taken this item? May be repeated."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answers of the api, as one JSON object.")] = False,
+) -> None:
+    """What is remembered about a user, and what memory does to their recommendations. Looking changes none of it.
+
+    Shows bank, entropy, how K was reached, what was pruned and why, and where each recommendation comes from. With --k,
+    --scope or --ignore: what would be recommended then, and how that differs from what is recommended now.
+
+    Exit code 1: nobody knows this user; what a newcomer is recommended is shown. 2: the api did not answer, or refused.
+    """
+    from api.inspect import Question, look
+    from api.portrait import plain
+
+    question = Question(top_n, k, tuple(one.value for one in scope or ()), tuple(ignore or ()))
+    if not look(url, user, question, key=key, rows=memories, raw=as_json):
+        typer.echo(f"ramrec: nothing is known about user {plain(user)}", err=True)
+        sys.exit(1)
 
 
 @app.command()
