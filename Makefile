@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-compose lint-docker sbom tools conformance check format install bench-quality bench-memory bench-serving bench-scale clean
+.PHONY: quickstart test test-compose lint-docker sbom tools screenshots conformance check format install bench-quality bench-memory bench-serving bench-scale clean
 
 quickstart: $(BIN)/.ready
 	$(BIN)/ramrec quickstart $(if $(ML_100K),--source $(ML_100K))
@@ -37,6 +37,10 @@ sbom: $(DOCKER_TOOLS)/.ready
 	    print(*sorted(f"{d.name}=={d.version}" for d in distributions()), sep="\n")' > build/sbom/$$image.txt; \
 	  $(DOCKER_TOOLS)/bin/cyclonedx-py requirements --output-reproducible -o build/sbom/$$image.json build/sbom/$$image.txt; \
 	done
+
+# The README's pictures of the inspector, after `make quickstart`; wants Chromium.
+screenshots: $(BIN)/.ready-dev
+	$(BIN)/python -m docs.screenshots
 
 # The generated calls of tests/test_conformance.py, ten times as many.
 conformance: $(BIN)/.ready-dev

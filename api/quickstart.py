@@ -63,7 +63,7 @@ def tour(data: Path, run: Path, source: Path | None, config: str) -> None:
     _train_once(data, run, config)
     log = read_interactions(data)
     console.rule("3. Serving")
-    with _serving(run) as url:
+    with serving(run) as url:
         console.print(f"api on {url}, memory service and an embedded Valkey behind it")
         console.rule("4. Ingesting every user's history through POST /memories")
         console.print(backfill(url, data, keep_journal=False).tally.summary())
@@ -87,7 +87,7 @@ def _train_once(data: Path, run: Path, config: str) -> None:
 
 
 @contextmanager
-def _serving(run: Path) -> Iterator[str]:
+def serving(run: Path) -> Iterator[str]:
     """`ramrec serve` on free ports, stopped cleanly afterwards."""
     port, memory_port = _free_port(), _free_port()
     command = ["serve", "--run", str(run), "--port", str(port), "--memory-port", str(memory_port)]
@@ -173,7 +173,7 @@ def _what_next(run: Path, user: str) -> None:
         f'-d \'{{"user_id": "{user}", "top_n": 5}}\'\n'
         "Remember:         curl -s localhost:8000/memories -H 'Content-Type: application/json' "
         '-d \'{"interactions": [{"user_id": "me", "item_id": "50", "rating": 5}]}\'\n'
-        f"Look into a bank: curl -s localhost:8000/users/{user}/memory\n"
+        f"Look into memory: http://localhost:8000 in a browser, or .venv/bin/ramrec inspect {user}\n"
         "Forget a user:    curl -s -X DELETE localhost:8000/users/me/memory\n"
         f"Measure:          .venv/bin/ramrec evaluate --run {run} --dataset data/ml-100k\n"
         "Every endpoint:   http://localhost:8000/docs",

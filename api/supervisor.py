@@ -77,7 +77,9 @@ def serve(
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         wait_until_ready(children, url)
         signal.signal(signal.SIGHUP, lambda *_: children[-1].send_signal(signal.SIGHUP))  # the api reads its run anew
-        print(f"RAMRec serves on {url} (API: /docs, stop: Ctrl-C)", flush=True)
+        print(
+            f"RAMRec serves on {url} (open it in a browser to look into memories; API: /docs, stop: Ctrl-C)", flush=True
+        )
         while True:
             _check_alive(children)
             time.sleep(POLL_S)

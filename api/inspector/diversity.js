@@ -31,7 +31,7 @@ function beginner(bank) {
 
 function sentence(bank) {
   const own = bank.adaptive_k?.own, size = bank.entries.length, kindsHere = Object.keys(bank.clusters).length;
-  const taste = bank.entropy < 0.35 ? "a narrow taste" : bank.entropy < 0.65 ? "a mixed taste" : "a diverse taste";
+  const taste = bank.entropy < 0.4 ? "a narrow taste" : bank.entropy <= 0.6 ? "a mixed taste" : "a diverse taste";
   const said = [`${count(size, "memory", "memories")} of ${count(kindsHere, "kind")} of items: `, h("strong", {}, `entropy ${two(bank.entropy)}, ${size > 1 ? taste : "which counts as neutral"}`)];
   if (!own) return [...said, `. ${bank.k} of them are asked for each list.`];
   const at = (entropy) => bounded(own, wanted(own, entropy), size);

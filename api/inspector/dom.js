@@ -44,6 +44,7 @@ export const count = (value, one, many = `${one}s`) => `${value.toLocaleString("
 export function percent(share) {
   const of100 = Math.abs(share) * 100;
   const digits = of100 >= 10 || of100 === 0 ? 0 : of100 >= 1 ? 1 : 2;
+  if (of100 > 0 && of100 < 0.005) return "<0.01 %";
   return `${(share * 100).toFixed(digits)} %`;
 }
 

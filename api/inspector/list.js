@@ -18,6 +18,7 @@ export class List {
     refill(this.element,
       h("p", { class: "lead" }, summary(answer)),
       answer.memory.degraded && h("p", { class: "warning" }, "The memory could not be asked, or only in part: this list is made without it."),
+      answer.source !== "popularity" && h("p", { class: "hint" }, "The figure at a memory: by how much it raises the item's probability. ", h("span", { class: "tag own" }, "own"), " ", h("span", { class: "tag collective" }, "another user's")),
       before && h("p", { class: "changes" }, changes(answer, ranks, gone, titles)),
       answer.items.length
         ? h("ol", { class: "items" }, answer.items.map((item, n) => this.item(item, n, titles, ranks, answer)))
@@ -42,15 +43,17 @@ export class List {
   reason(one, titles, where) {
     const title = titles.get(one.item_id).title, by = signed(raised(one));
     if (one.scope === "collective") {
-      return h("span", { class: "reason collective", title: "a memory of other users; whose is never said" }, h("span", { class: "unseen" }, "another user's "), name(title), ` ${by}`);
+      return h("span", { class: "reason collective", title: `a memory of other users; whose is never said. ${attention(one)}` }, h("span", { class: "unseen" }, "another user's "), name(title), ` ${by}`);
     }
     const on = (pointed) => () => this.pointed(one.item_id, pointed);
     return h("button", {
-      type: "button", class: "reason own", "data-focus": `reason-${where}`, "aria-label": `${title}, own memory, ${by}; show it in the picture`,
+      type: "button", class: "reason own", title: attention(one), "data-focus": `reason-${where}`, "aria-label": `${title}, own memory, ${by}; show it in the picture`,
       on: { click: () => this.visited(one.item_id), pointerenter: on(true), pointerleave: on(false), focus: on(true), blur: on(false) },
     }, name(title), ` ${by}`);
   }
 }
+
+const attention = (one) => `attention ${percent(one.weight)}, similarity ${two(one.similarity)}`;
 
 /** How much a memory raises an item's probability: by its part in the logit, and by what is copied from it. */
 export const raised = (one) => Math.exp(one.logit) / (1 - Math.min(one.copied, 1 - 1e-6)) - 1;

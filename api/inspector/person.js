@@ -7,7 +7,7 @@ import { forgotten, refillHistory, table, timeline } from "./history.js";
 import { attributesOf, List, WhatIf } from "./list.js";
 import { Picture } from "./picture.js";
 
-const TOP_N = 10;
+const TOP_N = 10, SAMPLE = 200;
 
 export class Person {
   /** `guard` runs what asks the service and says what went wrong; `act` is the button at each recommendation, if any. */
@@ -41,13 +41,14 @@ export class Person {
   /** Ask anew. Returns {bank, answer}, or null where a later call has overtaken this one. */
   async refresh() {
     const turn = ++this.turn, user = this.user, asked = { user_id: user, top_n: TOP_N }, otherwise = this.whatIf.request();
-    const [model, bank, usual, other] = await Promise.all([
+    const [model, catalogue, bank, usual, other] = await Promise.all([
       this.model ?? client.model(),
+      this.catalogue ?? client.search("", SAMPLE),
       client.bank(user).catch(missing),
       client.recommend(asked),
       Object.keys(otherwise).length ? client.recommend({ ...asked, ...otherwise }) : null,
     ]);
-    this.model = model;
+    Object.assign(this, { model, catalogue });
     const shown = bank ?? nobody(model), titles = await client.items(named(shown, usual, other));
     if (turn !== this.turn) return null;
     this.draw(shown, titles, usual, other, bank !== null);
@@ -59,7 +60,7 @@ export class Person {
     refill(this.headline, headline(this.user, bank, answer, isKnown));
     this.picture.draw(bank, titles, used, this.whatIf.ignored);
     this.diversity.draw(bank, titles, this.model.config.rules?.clusters);
-    this.whatIf.offer(attributesOf(titles.values()));
+    this.whatIf.offer(attributesOf([...titles.values(), ...this.catalogue]));
     this.whatIf.tell(titles, Math.max(bank.k, 1), bank.capacity);
     this.list.draw(answer, titles, other && usual);
     refillHistory(this.order, bank.log.length ? [timeline(bank, titles), table(bank, titles)] : h("p", { class: "hint" }, "Nothing yet."));

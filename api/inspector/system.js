@@ -16,8 +16,8 @@ export class SystemView {
     this.spread = h("div", { class: "histograms" });
     this.model = h("div", {});
     const panel = (title, id, content, hint) => h("section", { class: `panel ${id}`, "aria-labelledby": `title-${id}` }, h("h2", { id: `title-${id}` }, title), hint && h("p", { class: "hint" }, hint), content);
-    this.element = h("div", { class: "view system" },
-      h("h1", {}, "System"),
+    this.element = h("div", { class: "view system waiting" },
+      h("div", { class: "head" }, h("h1", {}, "System"), h("p", { class: "hint" }, "As the api process that answers this page counts; Prometheus and Grafana add up those of several.")),
       panel("Health", "health", this.health),
       panel("Model", "model", this.model),
       panel("Throughput", "traffic", this.traffic),
@@ -51,6 +51,7 @@ export class SystemView {
     refill(this.split, split(now));
     refill(this.spread, histogram("Entropy", now, "ramrec_api_entropy"), histogram("K, own memories", now, "ramrec_api_k"), histogram("Memories in a bank", now, "ramrec_api_bank_size"));
     refill(this.model, about(model, ready));
+    this.element.classList.remove("waiting");
   }
 }
 

@@ -28,7 +28,7 @@ export class VisitView {
         h("h2", { id: "title-picker" }, "Take items as somebody new"),
         h("p", { class: "hint" }, "Each one is sent to POST /memories and counts from the next request on; nothing is trained."),
         h("form", { role: "search", on: { submit: (event) => event.preventDefault() } }, h("label", { for: "item-search" }, "Search the catalogue"), this.input),
-        this.found, this.heard, this.out),
+        this.heard, this.found, this.out),
       this.person.element);
   }
 

@@ -1,0 +1,58 @@
+"""`make screenshots`: the pictures of the inspector in the README, of a service that runs with ML-100K's memories.
+
+Starts `ramrec serve` with the run and the memories of `make quickstart`, which has to be there, and looks at it in
+a headless Chromium.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from playwright.sync_api import Page, expect
+
+from api.quickstart import serving
+from tests.browser import browser, chromium, opened
+
+FOLDER = Path(__file__).parent
+RUN = Path("runs/ml-100k")
+WIDTH, HEIGHT = 1280, 1330
+TAKEN = ("Alien", "Blade Runner", "Toy Story")
+
+
+def main() -> int:
+    """Both pictures."""
+    if chromium() is None or not (RUN / "checkpoint.json").exists():
+        print("wanted: Chromium (Debian: apt-get install chromium) and a run of `make quickstart`", file=sys.stderr)
+        return 2
+    with serving(RUN) as url, browser() as started:
+        options = {"viewport": {"width": WIDTH, "height": HEIGHT}, "base_url": url, "reduced_motion": "reduce"}
+        with opened(started, **options) as (page, _):
+            page.goto("/#/users/13")
+            expect(page.locator(".picture .dot")).not_to_have_count(0)
+            _keep(page, "inspector-user.png")
+        with opened(started, **options, color_scheme="dark") as (page, _):
+            _be_somebody_new(page)
+            _keep(page, "inspector-try.png")
+            page.get_by_role("button", name="Forget me").click()
+            expect(page.locator(".heard")).to_contain_text("You are forgotten")
+    return 0
+
+
+def _be_somebody_new(page: Page) -> None:
+    page.goto("/#/try")
+    for title in TAKEN:
+        page.get_by_label("Search the catalogue").fill(title)
+        page.locator(".catalogue").get_by_role("button", name=f"Take {title}", exact=True).click()
+        expect(page.locator(".heard")).to_contain_text(f"You took {title}")
+    page.locator(".heard").hover()
+
+
+def _keep(page: Page, name: str) -> None:
+    page.wait_for_load_state("networkidle")
+    page.screenshot(path=FOLDER / name)
+    print(FOLDER / name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
