@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 quickstart: $(BIN)/.ready
 	$(BIN)/ramrec quickstart $(if $(ML_100K),--source $(ML_100K))
 
+# On as many cores as there are, up to four; a file's tests one after another.
 test: $(BIN)/.ready-dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # helm, promtool and prometheus into build/tools, for the tests that are skipped without them (pip, and apt where it is).
 tools:

@@ -105,8 +105,9 @@ def remembered(client: httpx2.Client, user: str, timed: bool) -> dict[str, objec
     memory = client.get(f"/users/{user}/memory").json()
     del memory["user_id"], memory["version"]
     if not timed:
-        for entry in memory["log"] + memory["entries"]:
+        for entry in memory["log"] + memory["entries"] + memory["pruned_items"]:
             del entry["timestamp"]
+        memory["pruned_items"].sort(key=lambda one: one["item_id"])  # the latest first
     return memory
 
 

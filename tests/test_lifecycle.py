@@ -97,6 +97,8 @@ def told(answer: dict) -> dict:
 
 
 def _near(value: object) -> object:
+    if isinstance(value, list):
+        return [{name: _near(one) for name, one in memory.items()} for memory in value]
     return pytest.approx(value, abs=1e-4) if isinstance(value, float) else value
 
 

@@ -24,6 +24,12 @@ def keys(tmp_path):
     return tmp_path / "keys.json"
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch):
+    """A machine that is busy with other tests is no memory service out of reach."""
+    monkeypatch.setattr("api.limits.PATIENCE_S", 30.0)
+
+
 async def answered(limits: Limits, key, count: int) -> int:
     """How many of so many requests at once are let through."""
 

@@ -45,12 +45,15 @@ function json(text) {
   }
 }
 
-const user = (id) => `users/${encodeURIComponent(id)}/memory`;
+function user(id) {
+  if (id === "." || id === "..") throw new Error("browsers cannot ask for an id of dots only; `ramrec inspect` can.");
+  return `users/${encodeURIComponent(id)}/memory`;
+}
 
 export const users = async (prefix, limit = 20) =>
   (await ask("GET", `users?limit=${limit}&prefix=${encodeURIComponent(prefix)}`)).users;
-export const bank = (id) => ask("GET", user(id));
-export const forget = (id) => ask("DELETE", user(id));
+export const bank = async (id) => ask("GET", user(id));
+export const forget = async (id) => ask("DELETE", user(id));
 export const recommend = (request) => ask("POST", "recommend", { explain: true, ...request });
 export const many = async (requests) => (await ask("POST", "recommend/batch", { requests })).results;
 export const remember = (interaction) => ask("POST", "memories", { interactions: [interaction] });

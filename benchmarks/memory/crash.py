@@ -23,7 +23,8 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -176,27 +177,36 @@ def check(
             for part in Deployment.PARTS:
                 deployment.start(part)
             deployment.wait()
-            over = threading.Event()
-            threads = [threading.Thread(target=one.write_until, args=(over,)) for one in writers]
-            for thread in threads:
-                thread.start()
-            for nth in range(kills):
-                part = Deployment.PARTS[nth] if nth < len(Deployment.PARTS) else rng.choice(Deployment.PARTS)
-                time.sleep(rng.random())
-                deployment.kill(part)
-                killed[part] += 1
-                deployment.start(part)
-                deployment.wait()
-                say(f"kill {nth + 1}/{kills}: {part}, {_count(writers)} events acknowledged")
-            over.set()
-            for thread in threads:
-                thread.join()
+            with _writing(writers):
+                for nth in range(kills):
+                    part = Deployment.PARTS[nth] if nth < len(Deployment.PARTS) else rng.choice(Deployment.PARTS)
+                    time.sleep(rng.random())
+                    deployment.kill(part)
+                    killed[part] += 1
+                    deployment.start(part)
+                    deployment.wait()
+                    say(f"kill {nth + 1}/{kills}: {part}, {_count(writers)} events acknowledged")
             found = {user: remembered(deployment.url, user) for one in writers for user in one.sent}
         finally:
             deployment.stop()
     return {"kills": dict(killed), "acknowledged": _count(writers), "refused": sum(one.refused for one in writers)} | (
         compared(writers, found)
     )
+
+
+@contextmanager
+def _writing(writers: list[Client]) -> Iterator[None]:
+    """All of them at work; they stop at the end, whatever came between."""
+    over = threading.Event()
+    threads = [threading.Thread(target=one.write_until, args=(over,)) for one in writers]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
 
 
 def _count(writers: list[Client]) -> int:

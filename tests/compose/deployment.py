@@ -45,6 +45,11 @@ class Project:
         """Where the api is published."""
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def cluster_url(self) -> str:
+        """Where the api of the profile `cluster` is published."""
+        return f"http://127.0.0.1:{self.cluster_port}"
+
     def compose(self, *words: str, fails: bool | None = False) -> str:
         """What `docker compose …` printed; it must succeed, unless it `fails` (None: either)."""
         files = [*self.files, *filter(None, [os.environ.get("RAMREC_COMPOSE_OVERRIDE")])]
@@ -73,11 +78,11 @@ class Project:
         """kill -9 of what the container's init has started; to the engine it is a crash."""
         self.execute(service, "for one in $(cat /proc/1/task/1/children); do kill -9 $one; done", fails=None)
 
-    def recover(self, service: str, restarts: int) -> float:
+    def recover(self, service: str, restarts: int, url: str) -> float:
         """Seconds until the service was started again and everything is ready; those of this call count."""
         begin = time.monotonic()
         while time.monotonic() < begin + PATIENCE_S:
-            if self.inspect(service)["RestartCount"] > restarts and is_ready(self.url):
+            if self.inspect(service)["RestartCount"] > restarts and is_ready(url):
                 return time.monotonic() - begin
             time.sleep(0.1)
         raise TimeoutError(f"{service} did not come back within {PATIENCE_S:.0f} s:\n{self.compose('ps', '-a')}")

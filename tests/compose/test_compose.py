@@ -20,6 +20,7 @@ from tests.compose.deployment import ROOT, SECURE, Caller, Project, Writer, is_r
 SERVICES = ("redis", "memory", "api")
 QUICK = "[encoder]\ndim = 16\nlayers = 1\nwindow = 20\n[training]\nmax_epochs = 1\nfusion_max_epochs = 1\n"
 WRITERS = [Writer(n, "") for n in range(2)]
+CLUSTER_WRITERS = [Writer(n, "") for n in range(10, 12)]
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +45,12 @@ def project(tmp_path_factory, measure):
 
 
 @contextmanager
-def load(project):
+def load(url, writers=WRITERS):
     """Writers at work, each noting what was acknowledged."""
     over = threading.Event()
-    for writer in WRITERS:
-        writer.url = project.url
-    threads = [threading.Thread(target=writer.work_until, args=(over,)) for writer in WRITERS]
+    for writer in writers:
+        writer.url = url
+    threads = [threading.Thread(target=writer.work_until, args=(over,)) for writer in writers]
     for thread in threads:
         thread.start()
     try:
@@ -60,13 +61,20 @@ def load(project):
             thread.join()
 
 
-def acknowledged():
-    return sum(len(events) for writer in WRITERS for events in writer.acknowledged.values())
+def acknowledged(writers=WRITERS):
+    return sum(len(events) for writer in writers for events in writer.acknowledged.values())
 
 
-def losses(project):
-    found = {user: remembered(project.url, user) for writer in WRITERS for user in writer.sent}
-    return compared(WRITERS, found)
+def acknowledges(events, writers=WRITERS):
+    """Wait until so many events more were acknowledged."""
+    before = acknowledged(writers)
+    while acknowledged(writers) < before + events:
+        time.sleep(0.05)
+
+
+def losses(url, writers=WRITERS):
+    found = {user: remembered(url, user) for writer in writers for user in writer.sent}
+    return compared(writers, found)
 
 
 def banks(project):
@@ -102,6 +110,9 @@ def test_up_from_nothing_trains_a_model_and_serves_it(project, measure):
     assert call(f"{project.url}/memories", {"interactions": events})["accepted"] == 3
     answer = call(f"{project.url}/recommend", {"user_id": "me", "top_n": 5})
     assert (answer["source"], len(answer["items"]), answer["memory"]["bank_size"]) == ("memory", 5, 3)
+    for part, holds in (("", "RAMRec inspector"), ("inspector/main.js", "import"), ("inspector/style.css", "color")):
+        with urllib.request.urlopen(f"{project.url}/{part}", timeout=10) as page:
+            assert holds in page.read().decode()
 
 
 def test_up_again_finds_the_checkpoint_and_keeps_the_memories(project, measure):
@@ -132,18 +143,14 @@ def test_containers_may_do_little(project, service):
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_a_killed_service_comes_back_and_nothing_acknowledged_is_lost(project, service, measure):
-    with load(project):
-        before = acknowledged()
-        while acknowledged() < before + 50:
-            time.sleep(0.05)
+    with load(project.url):
+        acknowledges(50)
         restarts = project.inspect(service)["RestartCount"]
         project.kill(service)
-        seconds = project.recover(service, restarts)
+        seconds = project.recover(service, restarts, project.url)
         measure(f"kill -9 of {service} under load: until everything is ready again", seconds, "s", at_most=15)
-        before = acknowledged()
-        while acknowledged() < before + 20:  # not ready in word alone
-            time.sleep(0.05)
-    assert losses(project) == {"missing": 0, "phantom": 0, "duplicates": 0}
+        acknowledges(20)  # not ready in word alone
+    assert losses(project.url) == {"missing": 0, "phantom": 0, "duplicates": 0}
 
 
 def test_down_and_up_keeps_every_memory(project, measure):
@@ -159,7 +166,7 @@ def test_down_and_up_keeps_every_memory(project, measure):
 def test_a_stopping_api_answers_what_it_accepted(project, measure):
     callers = [Caller(n, project.port) for n in range(8)]
     threads = [threading.Thread(target=one.ask_until_refused) for one in callers]
-    with load(project):
+    with load(project.url):
         for thread in threads:
             thread.start()
         while min(one.outcomes["answered 200"] for one in callers) < 20:
@@ -183,7 +190,7 @@ def test_a_stopping_api_answers_what_it_accepted(project, measure):
     assert (outcomes["broken"], set(outcomes) - {"broken"}) == (0, {"answered 200", "refused"})
     assert project.inspect("api")["State"]["ExitCode"] != 137  # it stopped by itself
     project.compose("up", "--detach", "--wait", "--no-build")
-    assert losses(project) == {"missing": 0, "phantom": 0, "duplicates": 0}
+    assert losses(project.url) == {"missing": 0, "phantom": 0, "duplicates": 0}
 
 
 def test_with_keys_token_and_password(project):
@@ -212,6 +219,28 @@ def test_a_revoked_key_is_refused_by_the_running_api(project):
     wait_for(lambda: opens(project, key))
     project.compose("run", "--rm", "keys", "revoke", "--name", "web")
     wait_for(lambda: not opens(project, key))
+
+
+def test_the_cluster_profile_loses_nothing_while_its_parts_are_killed(project, measure):
+    """Redis Cluster of six, two memory replicas."""
+    project.compose("down", "--timeout", "30")
+    project.files = ("docker-compose.yml",)
+    begin, url, writers = time.monotonic(), project.cluster_url, CLUSTER_WRITERS
+    project.compose("up", "--detach", "--wait", "--no-build", "api-cluster")
+    measure("up --wait of the profile cluster", time.monotonic() - begin, "s")
+    with load(url, writers):
+        for service in ("node-1", "memory-1", "api-cluster"):
+            acknowledges(50, writers)
+            restarts = project.inspect(service)["RestartCount"]
+            project.kill(service)
+            seconds = project.recover(service, restarts, url)
+            measure(f"kill -9 of {service} of the cluster: until all is ready again", seconds, "s", at_most=15)
+            acknowledges(50, writers)
+    assert losses(url, writers) == {"missing": 0, "phantom": 0, "duplicates": 0}
+    before = {user: remembered(url, user) for writer in writers for user in writer.sent}
+    project.compose("--profile", "cluster", "down", "--timeout", "30")
+    project.compose("up", "--detach", "--wait", "--no-build", "api-cluster")
+    assert {user: remembered(url, user) for user in before} == before
 
 
 def with_key(url, key, body):
