@@ -174,7 +174,7 @@ async def forget(user_id: UserId, request: Request) -> face.ForgetResponse:
 
 @router.get("/users", tags=["memory"], responses=failures(INVALID, UNAVAILABLE))
 async def users(request: Request, prefix: Prefix = "", limit: Limit = 100) -> face.UsersResponse:
-    """User ids that begin with a prefix."""
+    """User ids that begin with a prefix; where there are more than `limit`, some of them."""
     return face.UsersResponse(users=list(await request.app.state.engine.memory.users(prefix, limit)))
 
 

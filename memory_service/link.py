@@ -16,7 +16,7 @@ import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from hashlib import sha1
 from typing import Any
@@ -191,7 +191,7 @@ class Road(ABC):
     async def close(self) -> None:
         """Close all connections."""
 
-    async def keys(self, match: bytes) -> AsyncIterator[list[bytes]]:
+    async def keys(self, match: bytes) -> AsyncGenerator[list[bytes], None]:
         """All keys that match, some at a time; one may be named twice. Does not block Redis."""
         cursor = 0
         while True:

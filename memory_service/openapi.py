@@ -270,7 +270,7 @@ CALLS = (
         "get",
         "/v1/users",
         "users",
-        "User ids that begin with a prefix, sorted",
+        "User ids that begin with a prefix, sorted; where there are more than the limit, some of them",
         Users(["196", "1960"]),
         (INVALID_QUERY, UNAVAILABLE),
         query=(

@@ -382,7 +382,7 @@ class QuotaReply(msgspec.Struct):
 
 
 class Users(msgspec.Struct):
-    """User ids that begin with the prefix asked for, sorted, at most the limit asked for."""
+    """User ids that begin with the prefix asked for, sorted; where there are more than the limit, some of them."""
 
     users: list[str]
 

@@ -27,6 +27,7 @@ import logging
 import os
 import struct
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
@@ -363,10 +364,15 @@ class Store:
         return [model_of(data) for data in found]
 
     async def users(self, prefix: str, limit: int) -> list[str]:
-        """User ids with a prefix, sorted, at most `limit`. Walks the key space without blocking Redis."""
+        """User ids with a prefix, sorted; where there are more than `limit`, some of them. Walks the key space without
+        blocking Redis, no farther than it must.
+        """
         found: set[str] = set()  # a walk may name a key twice
-        async for keys in (await self.link.road()).keys(b"ramrec:{" + _escaped(prefix).encode() + b"*}"):
-            found.update(map(user_of, keys))
+        async with aclosing((await self.link.road()).keys(b"ramrec:{" + _escaped(prefix).encode() + b"*}")) as walk:
+            async for keys in walk:
+                found.update(map(user_of, keys))
+                if len(found) >= limit:
+                    break
         return sorted(found)[:limit]
 
     # ---------------------------------------------------------------------------------------- catalogue

@@ -237,6 +237,17 @@ def test_memories_are_drawn_where_their_keys_lie(client, run):
     )  # where the user stood, in fp16
 
 
+def test_users_are_found_by_how_they_begin(client):
+    remember(client, *((f"{kind} {n}", "i1") for kind in ("ann", "bob") for n in range(300)))
+    every = sorted(f"ann {n}" for n in range(300))
+    assert client.get("/users?prefix=ann&limit=1000").json()["users"] == every
+    some = client.get("/users?prefix=ann&limit=7").json()["users"]
+    assert (len(some), some) == (7, sorted(some))
+    assert set(some) <= set(every)
+    assert client.get("/users?prefix=ann 299").json()["users"] == ["ann 299"]
+    assert client.get("/users?prefix=ann*").json()["users"] == []
+
+
 NAMES = ["a/b", "ü ñ", "{x}", "100%", "a?b#c", "..", "x/memory", "emoji 🦊", "a*[b", "a\nb", "a\n"]
 
 

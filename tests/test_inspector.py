@@ -300,6 +300,20 @@ def test_the_api_goes_away_and_comes_back(chrome, run, memory_url, stack):
         expect(page.locator(".list .lead")).to_contain_text("0 of others")  # and what was asked is asked again
 
 
+def test_the_system_view_opened_in_an_outage_follows_once_it_is_over(chrome, run, memory_url, stack):
+    app, port = ApiSettings(run=run, memory_url=memory_url), free_port()
+    with served(create_api(app), port) as url:
+        page, _ = stack.enter_context(opened(chrome, base_url=url))
+        page.goto("/")
+        expect(page.locator("main h1:visible")).to_be_visible()
+    page.get_by_role("link", name="System").click()
+    expect(page.get_by_role("alert")).to_contain_text("The service does not answer")
+    with served(create_api(app), port) as url:
+        expect(page.get_by_role("alert")).to_be_hidden()
+        httpx2.post(f"{url}/recommend", json={})
+        expect(page.locator(".traffic")).to_contain_text("popularity 100 % of 1 list.")
+
+
 def test_the_memory_goes_away_and_comes_back(chrome, run, valkey_url, stack):
     port = free_port()
     settings = MemorySettings(run=run, redis_url=valkey_url)
@@ -337,7 +351,7 @@ def test_with_api_keys_the_page_asks_for_one(chrome, guarded, stack):
 
     def give(key: str) -> None:
         ask.locator("input").fill(key)
-        ask.get_by_role("button", name="Use it").click()
+        ask.locator("input").press("Enter")
 
     give("rr_wrong")
     expect(ask).to_contain_text("this API key is not known")
@@ -349,9 +363,15 @@ def test_with_api_keys_the_page_asks_for_one(chrome, guarded, stack):
     assert keys["all"] not in page.content()
     assert page.evaluate("[Object.values(localStorage), document.cookie].join()").count(keys["all"]) == 0
     assert not any(keys["all"] in sent for _, sent in seen.requests)
+    for leave in (lambda: page.keyboard.press("Escape"), ask.get_by_role("button", name="Cancel").click):
+        page.get_by_role("button", name="API key").click()
+        leave()
+        expect(ask).to_be_hidden()
+    page.reload()
+    expect(page.locator(".picture .dot")).to_have_count(2)  # the key is still there
     page.get_by_role("button", name="API key").click()
-    page.keyboard.press("Escape")
-    expect(ask).to_be_hidden()
+    ask.get_by_role("button", name="Use it").click()
+    expect(ask).to_contain_text("an API key is wanted")
 
 
 # ----------------------------------------------------------------------------------------- hostile

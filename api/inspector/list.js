@@ -197,7 +197,7 @@ function box(text, checked, changed) {
   return h("label", { class: "box" }, h("input", { type: "checkbox", checked, on: { change: changed } }), text);
 }
 
-const chip = (text, label, drop) => h("span", { class: "chip" }, text, h("button", { type: "button", "aria-label": label, on: { click: drop } }, "×"));
+const chip = (text, label, drop) => h("span", { class: "chip" }, text, h("button", { type: "button", "aria-label": label, "data-focus": label, on: { click: drop } }, "×"));
 
 function filter(conditions) {
   const wanted = {};

@@ -94,7 +94,9 @@ const dialog = document.getElementById("key-dialog");
 
 function askKey(why) {
   document.getElementById("key-why").textContent = why;
-  if (!dialog.open) dialog.showModal();
+  if (dialog.open) return;
+  dialog.returnValue = "";
+  dialog.showModal();
 }
 
 dialog.addEventListener("close", () => {
@@ -123,7 +125,8 @@ themeButton.addEventListener("click", () => {
   localStorage.setItem("ramrec-theme", next);
   wear(next);
 });
-document.getElementById("key-button").addEventListener("click", () => askKey(""));
+document.getElementById("key-button").addEventListener("click", () => askKey("Leave it empty to forget the key."));
+document.getElementById("key-cancel").addEventListener("click", () => dialog.close());
 window.addEventListener("hashchange", route);
 wear(THEMES.includes(localStorage.getItem("ramrec-theme")) ? localStorage.getItem("ramrec-theme") : "auto");
 tellKey();

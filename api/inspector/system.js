@@ -26,9 +26,9 @@ export class SystemView {
   }
 
   async show() {
-    await this.refresh();
     clearInterval(this.timer);
     this.timer = setInterval(() => { if (!document.hidden) this.guard(() => this.refresh()); }, EVERY_MS);
+    await this.refresh();
   }
 
   leave() {

@@ -63,7 +63,7 @@ export class UsersView {
       h("p", {}, "Every interaction becomes a memory outside the model. For each list the service looks at how diverse a user's memories are (entropy), asks more of them the more diverse they are (adaptive K), and lets those speak. Choose a user to see it, or ", h("a", { href: "#/try" }, "try it as somebody new"), "."),
       some.length
         ? h("div", { class: "scroll" }, h("table", { class: "sample" },
-          h("caption", {}, `${some.length} of the first ${count(users.length, "user")}, from the narrowest taste to the most diverse`),
+          h("caption", {}, `${some.length} of ${count(users.length, "user")}, from the narrowest taste to the most diverse`),
           h("thead", {}, h("tr", {}, ["User", "Entropy", "Memories", "K: asked for each list"].map((text) => h("th", { scope: "col", class: text === "Memories" ? "number" : null }, text)))),
           h("tbody", {}, some.map(row))))
         : h("p", { class: "hint" }, "Nobody is known yet: send interactions to POST /memories, or run ramrec ingest."));
