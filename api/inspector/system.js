@@ -127,6 +127,7 @@ function traffic(now, before, rates) {
       figure(total(now, "ramrec_api_interactions_total", { outcome: "accepted" }).toLocaleString("en"), "interactions remembered"),
       figure(percent(total(now, "ramrec_api_hit_rate", { scope: "any" })), "hit rate, as told by feedback")),
     spark(rates),
+    h("p", { class: "hint" }, `Calls a second over the last two minutes; at most ${Math.max(...rates, 0).toFixed(1)}.`),
     h("p", {}, "Answered from: ", all ? sources.map(([source, value], n) => [n ? ", " : "", `${source} `, h("b", {}, percent(value / all))]) : "nothing yet", all ? ` of ${count(all, "list")}.` : "."),
   ];
 }
@@ -134,7 +135,7 @@ function traffic(now, before, rates) {
 function spark(rates) {
   const high = Math.max(...rates, 1), x = (n) => (1200 * (KEPT - rates.length + n)) / (KEPT - 1);
   const points = rates.map((rate, n) => `${x(n).toFixed(1)},${(54 - (48 * rate) / high).toFixed(1)}`).join(" ");
-  return s("svg", { class: "spark", viewBox: "0 0 1200 60", role: "img", "aria-label": `Calls a second over the last two minutes, at most ${high.toFixed(1)}` }, s("path", { class: "axis", d: "M0 57h1200" }), s("polyline", { points }), s("text", { x: 4, y: 12 }, `most: ${high.toFixed(1)} /s`));
+  return s("svg", { class: "spark", viewBox: "0 0 1200 60", preserveAspectRatio: "none", role: "img", "aria-label": `Calls a second over the last two minutes, at most ${high.toFixed(1)}` }, s("path", { class: "axis", d: "M0 57h1200" }), s("polyline", { points }));
 }
 
 function split(now) {
