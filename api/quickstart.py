@@ -54,6 +54,7 @@ def tour(data: Path, run: Path, source: Path | None, config: str) -> None:
         QuickstartError, DatasetError, CheckpointError: a step failed.
     """
     from api.backfill import backfill
+    from api.catalogue import title_of
     from api.data import fetch_ml_100k
     from model.dataset import read_interactions
 
@@ -68,7 +69,7 @@ def tour(data: Path, run: Path, source: Path | None, config: str) -> None:
         console.rule("4. Ingesting every user's history through POST /memories")
         console.print(backfill(url, data, keep_journal=False).tally.summary())
         console.rule("5. Recommendations")
-        titles = {item: about.get("movie_title", item) for item, about in log.metadata.items()}
+        titles = {item: title_of(item, about) for item, about in log.metadata.items()}
         narrow, diverse = _narrowest_and_most_diverse(url, list(log.user_ids))
         _show(url, "A narrow user", narrow, titles)
         _show(url, "A diverse user", diverse, titles)

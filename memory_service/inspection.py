@@ -86,10 +86,11 @@ def _gone(record: UserRecord) -> list[GoneOut]:
     """What stands in the log but not in the bank, the newest first."""
     banks = record.banks
     kept = banks.fields["item"][0, : record.size]
-    item, frequency = np.unique(record.log_item[~np.isin(record.log_item, kept)], return_counts=True)
+    newest_first = np.flatnonzero(~np.isin(record.log_item, kept))[::-1]
+    item, newest, frequency = np.unique(record.log_item[newest_first], return_index=True, return_counts=True)
     if not len(item):
         return []
-    last = np.array([record.log_time[record.log_item == one].max() for one in item])
+    last = record.log_time[newest_first[newest]]
     kept_time = banks.fields["time"][0, : record.size]
     recency = _recency(np.concatenate([last, kept_time]), banks.rules)[: len(item)]
     unrated = np.full(len(item), np.nan, np.float32)

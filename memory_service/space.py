@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,12 +52,15 @@ class Space:
         self.collective = CollectiveScope(checkpoint, collective, replicate, part) if collective else None
         self.complete = self.collective is None
         """Whether others' memories are all here."""
-        self.plane = Plane.through(checkpoint.index_centroids)
-        """Where memories are drawn."""
         self._centroids = checkpoint.index_centroids
         self._catalogue = catalogue
         self._cluster_of = dict(zip(checkpoint.item_ids, checkpoint.item_clusters[1:].tolist(), strict=True))
         self._clusters: NDArray[np.int32] = np.full(1, -1, np.int32)
+
+    @cached_property
+    def plane(self) -> Plane:
+        """Where memories are drawn; found when somebody looks."""
+        return Plane.through(self._centroids)
 
     @property
     def clusters(self) -> NDArray[np.int32]:

@@ -72,7 +72,11 @@ def listed(page: Page) -> list[str]:
 
 
 def titles(answer: dict) -> list[str]:
-    return [{"i1": "One"}.get(item["item_id"], item["item_id"]) for item in answer["items"]]
+    return [title(item["item_id"]) for item in answer["items"]]
+
+
+def title(item_id: str) -> str:
+    return {"i1": "One"}.get(item_id, item_id)
 
 
 def show(page: Page, user: str) -> None:
@@ -108,9 +112,7 @@ def test_a_user_is_found_and_shown_as_the_api_tells(page, client):
     expect(page.locator(".timeline rect.kept")).to_have_count(10)
     expect(page.locator(".timeline rect.gone")).to_have_count(4)
     gone = page.get_by_role("region", name="Forgotten memories").locator("tbody tr")
-    assert gone.locator("th").all_inner_texts() == [
-        {"i1": "One"}.get(one["item_id"], one["item_id"]) for one in bank["pruned_items"]
-    ]
+    assert gone.locator("th").all_inner_texts() == [title(one["item_id"]) for one in bank["pruned_items"]]
     assert "older than those kept" in gone.first.inner_text()
 
 
@@ -128,7 +130,7 @@ def test_memories_that_speak_for_an_item_lead_to_the_picture(page, client):
     answer = recommend(client, user_id="u", explain=True)
     others = {one["item_id"] for item in answer["items"] for one in item["because"] if one["scope"] == "collective"}
     shown = set(page.locator(".reason.collective .name").all_inner_texts())
-    assert shown <= {{"i1": "One"}.get(item, item) for item in others}
+    assert shown <= {title(item) for item in others}
     page.locator(".items details summary").first.click()
     expect(page.locator(".items details table").first).to_contain_text(f"{answer['items'][0]['score']:.3f}")
 

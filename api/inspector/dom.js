@@ -28,10 +28,29 @@ export function name(text) {
   return h("bdi", { class: "name", title: text.length > 40 ? text.slice(0, 1000) : null }, text.slice(0, 300));
 }
 
-/** Put children into a panel; who had the focus there has it again, if it still exists (`data-focus` says who is who). */
+/** A part of a view under a heading. */
+export function section(title, id, content, hint) {
+  return h("section", { class: `panel ${id}`, "aria-labelledby": `title-${id}` }, h("h2", { id: `title-${id}` }, title), hint && h("p", { class: "hint" }, hint), content);
+}
+
+const PAUSE_MS = 150;
+
+/** What runs a task once nothing more has been typed for a moment. */
+export function settled(task) {
+  let timer;
+  return () => {
+    clearTimeout(timer);
+    timer = setTimeout(task, PAUSE_MS);
+  };
+}
+
+/** Put children into a panel; who had the focus there has it again, if it still exists (`data-focus` says who is who), and
+ * what was open stays so (`data-open`). */
 export function refill(panel, ...children) {
   const held = panel.contains(document.activeElement) ? document.activeElement.dataset.focus : undefined;
+  const open = new Set([...panel.querySelectorAll("details[open]")].map((one) => one.dataset.open));
   panel.replaceChildren(...children.flat(Infinity).filter(Boolean));
+  for (const details of panel.querySelectorAll("details[data-open]")) details.open = open.has(details.dataset.open);
   if (held === undefined) return;
   const again = [...panel.querySelectorAll("[data-focus]")].find((one) => one.dataset.focus === held);
   (again ?? panel.querySelector("button, input, [tabindex]") ?? document.getElementById("view")).focus({ preventScroll: true });

@@ -1,6 +1,6 @@
 // What was taken, in order; what was forgotten, and why; the bank as a table.
 
-import { colour, count, day, h, moment, name, refill, s, two, withTip } from "./dom.js";
+import { colour, count, day, h, moment, name, s, two, withTip } from "./dom.js";
 
 const WIDTH = 1200, HIGH = 58, LABELS = 16;
 const ROWS = 12;
@@ -74,17 +74,9 @@ function strip(entries, gone, threshold) {
 export function table(bank, titles) {
   const columns = ["Memory", "Quality", "Frequency", "Recency", "Access", "Rating", "Taken", "Last taken", "Retrieved"];
   const part = (entry, term) => (entry.quality_parts ? two(entry.quality_parts[term]) : "–");
-  return h("details", {}, h("summary", {}, "All memories as a table"), h("p", { class: "hint" }, "A quality is the sum of four parts."), h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "All memories" }, h("table", {},
+  return h("details", { "data-open": "table" }, h("summary", {}, "All memories as a table"), h("p", { class: "hint" }, "A quality is the sum of four parts."), h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "All memories" }, h("table", {},
     h("thead", {}, h("tr", {}, columns.map((text, n) => h("th", { scope: "col", class: n ? "number" : null }, text)))),
     h("tbody", {}, bank.entries.toSorted((a, b) => b.quality - a.quality).map((entry) => h("tr", {},
       h("th", { scope: "row" }, name(titles.get(entry.item_id).title)),
       [two(entry.quality), part(entry, "frequency"), part(entry, "recency"), part(entry, "access"), part(entry, "rating"), entry.frequency, day(entry.timestamp), entry.access].map((text) => h("td", { class: "number" }, text))))))));
-}
-
-/** Replace what a panel holds, keeping an open table open. */
-export function refillHistory(panel, ...children) {
-  const open = panel.querySelector("details")?.open;
-  refill(panel, ...children);
-  const details = panel.querySelector("details");
-  if (details && open) details.open = true;
 }

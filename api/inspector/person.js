@@ -2,8 +2,8 @@
 
 import * as client from "./client.js";
 import { Diversity } from "./diversity.js";
-import { announce, count, h, name, refill } from "./dom.js";
-import { forgotten, refillHistory, table, timeline } from "./history.js";
+import { announce, count, h, name, refill, section } from "./dom.js";
+import { forgotten, table, timeline } from "./history.js";
 import { attributesOf, List, WhatIf } from "./list.js";
 import { Picture } from "./picture.js";
 
@@ -63,15 +63,11 @@ export class Person {
     this.whatIf.offer(attributesOf([...titles.values(), ...this.catalogue]));
     this.whatIf.tell(titles, Math.max(bank.k, 1), bank.capacity);
     this.list.draw(answer, titles, other && usual);
-    refillHistory(this.order, bank.log.length ? [timeline(bank, titles), table(bank, titles)] : h("p", { class: "hint" }, "Nothing yet."));
+    refill(this.order, bank.log.length ? [timeline(bank, titles), table(bank, titles)] : h("p", { class: "hint" }, "Nothing yet."));
     refill(this.gone, forgotten(bank, titles));
     this.element.classList.remove("waiting");
     if (other) announce("The list was asked for anew.");
   }
-}
-
-function section(title, id, content, hint) {
-  return h("section", { class: `panel ${id}`, "aria-labelledby": `title-${id}` }, h("h2", { id: `title-${id}` }, title), hint && h("p", { class: "hint" }, hint), content);
 }
 
 /** A user of whom nothing is known has no bank. */

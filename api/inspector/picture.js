@@ -1,6 +1,6 @@
 // The bank as a picture: a memory is a dot where it was made, and the user's present state is the cross.
 
-import { colour, day, h, name, percent, s, two, withTip } from "./dom.js";
+import { colour, day, h, name, percent, refill, s, two, withTip } from "./dom.js";
 
 const WIDTH = 600, HEIGHT = 520, EDGE = 34;
 const LEAST_SPAN = 0.3;
@@ -25,30 +25,27 @@ export class Picture {
     const at = apart(placed.map((entry) => place(entry.position)), placed.map((entry) => radius(entry.quality)));
     const attention = new Map(used.map((one) => [one.item_id, one]));
     const strongest = Math.max(...used.map((one) => one.weight), 1e-9);
-    const held = document.activeElement?.closest?.("[data-item]")?.dataset.item;
     this.empty.toggleAttribute("hidden", placed.length > 0);
-    this.dots.replaceChildren(...placed.map((entry, n) => this.dot(entry, titles.get(entry.item_id), at[n], attention.get(entry.item_id), ignored)));
-    const dots = [...this.dots.children];
-    dots[0]?.setAttribute("tabindex", "0");
-    if (held !== undefined && this.svg.contains(document.activeElement)) dots.find((dot) => dot.dataset.item === held)?.focus();
+    refill(this.dots, placed.map((entry, n) => this.dot(entry, titles.get(entry.item_id), at[n], attention.get(entry.item_id), ignored)));
+    this.dots.firstChild?.setAttribute("tabindex", "0");
     const standing = bank.position && placed.length ? place(bank.position) : null;
-    this.lines.replaceChildren(...(standing ? placed.map((entry, n) => {
-      if (!attention.has(entry.item_id)) return "";
+    refill(this.lines, standing && placed.map((entry, n) => {
+      if (!attention.has(entry.item_id)) return null;
       const [x, y] = at[n], share = attention.get(entry.item_id).weight / strongest;
       return s("line", { x1: standing[0], y1: standing[1], x2: x, y2: y, "stroke-opacity": two(0.15 + 0.6 * share), "stroke-width": two(0.7 + 2.3 * share) });
-    }) : []));
-    this.cross.replaceChildren(...(standing ? [
+    }));
+    refill(this.cross, standing && [
       s("circle", { cx: standing[0], cy: standing[1], r: 9 }),
       s("path", { d: `M${standing[0] - 5} ${standing[1]}h10M${standing[0]} ${standing[1] - 5}v10` }),
       s("text", { x: standing[0] + 13, y: standing[1] + 4 }, "now"),
-    ] : []));
+    ]);
   }
 
   dot(entry, item, [x, y], attention, ignored) {
     const out = ignored.has(entry.item_id);
     const said = `${item.title}: quality ${two(entry.quality)}, of ${day(entry.timestamp)}${attention ? `, retrieved, attention ${percent(attention.weight)}` : ""}${out ? ", left out" : ""}`;
     const marks = ["dot", attention && "used", out && "out"].filter(Boolean).join(" ");
-    const dot = s("g", { class: marks, role: "option", tabindex: "-1", "data-item": entry.item_id, "aria-label": said, "aria-selected": attention ? "true" : "false", style: { transform: `translate(${two(x)}px, ${two(y)}px)` }, on: { click: () => this.chosen(entry.item_id) } },
+    const dot = s("g", { class: marks, role: "option", tabindex: "-1", "data-item": entry.item_id, "data-focus": entry.item_id, "aria-label": said, "aria-selected": attention ? "true" : "false", style: { transform: `translate(${two(x)}px, ${two(y)}px)` }, on: { click: () => this.chosen(entry.item_id) } },
       s("circle", { r: two(radius(entry.quality)), "fill-opacity": two(0.3 + 0.7 * entry.recency), style: { fill: colour(entry.cluster) } }),
       attention && s("circle", { class: "ring", r: two(radius(entry.quality) + 3) }));
     return withTip(dot, () => about(entry, item, attention, out));

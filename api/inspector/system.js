@@ -1,7 +1,7 @@
 // How the service does: health of its parts, throughput, where the time goes, banks, entropy and K. From /metrics.
 
 import * as client from "./client.js";
-import { count, h, ms, percent, refill, s } from "./dom.js";
+import { count, h, ms, percent, refill, s, section } from "./dom.js";
 
 const EVERY_MS = 2000, KEPT = 60;
 const STAGES = { queue: "waiting", encode: "encoding", retrieve: "retrieving", fuse: "fusing", score: "scoring" };
@@ -15,14 +15,13 @@ export class SystemView {
     this.split = h("div", {});
     this.spread = h("div", { class: "histograms" });
     this.model = h("div", {});
-    const panel = (title, id, content, hint) => h("section", { class: `panel ${id}`, "aria-labelledby": `title-${id}` }, h("h2", { id: `title-${id}` }, title), hint && h("p", { class: "hint" }, hint), content);
     this.element = h("div", { class: "view system waiting" },
       h("div", { class: "head" }, h("h1", {}, "System"), h("p", { class: "hint" }, "As the api process that answers this page counts; Prometheus and Grafana add up those of several.")),
-      panel("Health", "health", this.health),
-      panel("Model", "model", this.model),
-      panel("Throughput", "traffic", this.traffic),
-      panel("Where the time of a recommendation goes", "split", this.split, "Of a batch of requests answered together, since this process started."),
-      panel("Users answered from memory", "spread", this.spread, "Since this process started; each bar up to the number below it."));
+      section("Health", "health", this.health),
+      section("Model", "model", this.model),
+      section("Throughput", "traffic", this.traffic),
+      section("Where the time of a recommendation goes", "split", this.split, "Of a batch of requests answered together, since this process started."),
+      section("Users answered from memory", "spread", this.spread, "Since this process started; each bar up to the number below it."));
   }
 
   async show() {

@@ -1,16 +1,15 @@
 // Find a user, and look into their memory.
 
 import * as client from "./client.js";
-import { count, h, name, refill, two } from "./dom.js";
+import { count, h, name, refill, settled, two } from "./dom.js";
 import { Person } from "./person.js";
 
-const SAMPLE = 100, SHOWN = 12, PAUSE_MS = 150;
+const SAMPLE = 100, SHOWN = 12;
 const address = (user) => `#/users/${encodeURIComponent(user)}`;
 
 export class UsersView {
   constructor(guard) {
-    this.guard = guard;
-    this.input = h("input", { id: "user-search", type: "search", autocomplete: "off", spellcheck: "false", placeholder: "user id, or its beginning", on: { input: () => this.soon() } });
+    this.input = h("input", { id: "user-search", type: "search", autocomplete: "off", spellcheck: "false", placeholder: "user id, or its beginning", on: { input: settled(() => guard(() => this.suggest())) } });
     this.found = h("ul", { class: "found", "aria-label": "Users found" });
     this.welcome = h("div", { class: "welcome" });
     this.person = new Person(guard);
@@ -38,11 +37,6 @@ export class UsersView {
   open(event) {
     event.preventDefault();
     if (this.input.value) location.hash = address(this.input.value);
-  }
-
-  soon() {
-    clearTimeout(this.timer);
-    this.timer = setTimeout(() => this.guard(() => this.suggest()), PAUSE_MS);
   }
 
   async suggest() {

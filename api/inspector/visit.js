@@ -1,10 +1,10 @@
 // Be a brand-new user: take items, and watch memory, entropy, K and recommendations follow.
 
 import * as client from "./client.js";
-import { announce, h, name, refill } from "./dom.js";
+import { announce, h, name, refill, section, settled } from "./dom.js";
 import { difference, Person } from "./person.js";
 
-const VISITOR = "ramrec-visitor", FOUND = 12, PAUSE_MS = 150;
+const VISITOR = "ramrec-visitor", FOUND = 12;
 
 /** The id of this tab's visitor: random, and kept until forgotten. */
 function visitor() {
@@ -19,16 +19,15 @@ export class VisitView {
   constructor(guard) {
     this.guard = guard;
     this.person = new Person(guard, { label: "Take", call: (item) => guard(() => this.take(item)) });
-    this.input = h("input", { id: "item-search", type: "search", autocomplete: "off", placeholder: "title, genre, id …", on: { input: () => this.soon() } });
+    this.input = h("input", { id: "item-search", type: "search", autocomplete: "off", placeholder: "title, genre, id …", on: { input: settled(() => guard(() => this.suggest())) } });
     this.found = h("ul", { class: "catalogue" });
     this.heard = h("p", { class: "heard" }, "Take something that you like.");
     this.out = h("button", { type: "button", class: "danger", on: { click: () => guard(() => this.forget()) } }, "Forget me");
     this.element = h("div", { class: "view visit" },
-      h("section", { class: "panel picker", "aria-labelledby": "title-picker" },
-        h("h2", { id: "title-picker" }, "Take items as somebody new"),
-        h("p", { class: "hint" }, "Each one is sent to POST /memories and counts from the next request on; nothing is trained."),
+      section("Take items as somebody new", "picker", [
         h("form", { role: "search", on: { submit: (event) => event.preventDefault() } }, h("label", { for: "item-search" }, "Search the catalogue"), this.input),
-        this.heard, this.found, this.out),
+        this.heard, this.found, this.out,
+      ], "Each one is sent to POST /memories and counts from the next request on; nothing is trained."),
       this.person.element);
   }
 
@@ -68,11 +67,6 @@ export class VisitView {
     const said = gone.existed ? "You are forgotten: memories, log and everything else about you are gone." : "Nothing was known about you.";
     refill(this.heard, said);
     announce(said);
-  }
-
-  soon() {
-    clearTimeout(this.timer);
-    this.timer = setTimeout(() => this.guard(() => this.suggest()), PAUSE_MS);
   }
 
   /** What is searched for; before that, what is popular. */

@@ -23,7 +23,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,7 +177,7 @@ def check(
             for part in Deployment.PARTS:
                 deployment.start(part)
             deployment.wait()
-            with _writing(writers):
+            with at_work(one.write_until for one in writers):
                 for nth in range(kills):
                     part = Deployment.PARTS[nth] if nth < len(Deployment.PARTS) else rng.choice(Deployment.PARTS)
                     time.sleep(rng.random())
@@ -195,10 +195,10 @@ def check(
 
 
 @contextmanager
-def _writing(writers: list[Client]) -> Iterator[None]:
-    """All of them at work; they stop at the end, whatever came between."""
+def at_work(tasks: Iterable[Callable[[threading.Event], None]]) -> Iterator[None]:
+    """All tasks under way, each in a thread; they are told to stop at the end, whatever came between."""
     over = threading.Event()
-    threads = [threading.Thread(target=one.write_until, args=(over,)) for one in writers]
+    threads = [threading.Thread(target=task, args=(over,)) for task in tasks]
     for thread in threads:
         thread.start()
     try:

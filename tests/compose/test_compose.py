@@ -10,11 +10,10 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
 
 import pytest
 
-from benchmarks.memory.crash import call, compared, remembered
+from benchmarks.memory.crash import at_work, call, compared, remembered
 from tests.compose.deployment import ROOT, SECURE, Caller, Project, Writer, is_ready
 
 SERVICES = ("redis", "memory", "api")
@@ -44,21 +43,11 @@ def project(tmp_path_factory, measure):
     project.compose("--profile", "*", "down", "--volumes", "--timeout", "10")
 
 
-@contextmanager
 def load(url, writers=WRITERS):
     """Writers at work, each noting what was acknowledged."""
-    over = threading.Event()
     for writer in writers:
         writer.url = url
-    threads = [threading.Thread(target=writer.work_until, args=(over,)) for writer in writers]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join()
+    return at_work(writer.work_until for writer in writers)
 
 
 def acknowledged(writers=WRITERS):
