@@ -503,8 +503,8 @@ def inspect(
 
     Exit code 1: nobody knows this user; what a newcomer is recommended is shown. 2: the api did not answer, or refused.
     """
+    from api.drawing import plain
     from api.inspect import Question, look
-    from api.portrait import plain
 
     question = Question(top_n, k, tuple(one.value for one in scope or ()), tuple(ignore or ()))
     if not look(url, user, question, key=key, rows=memories, raw=as_json):

@@ -1,22 +1,32 @@
-"""What a service remembers about a user, and what it did with it, as `ramrec inspect` prints it. No I/O.
-
-Ids and titles come from callers and may hold anything: they reach the screen only through `plain`, and never as markup.
-"""
+"""What a service remembers about a user, and what it did with it, as `ramrec inspect` prints it. No I/O."""
 
 from __future__ import annotations
 
 import math
-import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from api.drawing import (
+    Titles,
+    alarm,
+    bar,
+    change,
+    counted,
+    day,
+    heading,
+    legend,
+    listing,
+    note,
+    percent,
+    plain,
+    stacked,
+)
 from api.schemas import (
     Because,
     HowMany,
@@ -29,12 +39,6 @@ from api.schemas import (
     UserMemoryResponse,
 )
 
-LONGEST = 120
-"""Characters of an id or a title that are shown at most."""
-JOINERS = "\u200c\u200d"
-"""Format characters that words of some scripts are written with."""
-MARKS = 3
-"""Marks on top of each other that a character may carry."""
 NARROW, DIVERSE = 0.4, 0.6
 """Entropies from which on a taste is called so: around 0.5, where K is neither raised nor lowered."""
 TOLD = 3
@@ -63,141 +67,6 @@ EXACTLY = (
 OF: tuple[Scope, ...] = ("own", "collective")
 WHOSE = {"own": "own", "collective": "others"}
 SCOPES = {"own": "the user's own memories", "collective": "others' memories"}
-
-
-# -------------------------------------------------------------------------------------- words and figures
-
-
-def plain(text: str, most: int = LONGEST) -> str:
-    """Text as it can do no harm on a screen: one line of at most `most` characters, in which what could steer a
-    terminal, turn the direction of writing or hide stands as �.
-
-    >>> plain("a\\x1b[2Jb\\n\\u202ec")
-    'a�[2Jb �c'
-    """
-    shown, marks = "", 0
-    for character in unicodedata.normalize("NFC", text[: 4 * most]):
-        kind = unicodedata.category(character)
-        marks = marks + 1 if kind in ("Mn", "Me") else 0
-        if character.isspace():
-            shown += " "
-        elif kind[0] == "C" and character not in JOINERS:
-            shown += "�"
-        elif marks <= MARKS:
-            shown += character
-    shown = " ".join(shown.split())
-    return shown if len(shown) <= most and len(text) <= 4 * most else shown[: most - 1] + "…"
-
-
-@dataclass(frozen=True)
-class Titles:
-    """What items are called; those without a title by their ids."""
-
-    title_of: Mapping[str, str] = field(default_factory=dict)
-
-    def __getitem__(self, item_id: str) -> str:
-        return plain(self.title_of.get(item_id, item_id))
-
-    def tell_more(self, item_ids: Sequence[str]) -> bool:
-        """Whether some of the items have a title besides their ids."""
-        return any(self.title_of.get(item, item) != item for item in item_ids)
-
-
-def counted(number: int, what: str, many: str = "") -> str:
-    """A number and its noun.
-
-    >>> counted(1, "memory", "memories"), counted(1200, "event")
-    ('1 memory', '1,200 events')
-    """
-    return f"{number:,} {what if number == 1 else many or what + 's'}"
-
-
-def percent(share: float) -> str:
-    """A share in few characters.
-
-    >>> [percent(share) for share in (0, 2e-7, 0.00012, 0.0041, 0.0999, 0.456, 1)]
-    ['0 %', '<0.001 %', '0.012 %', '0.41 %', '10 %', '46 %', '100 %']
-    """
-    if 0 < share < 1e-5:
-        return "<0.001 %"
-    return f"{100 * share:.0f} %" if share >= 0.095 or share == 0 else f"{100 * share:.2g} %"
-
-
-def change(by: float) -> str:
-    """By how much something grows, as a share of itself.
-
-    >>> [change(by) for by in (0, 0.0123, -0.5, 2e-6, -2e-6, 24)]
-    ['0 %', '+1.2 %', '-50 %', '+<0.001 %', '-<0.001 %', '25-fold']
-    """
-    if by >= 10:
-        return f"{1 + by:,.0f}-fold" if by < 1e6 else f"{1 + by:.0e}-fold"
-    return ("" if by == 0 else "+" if by > 0 else "-") + percent(abs(by))
-
-
-def day(timestamp: float) -> str:
-    """The day of a time, UTC; the number itself where no calendar reaches."""
-    try:
-        return datetime.fromtimestamp(timestamp, UTC).strftime("%Y-%m-%d")
-    except (OverflowError, OSError, ValueError):
-        return f"{timestamp:.3g}"
-
-
-def bar(share: float, width: int) -> str:
-    """A bar of a share of `width`, to an eighth of a character.
-
-    >>> bar(0.5, 4), bar(0.01, 4), bar(0, 4)
-    ('██', '▏', '')
-    """
-    eighths = round(min(max(share, 0), 1) * width * 8)
-    if share > 0:
-        eighths = max(eighths, 1)
-    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
-
-
-def stacked(parts: Mapping[str, float], signs: Mapping[str, str], colours: Mapping[str, str], width: int) -> Text:
-    """Parts of 1 beside each other, each in its own sign and colour; the whole is as long as their sum."""
-    text, end, drawn = Text(), 0.0, 0
-    for name, part in parts.items():
-        end += max(part, 0)
-        upto = round(min(end, 1) * width)
-        text.append(signs[name] * (upto - drawn), colours[name])
-        drawn = upto
-    return text
-
-
-def legend(signs: Mapping[str, str], colours: Mapping[str, str], words: Mapping[str, str]) -> Text:
-    """What the signs of a stacked bar mean."""
-    return Text("  ").join(Text.assemble((sign, colours[name]), f" {words[name]}") for name, sign in signs.items())
-
-
-def heading(words: str) -> RenderableType:
-    """Begins a section."""
-    return Group("", Rule(Text(words, "bold"), align="left", style="dim"))
-
-
-def note(words: str) -> Text:
-    """An explanation."""
-    return Text(words, "dim")
-
-
-def alarm(words: str) -> Text:
-    """What must not be overlooked."""
-    return Text(f"!! {words}", "bold red")
-
-
-def listing(*columns: str, right: Sequence[str] = (), wide: str = "", short: Sequence[str] = ()) -> Table:
-    """A table without lines; the `wide` column takes the room that is left, `short` ones are cut."""
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, expand=bool(wide), header_style="dim")
-    for name in columns:
-        table.add_column(
-            Text(name),
-            justify="right" if name in right else "left",
-            ratio=1 if name == wide else None,
-            max_width=10 if name in short else None,
-            no_wrap=True,
-            overflow="ellipsis",
-        )
-    return table
 
 
 def portrait(

@@ -20,10 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from api import cli, inspect, portrait
+from api import cli, drawing, inspect
 from api.app import create_app as create_api
+from api.drawing import JOINERS, LONGEST, bar, change, day, percent, plain, stacked
 from api.keys import create_key
-from api.portrait import JOINERS, LONGEST, bar, change, day, percent, plain, shares, stacked
+from api.portrait import shares
 from api.settings import ApiSettings
 from memory_service.app import create_app as create_memory
 from memory_service.settings import MemorySettings
@@ -319,7 +320,7 @@ def test_figures_of_any_size_stay_short(number):
 
 
 def test_what_the_docstrings_promise():
-    for module in (inspect, portrait):
+    for module in (inspect, drawing):
         outcome = doctest.testmod(module)
         assert (outcome.failed, outcome.attempted > 0) == (0, True)
 
