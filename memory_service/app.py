@@ -32,6 +32,7 @@ from starlette.routing import Match
 
 from memory_service import routes
 from memory_service.doorkeeper import RETRY_AFTER_S, Doorkeeper, problem
+from memory_service.ending import end
 from memory_service.link import StoreUnavailable
 from memory_service.merging import TooLate
 from memory_service.metrics import Metrics
@@ -121,9 +122,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     with suppress(TimeoutError):
         await asyncio.wait_for(app.state.loaded.wait(), START_WAIT_S)  # calls may come from then on
     yield
-    for task in background:
-        task.cancel()
-    await asyncio.gather(*background, return_exceptions=True)
+    await end(background)
     await app.state.service.close()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import redis.asyncio as redis
 from redis.exceptions import RedisError, ResponseError
 
+from memory_service.ending import end
 from memory_service.link import Link, StoreUnavailable
 from memory_service.slots import user_of
 
@@ -55,8 +56,7 @@ class Feed:
                 with suppress(StoreUnavailable):
                     await (await self._link.road()).refresh()
         finally:
-            telling.cancel()
-            await asyncio.gather(telling, return_exceptions=True)
+            await end([telling])
 
     async def _listen(self) -> None:
         """Until a primary is lost or others have taken over."""
@@ -75,9 +75,7 @@ class Feed:
                 for task in ended:
                     task.result()
             finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+                await end(tasks)
 
     async def _subscribed(self, client: redis.Redis, stack: AsyncExitStack) -> Any:
         await _turn_on(client)

@@ -24,6 +24,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from memory_service.ending import end
 from memory_service.link import StoreUnavailable
 from memory_service.schemas import GroupReply
 from memory_service.slots import RANGES, Part, Table, Written, departing, pack, read, revised
@@ -84,9 +85,7 @@ class Group:
                     log.debug("the group was not heard of: %s", error)
                 await asyncio.sleep(TICK_S)
         finally:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await end(self._tasks)
 
     async def leave(self, limit_s: float) -> None:
         """Hand over everything to the others, as far as there are any, and answer on until callers have heard of it;

@@ -46,6 +46,7 @@ from redis.exceptions import (
 )
 from typing_extensions import override
 
+from memory_service.ending import end
 from model.errors import RamrecError
 
 URL_ERROR = (
@@ -561,9 +562,7 @@ class Cluster(Road):
 
     @override
     async def close(self) -> None:
-        if self._seeker is not None:
-            self._seeker.cancel()
-            await asyncio.gather(self._seeker, return_exceptions=True)
+        await end([self._seeker] if self._seeker is not None else [])
         await self._cluster.aclose()
 
 

