@@ -21,7 +21,7 @@ from api.ingest import Intake
 from api.keys import KeyRing
 from api.lifecycle import Models
 from api.limits import Limits
-from api.memory_group import MemoryGroup
+from api.memory.group import MemoryGroup
 from api.metrics import Metrics
 from api.middleware import BodyLimit, Gate
 from api.openapi import document, operation_id

@@ -87,7 +87,7 @@ def data_ml_100k(
     ] = None,
 ) -> None:
     """MovieLens 100K, from the PyPI wheel recbole==1.2.1; checked by checksum, reused if it is there."""
-    from api.data import fetch_ml_100k
+    from api.commands.data import fetch_ml_100k
 
     typer.echo(f"ML-100K is in {fetch_ml_100k(out, source)}")
 
@@ -273,7 +273,7 @@ def serve(
     ] = False,
 ) -> None:
     """Serve a checkpoint: REST API and memory service as two processes, memories in an embedded Valkey."""
-    from api.supervisor import serve as supervise
+    from api.commands.supervisor import serve as supervise
 
     sys.exit(supervise(run, host, port, memory_port, redis_url, memory_url, data_dir, keys, everybody))
 
@@ -321,7 +321,7 @@ def _become(module: str, options: Mapping[str, object], *words: str, redis_url: 
     """
     import os
 
-    from api.supervisor import HUGE_PAGES
+    from api.commands.supervisor import HUGE_PAGES
 
     words += tuple(word for name, value in options.items() if value is not None for word in (name, str(value)))
     told = {} if redis_url is None else {"RAMREC_MEMORY_REDIS_URL": redis_url}
@@ -378,8 +378,8 @@ def reembed(
 
     Workers on Ray need the folder of --run and the memory service, under the same names.
     """
-    from api.bulk import runner
-    from api.reembed import reembed as move
+    from api.jobs.bulk import runner
+    from api.jobs.reembed import reembed as move
 
     with runner(engine, workers, ray_address) as where:
         moved = move(run, memory_url, memory_token(), where)
@@ -404,8 +404,8 @@ def recommend(
     Workers on Ray need the folders of --run and --out and the memory service, under the same names.
     RAMREC_MEMORY_TOKEN holds the memory service's token, where it has one.
     """
-    from api.bulk import runner
-    from api.everybody import recommend_all
+    from api.jobs.bulk import runner
+    from api.jobs.everybody import recommend_all
 
     with runner(engine, workers, ray_address) as where:
         written = recommend_all(
@@ -451,8 +451,8 @@ def ingest(
     On Ray, 16 parts of the users are sent by the workers, each with a journal of its own. They all read the file and
     write to that folder, under the same names; go on with the engine that you began with.
     """
-    from api.backfill import backfill
-    from api.bulk import runner
+    from api.jobs.backfill import backfill
+    from api.jobs.bulk import runner
     from model.config import Config, load_config
 
     dataset = (load_config(config) if config else Config()).dataset
@@ -503,8 +503,8 @@ def inspect(
 
     Exit code 1: nobody knows this user; what a newcomer is recommended is shown. 2: the api did not answer, or refused.
     """
-    from api.drawing import plain
-    from api.inspect import Question, look
+    from api.commands.drawing import plain
+    from api.commands.inspect import Question, look
 
     question = Question(top_n, k, tuple(one.value for one in scope or ()), tuple(ignore or ()))
     if not look(url, user, question, key=key, rows=memories, raw=as_json):
@@ -521,7 +521,7 @@ def quickstart(
     train_only: Annotated[bool, typer.Option(help="Only see to it that there is a checkpoint.")] = False,
 ) -> None:
     """Everything once: data, training, serving, ingestion, and recommendations for three users."""
-    from api.quickstart import prepare, tour
+    from api.commands.quickstart import prepare, tour
 
     (prepare if train_only else tour)(data, run, source, config)
 

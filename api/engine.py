@@ -13,8 +13,8 @@ import numpy as np
 
 from api.catalogue import CatalogueMirror
 from api.filters import Filter
-from api.memory_client import MemoryClient
-from api.memory_group import MemoryGroup
+from api.memory.client import MemoryClient
+from api.memory.group import MemoryGroup
 from api.metrics import Metrics
 from api.problems import MemoryUnavailable
 from memory_service.schemas import Job, RekeyRequest, StaleUser, UserRekey

@@ -19,7 +19,7 @@ from api.catalogue import Indices
 from api.engine import Engine
 from api.explain import tell
 from api.lifecycle import MODEL_TRIES, Models
-from api.memory_client import Remembered
+from api.memory.client import Remembered
 from api.problems import MemoryUnavailable, ModelGone
 from api.schemas import MemoryUse, Recommended, RecommendRequest, RecommendResponse, Scope
 from memory_service.schemas import RetrieveRequest

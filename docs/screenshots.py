@@ -11,7 +11,7 @@ from pathlib import Path
 
 from playwright.sync_api import Page, expect
 
-from api.quickstart import serving
+from api.commands.quickstart import serving
 from tests.browser import browser, chromium, opened
 
 FOLDER = Path(__file__).parent

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from api.app import create_app as create_api
+from api.commands.supervisor import ServeError, data_dir_of, serve
 from api.middleware import BODY_LIMIT_BYTES
 from api.settings import ApiSettings
-from api.supervisor import ServeError, data_dir_of, serve
 from benchmarks.ports import free_port
 from memory_service.app import create_app as create_memory
 from memory_service.settings import MemorySettings

@@ -22,10 +22,10 @@ from fastapi import FastAPI, Response
 from api.app import create_app as create_api
 from api.batching import MicroBatcher
 from api.catalogue import CatalogueMirror
-from api.memory_client import MemoryClient
+from api.commands.supervisor import ServeError, serve
+from api.memory.client import MemoryClient
 from api.problems import CallerGone, MemoryUnavailable, Overloaded
 from api.settings import ApiSettings
-from api.supervisor import ServeError, serve
 from benchmarks.ports import free_port
 from memory_service.schemas import CatalogueReply, Columns, Item, RetrieveReply, RetrieveRequest
 from tests.conftest import served

@@ -21,9 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api.app import create_app as create_api
-from api.backfill import BackfillError, backfill
-from api.journal import JournalError, journal_file
-from api.parcels import BLOCK, PARCEL, named, parcels
+from api.jobs.backfill import BackfillError, backfill
+from api.jobs.journal import JournalError, journal_file
+from api.jobs.parcels import BLOCK, PARCEL, named, parcels
 from api.settings import ApiSettings
 from memory_service.app import create_app as create_memory
 from memory_service.settings import MemorySettings

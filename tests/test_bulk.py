@@ -13,12 +13,12 @@ import redis
 from pyarrow import parquet
 
 from api.app import create_app as create_api
-from api.backfill import backfill
-from api.bulk import HERE, BulkError, OnRay, divided
-from api.everybody import FEWEST_FILES, recommend_all
-from api.memory_client import MemoryClient
+from api.jobs.backfill import backfill
+from api.jobs.bulk import HERE, BulkError, OnRay, divided
+from api.jobs.everybody import FEWEST_FILES, recommend_all
+from api.jobs.reembed import ReembedError, reembed
+from api.memory.client import MemoryClient
 from api.recommend import recommend
-from api.reembed import ReembedError, reembed
 from api.settings import ApiSettings
 from memory_service.app import create_app as create_memory
 from memory_service.settings import MemorySettings
@@ -134,8 +134,8 @@ def test_it_does_not_count_as_a_use(known_url, memory_url, run, tmp_path, valkey
 
 def test_half_a_memory_is_no_answer(memory_url, run, tmp_path, monkeypatch, known_url):
     """A service that loses Redis under way: nothing wrong is written."""
-    monkeypatch.setattr("api.everybody.PAUSE_S", 0.0)
-    monkeypatch.setattr("api.everybody.recommend", degraded)
+    monkeypatch.setattr("api.jobs.everybody.PAUSE_S", 0.0)
+    monkeypatch.setattr("api.jobs.everybody.recommend", degraded)
     with pytest.raises(BulkError, match="without all of its memories"):
         recommend_all(run, memory_url, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.parquet"))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from api.app import create_app as create_api
 from api.catalogue import CatalogueMirror
 from api.engine import Engine
-from api.memory_client import MemoryClient
+from api.memory.client import MemoryClient
 from api.metrics import Metrics
 from api.settings import ApiSettings
 from memory_service.schemas import CatalogueReply, Item

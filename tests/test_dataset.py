@@ -18,8 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api import data as api_data
-from api.data import fetch_ml_100k
+from api.commands import data as api_data
+from api.commands.data import fetch_ml_100k
 from model.config import DatasetConfig
 from model.dataset import (
     Dataset,

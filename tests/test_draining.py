@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx2
 
-from api.supervisor import wait_until_ready
+from api.commands.supervisor import wait_until_ready
 from benchmarks.ports import free_port
 
 ROOT = Path(__file__).parent.parent

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from api.app import create_app as create_api
-from api.reembed import reembed
+from api.jobs.reembed import reembed
 from api.settings import ApiSettings
 from benchmarks.ports import free_port
 from memory_service.app import create_app as create_memory

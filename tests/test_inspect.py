@@ -20,11 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from api import cli, drawing, inspect
+from api import cli
 from api.app import create_app as create_api
-from api.drawing import JOINERS, LONGEST, bar, change, day, percent, plain, stacked
+from api.commands import drawing, inspect
+from api.commands.drawing import JOINERS, LONGEST, bar, change, day, percent, plain, stacked
+from api.commands.portrait import shares
 from api.keys import create_key
-from api.portrait import shares
 from api.settings import ApiSettings
 from memory_service.app import create_app as create_memory
 from memory_service.settings import MemorySettings

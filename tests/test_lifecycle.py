@@ -16,9 +16,9 @@ import redis
 
 from api.app import create_app as create_api
 from api.engine import Engine
-from api.memory_client import MemoryClient
+from api.jobs.reembed import ReembedError, one_pass, reembed, wanted
+from api.memory.client import MemoryClient
 from api.metrics import Metrics
-from api.reembed import ReembedError, one_pass, reembed, wanted
 from api.settings import ApiSettings
 from memory_service.app import create_app as create_memory
 from memory_service.models import ModelMismatch
@@ -298,7 +298,7 @@ def test_a_process_that_is_behind_takes_no_user_back(run, valkey_url, tmp_path, 
 
 
 def test_a_broken_off_reembed_goes_on_where_it_was(service, other, monkeypatch):
-    monkeypatch.setattr("api.reembed.PAGE", 2)
+    monkeypatch.setattr("api.jobs.reembed.PAGE", 2)
 
     class BrokenOffError(Exception):
         pass

@@ -12,7 +12,7 @@ import redis
 from api.app import create_app as create_api
 from api.keys import create_key, read_keys
 from api.limits import ALONE_S, Limits
-from api.memory_client import MemoryClient
+from api.memory.client import MemoryClient
 from api.problems import RateLimited
 from api.settings import ApiSettings
 from memory_service.schemas import CONTENT_TYPE, QuotaReply, QuotaRequest

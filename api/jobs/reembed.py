@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from api.bulk import HERE, BulkError, Job, Report, Runner, shares
 from api.engine import Engine
-from api.memory_group import MemoryGroup
-from api.workers import PAUSE_S, TIMEOUT_S, Reply, connected, patiently
+from api.jobs.bulk import HERE, BulkError, Job, Report, Runner, shares
+from api.jobs.workers import PAUSE_S, TIMEOUT_S, Reply, connected, patiently
+from api.memory.group import MemoryGroup
 from memory_service.schemas import ModelReply, ModelRequest
 from memory_service.slots import ALL_SLOTS
 
@@ -56,7 +56,7 @@ def reembed(run: Path, url: str, token: str | None = None, where: Runner = HERE)
 
 @dataclass(frozen=True)
 class Moving:
-    """One pass through the users of some slots (`api.bulk.Job`); gives how many were to be moved, and how many were."""
+    """One pass through the users of some slots (`api.jobs.bulk.Job`); gives how many were to be and how many were moved."""
 
     run: Path
     url: str

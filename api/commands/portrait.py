@@ -12,7 +12,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from api.drawing import (
+from api.commands.drawing import (
     Titles,
     alarm,
     bar,

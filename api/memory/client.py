@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from api.memory.replies import check_inspected, check_listed, check_planned, check_retrieved, check_written
 from api.problems import (
     ApiProblem,
     CheckpointRefused,
@@ -21,7 +22,6 @@ from api.problems import (
     MemoryUnreachable,
     ModelGone,
 )
-from api.replies import check_inspected, check_listed, check_planned, check_retrieved, check_written
 from memory_service.schemas import (
     CONTENT_TYPE,
     CatalogueReply,

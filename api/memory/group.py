@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from api.memory_client import MemoryClient, Readiness, Remembered
+from api.memory.client import MemoryClient, Readiness, Remembered
 from api.problems import MemoryUnavailable, MemoryUnreachable
 from memory_service.schemas import (
     CatalogueReply,

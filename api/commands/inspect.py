@@ -20,8 +20,8 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
-from api.drawing import Titles, plain
-from api.portrait import Lists, nameable, portrait
+from api.commands.drawing import Titles, plain
+from api.commands.portrait import Lists, nameable, portrait
 from api.schemas import ITEMS_LIMIT, ItemsResponse, RecommendBatchResponse, RecommendResponse, Scope, UserMemoryResponse
 from model.errors import RamrecError
 

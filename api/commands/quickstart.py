@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from api.supervisor import DIRECT, end, wait_until_ready
+from api.commands.supervisor import DIRECT, end, wait_until_ready
 from model.errors import RamrecError
 
 STOP_TIMEOUT_S = 60.0
@@ -39,7 +39,7 @@ def prepare(data: Path, run: Path, source: Path | None, config: str) -> None:
     Raises:
         QuickstartError, DatasetError: a step failed.
     """
-    from api.data import fetch_ml_100k
+    from api.commands.data import fetch_ml_100k
 
     if not (run / "checkpoint.json").exists():
         console.print(f"no checkpoint in {run}: a demo model is trained on ML-100K, which takes some minutes")
@@ -53,9 +53,9 @@ def tour(data: Path, run: Path, source: Path | None, config: str) -> None:
     Raises:
         QuickstartError, DatasetError, CheckpointError: a step failed.
     """
-    from api.backfill import backfill
     from api.catalogue import title_of
-    from api.data import fetch_ml_100k
+    from api.commands.data import fetch_ml_100k
+    from api.jobs.backfill import backfill
     from model.dataset import read_interactions
 
     console.rule("1. ML-100K")

@@ -24,9 +24,9 @@ import msgspec
 from rich import progress as bars
 from rich.console import Console
 
-from api.bulk import HERE, Report, Runner, divided
-from api.journal import Journal, JournalFile, Tally, joined, journal_file, journal_path, state_folder
-from api.parcels import LAYOUT, Parcel, named, parcels
+from api.jobs.bulk import HERE, Report, Runner, divided
+from api.jobs.journal import Journal, JournalFile, Tally, joined, journal_file, journal_path, state_folder
+from api.jobs.parcels import LAYOUT, Parcel, named, parcels
 from memory_service.slots import ALL_SLOTS, slot_of
 from model.config import DatasetConfig
 from model.errors import RamrecError
@@ -104,7 +104,7 @@ def backfill(
 
 @dataclass(frozen=True)
 class Sending:
-    """Sends the interactions of a checked file, those of the users of some slots (`api.bulk.Job`).
+    """Sends the interactions of a checked file, those of the users of some slots (`api.jobs.bulk.Job`).
 
     `file` and the folder `journals` are the same for every worker. `rows`: how many interactions there are, by the
     first slot of each part; None: not counted, so the file is not checked yet.

@@ -21,13 +21,13 @@ import msgspec
 import pyarrow as pa
 from pyarrow import parquet
 
-from api.bulk import HERE, BulkError, Report, Runner, divided
+from api.jobs.bulk import HERE, BulkError, Report, Runner, divided
+from api.jobs.workers import PAUSE_S, TIMEOUT_S, TRIES, connected, patiently
 from api.lifecycle import Models
-from api.memory_client import MemoryClient, Remembered
-from api.memory_group import MemoryGroup
+from api.memory.client import MemoryClient, Remembered
+from api.memory.group import MemoryGroup
 from api.recommend import recommend
 from api.schemas import RecommendRequest, RecommendResponse
-from api.workers import PAUSE_S, TIMEOUT_S, TRIES, connected, patiently
 from memory_service.schemas import RetrieveRequest
 from memory_service.slots import slot_of
 from model.files import replace_file
@@ -144,8 +144,8 @@ def _parts(job: Recommending, where: Runner, users: int) -> list[range]:
 
 @dataclass(frozen=True)
 class Recommending:
-    """Writes the files of some slots that are not there yet (`api.bulk.Job`); gives the number of users written. The
-    folders are the same for every worker.
+    """Writes the files of some slots that are not there yet (`api.jobs.bulk.Job`); gives the number of users
+    written. The folders are the same for every worker.
     """
 
     run: Path

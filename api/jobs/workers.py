@@ -9,9 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
-from api.bulk import BulkError
 from api.engine import Engine
-from api.memory_group import MemoryGroup
+from api.jobs.bulk import BulkError
+from api.memory.group import MemoryGroup
 from api.metrics import Metrics
 from api.problems import ApiProblem, MemoryUnavailable, ModelGone
 from model.recommender import Recommender
