@@ -56,7 +56,7 @@ def reembed(run: Path, url: str, token: str | None = None, where: Runner = HERE)
 
 @dataclass(frozen=True)
 class Moving:
-    """One pass through the users of some slots (`api.jobs.bulk.Job`); gives how many were to be and how many were moved."""
+    """A pass through the users of some slots (`api.jobs.bulk.Job`); gives how many were to be moved, how many were."""
 
     run: Path
     url: str
