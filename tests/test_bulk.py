@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from memory_service.app import create_app as create_memory
 from memory_service.settings import MemorySettings
 from memory_service.slots import slot_of
 from tests.conftest import served
+from tests.groups import Group
+from tests.redis_cluster import until
 from tests.test_backfill import remembered
 from tests.test_lifecycle import version
 
@@ -33,6 +35,11 @@ USERS = [f"u{n}" for n in range(300)] + ["a}b", "{a", "}x", "é"]
 @pytest.fixture
 def known_url(api_url) -> str:
     """The api, where all users have taken something."""
+    make_known(api_url)
+    return api_url
+
+
+def make_known(api_url: str) -> None:
     events = [
         {"user_id": user, "item_id": f"i{1 + (n + 3 * step) % 30}", "timestamp": 1.6e9 + step}
         for n, user in enumerate(USERS)
@@ -41,7 +48,6 @@ def known_url(api_url) -> str:
     for at in range(0, len(events), 1000):
         answer = httpx2.post(f"{api_url}/memories", json={"interactions": events[at : at + 1000]}, timeout=60)
         assert answer.status_code == 200, answer.text
-    return api_url
 
 
 async def users_in(memory_url: str, slots: range) -> list[str]:
@@ -193,6 +199,47 @@ def test_on_ray_everybody_moves(known_url, memory_url, run, other, cluster):
         asks = {"requests": [{"user_id": user} for user in USERS[:200]]}
         answers = client.post("/recommend/batch", json=asks).json()["results"]
         assert {(one["model_version"], one["memory"]["degraded"]) for one in answers} == {(version(other), False)}
+
+
+def lists_of(out: Path) -> dict[str, dict[str, object]]:
+    """Items and scores of each user."""
+    rows = [row for part in files_of(out).values() for row in part]
+    return {row["user_id"]: score_of(zip(row["items"], row["scores"], strict=True)) for row in rows}
+
+
+def score_of(pairs: Iterable[tuple[str, float]]) -> dict[str, object]:
+    return {item: pytest.approx(score, abs=1e-5) for item, score in pairs}
+
+
+def lists_over_http(url: str) -> dict[str, dict[str, object]]:
+    asks = {"requests": [{"user_id": user, "top_n": 30, "explain": True} for user in USERS[:200]]}
+    answers = httpx2.post(f"{url}/recommend/batch", json=asks, timeout=60).json()["results"]
+    return {
+        user: score_of((item["item_id"], item["score"]) for item in answer["items"])
+        for user, answer in zip(USERS, answers, strict=False)
+    }
+
+
+def test_over_a_redis_cluster_and_a_group_of_replicas_it_is_all_the_same(
+    known_url, memory_url, run, other, tmp_path, stack, cluster, valkey_cluster
+):
+    valkey_cluster.flush()
+    group = Group(run, valkey_cluster.url, stack, collective_users=2)
+    group.add(), group.add()
+    group.settle()
+    api = group.api()
+    make_known(str(api.base_url).rstrip("/"))
+    until(lambda: lists_over_http(api.base_url) == lists_over_http(known_url))  # holders are counted within a second
+    recommend_all(run, memory_url, tmp_path / "alone", top_n=30)
+    for name, where in (("here", HERE), ("on ray", cluster)):
+        written = recommend_all(run, api.memory_url, tmp_path / name, top_n=30, where=where)
+        assert written.users == len(USERS)
+        assert lists_of(tmp_path / name) == lists_of(tmp_path / "alone")
+    assert api.post("/model/reload", json={"run": str(other)}).json()["state"] == "moving"
+    assert reembed(other, api.memory_url, where=cluster) == len(USERS)
+    until(lambda: api.get("/model").json()["model_version"] == version(other))
+    moved = api.post("/recommend/batch", json={"requests": [{"user_id": user} for user in USERS[:200]]}).json()
+    assert {one["model_version"] for one in moved["results"]} == {version(other)}
 
 
 def test_what_goes_wrong_in_a_worker_is_said_here(memory_url, other, cluster):

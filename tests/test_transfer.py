@@ -68,6 +68,18 @@ def test_another_deployment_answers_alike_whatever_its_numbers(run, valkey_url, 
         assert json.loads(client.hget("ramrec:catalogue:{items}:about", "i2")) == {"title": "Zwei"}
 
 
+@pytest.mark.usefixtures("filled")
+def test_from_one_server_into_a_cluster_and_back(valkey_url, valkey_cluster, elsewhere, tmp_path):
+    valkey_cluster.flush()
+    written = []
+    for n, (url, to) in enumerate([(valkey_url, valkey_cluster.url), (valkey_cluster.url, elsewhere), (elsewhere, "")]):
+        export_file(url, tmp_path / f"{n}.jsonl")
+        written.append(sorted((tmp_path / f"{n}.jsonl").read_text().splitlines()))
+        if to:
+            assert import_file(to, tmp_path / f"{n}.jsonl", overwrite=False)["imported"] == 3
+    assert written[0] == written[1] == written[2]
+
+
 def test_users_who_are_there_stay_unless_told_and_the_forgotten_stay_forgotten(valkey_url, filled, tmp_path):
     file = tmp_path / "all.jsonl"
     export_file(valkey_url, file)
