@@ -10,13 +10,14 @@ AGAIN_S = 0.5
 """Until a task that goes on although it was cancelled is cancelled again."""
 
 
-async def end(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Cancel tasks and wait until all have ended, however they do. Who cancels this waits for them, too.
+async def end(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
+    """Cancel tasks and wait until all have ended, however they do; None is one that never began. Who cancels this waits
+    for them, too.
 
     One cancellation is not enough: redis-py sends with `asyncio.wait_for`, which up to Python 3.11 loses a cancellation
     that comes just when what it waits for is done, and the task would go on.
     """
-    all_of_them, interrupted = list(tasks), False
+    all_of_them, interrupted = [task for task in tasks if task is not None], False
     while left := [task for task in all_of_them if not task.done()]:
         for task in left:
             task.cancel()

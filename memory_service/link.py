@@ -562,7 +562,7 @@ class Cluster(Road):
 
     @override
     async def close(self) -> None:
-        await end([self._seeker] if self._seeker is not None else [])
+        await end([self._seeker])
         await self._cluster.aclose()
 
 

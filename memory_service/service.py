@@ -220,7 +220,7 @@ class MemoryService:
 
     async def close(self) -> None:
         """Stop looking for Redis and close all connections to it."""
-        await end([*self._together, *([self._outage] if self._outage is not None else [])])
+        await end([*self._together, self._outage])
         await self.store.close()
 
     # ----------------------------------------------------------------------------------------- retrieve
@@ -684,13 +684,11 @@ class MemoryService:
             self._outage = None
 
     async def _look_for_redis(self) -> None:
-        while True:
+        while self._outage is asyncio.current_task():  # a cancellation may be lost on the way (`memory_service.ending`)
             await asyncio.sleep(RETRY_S)
             with suppress(StoreUnavailable):
                 await self.store.ping()
-                self._outage = None
-                log.warning("Redis answers again")
-                return
+                self._found()
 
 
 def _report(task: asyncio.Task[None]) -> None:
