@@ -228,8 +228,10 @@ def test_over_a_redis_cluster_and_a_group_of_replicas_it_is_all_the_same(
     group.add(), group.add()
     group.settle()
     api = group.api()
-    make_known(str(api.base_url).rstrip("/"))
-    until(lambda: lists_over_http(api.base_url) == lists_over_http(known_url))  # holders are counted within a second
+    make_known(str(api.base_url))
+    until(
+        lambda: lists_over_http(str(api.base_url)) == lists_over_http(known_url)
+    )  # holders are counted within a second
     recommend_all(run, memory_url, tmp_path / "alone", top_n=30)
     for name, where in (("here", HERE), ("on ray", cluster)):
         written = recommend_all(run, api.memory_url, tmp_path / name, top_n=30, where=where)

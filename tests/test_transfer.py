@@ -71,12 +71,12 @@ def test_another_deployment_answers_alike_whatever_its_numbers(run, valkey_url, 
 @pytest.mark.usefixtures("filled")
 def test_from_one_server_into_a_cluster_and_back(valkey_url, valkey_cluster, elsewhere, tmp_path):
     valkey_cluster.flush()
-    written = []
-    for n, (url, to) in enumerate([(valkey_url, valkey_cluster.url), (valkey_cluster.url, elsewhere), (elsewhere, "")]):
-        export_file(url, tmp_path / f"{n}.jsonl")
-        written.append(sorted((tmp_path / f"{n}.jsonl").read_text().splitlines()))
-        if to:
-            assert import_file(to, tmp_path / f"{n}.jsonl", overwrite=False)["imported"] == 3
+    written, file = [], tmp_path / "all.jsonl"
+    for url in (valkey_url, valkey_cluster.url, elsewhere):
+        if written:
+            assert import_file(url, file, overwrite=False)["imported"] == 3
+        export_file(url, file)
+        written.append(sorted(file.read_text().splitlines()))
     assert written[0] == written[1] == written[2]
 
 

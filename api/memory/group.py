@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
+from msgspec import structs
 from numpy.typing import NDArray
 
 from api.memory.client import MemoryClient, Readiness, Remembered
@@ -56,6 +57,7 @@ TRIES = 3
 BELIEVED = 5
 """Looks in a row that must say so before an older table is taken for the present one."""
 T = TypeVar("T")
+About = TypeVar("About", PlanRequest, WriteRequest, RekeyRequest)
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class MemoryGroup:
 
             async def of(client: MemoryClient) -> tuple[NDArray[np.int64], Remembered, str]:
                 ranges = pack(view.table.owned(client.url))
-                return rows, await client.retrieve(_altered(some, ranges=ranges, tell_held=True)), client.url
+                return rows, await client.retrieve(structs.replace(some, ranges=ranges, tell_held=True)), client.url
 
             return await self._try(self._order(view, owner), of)
 
@@ -181,35 +183,19 @@ class MemoryGroup:
 
     async def plan(self, request: PlanRequest) -> PlanReply:
         """What events would mean, and the states they need."""
-
-        async def ask(client: MemoryClient, rows: NDArray[np.int64]) -> PlanReply:
-            return await client.plan(
-                PlanRequest(request.model_version, request.received_at, _take(request.users, rows))
-            )
-
-        parts = await self._split([user.user_id for user in request.users], ask)
+        parts = await self._split(request, lambda client, part: client.plan(part))
         size = max(part.catalogue_size for _, part in parts)
         return PlanReply(size, _in_order([(rows, part.users) for rows, part in parts]))
 
     async def write(self, request: WriteRequest) -> WriteReply:
         """Write planned events."""
-
-        async def ask(client: MemoryClient, rows: NDArray[np.int64]) -> WriteReply:
-            return await client.write(
-                WriteRequest(request.model_version, request.received_at, _take(request.users, rows))
-            )
-
-        parts = await self._split([user.user_id for user in request.users], ask)
+        parts = await self._split(request, lambda client, part: client.write(part))
         size = max(part.catalogue_size for _, part in parts)
         return WriteReply(size, _in_order([(rows, part.users) for rows, part in parts]))
 
     async def rekey(self, request: RekeyRequest) -> RekeyReply:
         """Give stale records the keys of this model."""
-
-        async def ask(client: MemoryClient, rows: NDArray[np.int64]) -> RekeyReply:
-            return await client.rekey(RekeyRequest(request.model_version, _take(request.users, rows)))
-
-        parts = await self._split([user.user_id for user in request.users], ask)
+        parts = await self._split(request, lambda client, part: client.rekey(part))
         return RekeyReply([user for _, part in parts for user in part.rekeyed])
 
     async def forget(self, user_id: str) -> Forgotten:
@@ -306,16 +292,17 @@ class MemoryGroup:
         return await self._try(self._any(await self._current()), call)
 
     async def _split(
-        self, users: Sequence[str], ask: Callable[[MemoryClient, NDArray[np.int64]], Awaitable[T]]
+        self, request: About, call: Callable[[MemoryClient, About], Awaitable[T]]
     ) -> list[tuple[NDArray[np.int64], T]]:
-        """A call for users, in parts for their owners: the rows of each part, and its answer."""
-        view = await self._current()
+        """A call about users, in parts for their owners: the rows of each part, and its answer."""
+        view, users = await self._current(), [user.user_id for user in request.users]
         if view is None or len(view.table.members) < 2 or not users:
             rows = np.arange(len(users))
-            return [(rows, await self._try(self._any(view), lambda client: ask(client, rows)))]
+            return [(rows, await self._try(self._any(view), lambda client: call(client, request)))]
 
         async def part(owner: str, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], T]:
-            return rows, await self._try(self._order(view, owner), lambda client: ask(client, rows))
+            some = structs.replace(request, users=_take(request.users, rows))
+            return rows, await self._try(self._order(view, owner), lambda client: call(client, some))
 
         return await _all(part(owner, rows) for owner, rows in self._by_owner(view, users).items())
 
@@ -453,11 +440,6 @@ def _in_order(parts: Sequence[tuple[NDArray[np.int64], Sequence[T]]]) -> list[T]
     return [placed[row] for row in sorted(placed)]
 
 
-def _altered(request: RetrieveRequest, **changes: Any) -> RetrieveRequest:
-    fields = {name: getattr(request, name) for name in request.__struct_fields__}
-    return RetrieveRequest(**(fields | changes))
-
-
 def _rows_of(request: RetrieveRequest, rows: NDArray[np.int64]) -> RetrieveRequest:
     """The part of a request that is about some of its rows."""
     place = {row: n for n, row in enumerate(rows.tolist())}
@@ -465,7 +447,7 @@ def _rows_of(request: RetrieveRequest, rows: NDArray[np.int64]) -> RetrieveReque
     if len(at):
         width = len(request.queries) // len(at)
     given = [n for n, row in enumerate(at.tolist()) if row in place]
-    return _altered(
+    return structs.replace(
         request,
         users=_take(request.users, rows),
         query_rows=np.array([place[int(at[n])] for n in given], "<u4").tobytes(),
