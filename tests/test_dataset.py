@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -437,14 +438,14 @@ def known(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """Small stand-ins for the two files, with their checksums."""
     contents = {"ml-100k.inter": INTER.encode(), "ml-100k.item": ITEMS.encode()}
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    monkeypatch.setattr(api_data, "SHA256", sums)
+    monkeypatch.setattr(api_data, "ML_100K", replace(api_data.ML_100K, sha256=sums))
     return contents
 
 
 def wheel(path: Path, contents: dict[str, bytes]) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in contents.items():
-            archive.writestr(f"{api_data.WHEEL_FOLDER}/{name}", content)
+            archive.writestr(f"{api_data.ML_100K.folder}/{name}", content)
     return path
 
 
