@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from memory_service.schemas import EntryOut, GoneOut, HowMany, QualityParts, UserMemory
+from model import habits
 from model import rules as rule
 from model.bank import Banks
 from model.config import RulesConfig
 from model.events import UserRecord
 from model.plane import Plane
 from model.rules import Floats, Ints
+
+THURSDAY = 3.0
+"""Days after Monday on which the weeks of Unix time begin."""
 
 
 def user_memory(user_id: str, record: UserRecord, clusters: Ints, plane: Plane | None) -> UserMemory:
@@ -59,11 +65,12 @@ def _how_many(entropy: Floats, size: Ints, rules: RulesConfig) -> tuple[HowMany,
 
 
 def _entries_out(banks: Banks, worth: Floats, cluster: Ints, plane: Plane | None) -> list[EntryOut]:
-    fields, recency = banks.fields, banks.recency()
+    fields, recency, occasions = banks.fields, banks.recency(), int(banks.occasions[0])
     parts = rule.quality_parts(fields["frequency"], recency, fields["access"], fields["rating"], banks.rules)
+    seconds = banks.rules.time_unit == "seconds"
     entries = []
     for slot in range(int(banks.size[0])):
-        one = {name: values[0, slot].item() for name, values in fields.items()}
+        one = {name: values[0, slot].tolist() for name, values in fields.items()}
         entries.append(
             EntryOut(
                 item=one["item"],
@@ -77,9 +84,23 @@ def _entries_out(banks: Banks, worth: Floats, cluster: Ints, plane: Plane | None
                 cluster=int(cluster[0, slot]),
                 parts=_parts(parts, (0, slot)),
                 place=_place(plane, banks.key[0, slot]),
+                first_time=one["first_time"],
+                occasions_since=max(0, occasions - one["occasion"]),
+                **(_rhythm(one) if seconds else {}),
             )
         )
     return entries
+
+
+def _rhythm(entry: dict[str, Any]) -> dict[str, float | None]:
+    """How often and when an item is taken."""
+    again, span, sums = entry["frequency"] - 1, entry["time"] - entry["first_time"], entry["sums"]
+    hour, thursday = (habits.usual_time(entry["frequency"], sums, period) for period in (24.0, 168.0))
+    return {
+        "mean_gap_s": span / again if again > 0 else None,
+        "usual_hour": hour,
+        "usual_day": None if thursday is None else (thursday / 24.0 + THURSDAY) % 7.0,
+    }
 
 
 def _gone(record: UserRecord) -> list[GoneOut]:

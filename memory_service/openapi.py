@@ -134,7 +134,7 @@ SLOT_RANGE = (
     _parameter("last_slot", {"type": "integer", "default": SLOTS - 1}, "Last slot.", example=16_383),
 )
 EVENT = EventIn(0, "50", 1_764_000_000.0, 5.0, "order-17")
-ONE = struct.pack("<i", 1)
+ONE, NOW = struct.pack("<i", 1), struct.pack("<2d", 1_764_000_000.0, 1_764_000_000.0)
 ENTRY = Columns(ONE, struct.pack("<I", 50), _floats(0.8), _floats(0.7), _floats(1), _floats(5))
 CALLS = (
     Call(
@@ -159,7 +159,7 @@ CALLS = (
             stale=[],
         ),
         (*BODY, MISMATCH, INVALID_COLUMNS, QUEUE_FULL, LATE),
-        RetrieveRequest(MODEL, ["196", ""], k=struct.pack("<2i", 0, 5), ignore={0: [50]}, alone=[0]),
+        RetrieveRequest(MODEL, ["196", ""], k=struct.pack("<2i", 0, 5), ignore={0: [50]}, alone=[0], now=NOW),
     ),
     Call(
         "post",
@@ -228,6 +228,7 @@ CALLS = (
                     cluster=7,
                     parts=QualityParts(0.0, 0.4, 0.0, 0.2),
                     place=(0.31, -0.12),
+                    first_time=1_764_000_000.0,
                 )
             ],
             log=[(50, 1_764_000_000.0)],

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from memory_service.index import OwnIndex
 from memory_service.replica import Replicate, ReplicatedOwnIndex
+from model import habits
 from model import rules as rule
-from model.bank import Entries, select, tied
+from model.bank import ENTRY_FIELDS, HABIT_FIELDS, Entries, chosen_memories, packed, select, tied, told_of
 from model.config import RulesConfig
 from model.events import Stacked, UserRecord
 from model.rules import Bools, Ints
@@ -37,25 +38,34 @@ FACTS = np.dtype([("item", "<u4"), ("quality", "<f4"), ("recency", "<f4"), ("rat
 class Wish:
     """What B users are asked for.
 
-    slots (B,); queries (B, d) of unit length; k (B,): 0 = adaptive.
+    slots (B,); queries (B, d) of unit length; k (B,): 0 = adaptive; now (B,): the times of the requests in seconds,
+    none: habits are not looked at.
     """
 
     slots: Ints
     queries: NDArray[np.float32]
     k: Ints
+    now: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)
 class Found:
-    """Memories of B users: entries (B, K), their places in the bank (B, K), and what K was (B,)."""
+    """Memories of B users: entries (B, K), their places in the bank (B, K), what K was (B,), and as of
+    `model.bank.Retrieved` habits (B, K, F) and present (B, P); F and P are 0 where habits were not looked at.
+    """
 
     entries: Entries
     places: NDArray[np.int64]
     k: NDArray[np.int64]
+    habits: NDArray[np.float32]
+    present: NDArray[np.int64]
 
 
 class Residents:
-    """Banks of at most `limit` users between calls, the least recently used going first."""
+    """Banks of at most `limit` users between calls, the least recently used going first.
+
+    What entries know about coming back is kept only for a model that retrieves by it (`rules.activation`).
+    """
 
     def __init__(
         self, limit: int, dim: int, rules: RulesConfig, model_version: str, replicate: Replicate | None = None
@@ -72,6 +82,9 @@ class Residents:
         self.k = np.zeros(slots, np.int32)
         self.state = np.zeros((slots, dim), np.float32)
         self._facts = np.zeros((slots, places), FACTS)
+        known = HABIT_FIELDS if rules.activation else ()
+        self._habits = {name: np.zeros((slots, places), ENTRY_FIELDS[name]) for name in known}
+        self._occasions = np.zeros(slots if known else 0, np.int64)
         self.seen: list[bytes] = [b""] * slots
         self._hits = np.zeros((slots, places), np.uint32)
         self._hit_time = np.zeros((slots, places), np.float64)
@@ -137,6 +150,10 @@ class Residents:
         places[rows, newest] = np.arange(newest.shape[1])
         for name in FACTS.names or ():
             self._facts[name][slots] = getattr(facts, name)[rows, newest[:, :width]]
+        for name, values in self._habits.items():
+            values[slots] = banks.fields[name][rows, newest[:, :width]]
+        if self._habits:
+            self._occasions[slots] = banks.occasions
         cluster = banks.entry_clusters(clusters)
         self.size[slots], self.entropy[slots] = banks.size, rule.entropy(facts.quality, cluster, self.rules.clusters)
         self.k[slots] = rule.own_k(self.entropy[slots], banks.size, self.rules)
@@ -177,12 +194,15 @@ class Residents:
             self.drop(list(records))
 
     def search(self, wish: Wish) -> Found:
-        """The memories that B users are asked for. Exact; ties to 6 decimals go to the newer memory.
+        """The memories that B users are asked for: the most similar, or where the model has learned it and the times of
+        the requests are at hand, the most active. Exact; ties to 6 decimals go to the newer memory.
 
         Retrieved memories are not counted: see `count`.
         """
         wanted = np.where(wish.k > 0, wish.k, self.k[wish.slots]).astype(np.int64)
         wanted = np.minimum(wanted, self.size[wish.slots])
+        if self._habits and wish.now is not None:
+            return self._by_activation(wish, wish.now, wanted)
         width = int(wanted.max(initial=0))
         similarity, places = self.index.search(wish.slots, wish.queries, min(width + 1, self.rules.capacity))
         chosen = (places >= 0) & (similarity >= np.float32(self.rules.similarity_threshold))
@@ -191,7 +211,25 @@ class Residents:
         if len(careful):
             self._choose(wish, careful, wanted, similarity, places, chosen)
         places, chosen = places[:, :width], chosen[:, :width]
-        return Found(self._entries(wish.slots, similarity[:, :width], places, chosen), places, wanted)
+        entries = self._entries(wish.slots, similarity[:, :width], places, chosen)
+        return Found(entries, places, wanted, told_of(None, places, chosen), np.zeros((len(places), 0), np.int64))
+
+    def _by_activation(self, wish: Wish, now: NDArray[np.float64], wanted: NDArray[np.int64]) -> Found:
+        """As `model.bank.Banks.retrieve` chooses, among all entries."""
+        slots, size = wish.slots, self.size[wish.slots]
+        width = int(size.max(initial=0))
+        at = np.arange(width)
+        valid = at < size[:, None]
+        facts = {name: values[slots, :width] for name, values in self._habits.items()}
+        told = habits.features(facts, valid, self._occasions[slots], now, self.rules)
+        every = np.where(valid, self.index.similarities(slots, wish.queries)[:, :width], np.float32(0))
+        newest_first = np.broadcast_to(-at, valid.shape).astype(np.float64)
+        best, chosen = chosen_memories(every, told, valid, newest_first, wanted, self.rules)
+        places = best.astype(np.int64, copy=False)
+        entries = self._entries(slots, np.take_along_axis(every, places, 1), places, chosen)
+        at_once = valid & (facts["time"] == now[:, None])
+        present = packed(self._facts["item"][slots, :width], at_once)
+        return Found(entries, places, wanted, told_of(told, places, chosen), present)
 
     def _choose(
         self,
@@ -273,3 +311,7 @@ class Residents:
         self.index.drop(slots)
         self.size[slots], self.k[slots], self.entropy[slots] = 0, 0, rule.NEUTRAL
         self.state[slots], self._facts[slots], self._hits[slots] = 0, 0, 0
+        for values in self._habits.values():
+            values[slots] = 0
+        if self._habits:
+            self._occasions[slots] = 0

@@ -82,7 +82,8 @@ class RetrieveRequest(msgspec.Struct):
     `query_rows` (u4) name the users whose query comes along in `queries` (f4, one row each, unit length); the others
     are asked with the state in their record. `k` (i4, B): 0 = adaptive. `ignore`: row → numbers of items that the user
     is taken not to have had. `uncounted`: rows whose retrievals do not count as accesses (where something was ignored
-    they never do). `alone`: rows that want no memories of others.
+    they never do). `alone`: rows that want no memories of others. `now` (f8, B): the times of the requests in seconds,
+    at which a model that looks at habits retrieves by them, too; none: by similarity alone.
     A user "" is nobody: only the query counts. `entropy` (f4, B) is that of users of whom nothing is known.
     In a group of replicas: `ranges` (bits) are those whose users' memories are searched for others, none: all that are
     here. `tell_held` asks which items each user is counted for here; `held` (u4, one a row) says so of users elsewhere.
@@ -100,6 +101,7 @@ class RetrieveRequest(msgspec.Struct):
     ranges: bytes = b""
     tell_held: bool = False
     held: list[bytes] = []
+    now: bytes = b""
 
 
 class StaleUser(msgspec.Struct):
@@ -118,6 +120,9 @@ class RetrieveReply(msgspec.Struct):
     sent as the row's query; a job without items: nothing is left that a state could be made of.
     `moved`: rows of users whose records are of another model that is loaded too, which this call does not answer: ask
     again for that model. `held`: where it was asked for, items that each user is counted for (u4).
+    Of a model that looks at habits, asked with `now`: `habits`, what the own entries tell (f4,
+    `model.habits.FEATURES` of one after another, in the order of `own`), and the items of each bank that were taken at
+    that very time (present_count i4, present u4 ragged); else empty.
     """
 
     catalogue_size: int
@@ -137,6 +142,9 @@ class RetrieveReply(msgspec.Struct):
     without: dict[int, Job] = {}
     moved: dict[int, str] = {}
     held: list[bytes] = []
+    habits: bytes = b""
+    present_count: bytes = b""
+    present: bytes = b""
 
 
 class EventIn(msgspec.Struct):
@@ -254,7 +262,10 @@ class QualityParts(msgspec.Struct):
 
 
 class EntryOut(msgspec.Struct):
-    """One memory of a bank."""
+    """One memory of a bank. `mean_gap_s`: the mean time between its events (None: there was one, or a log has no
+    times); `occasions_since`: how many times the user did something since; `usual_hour` (0 to 24, UTC) and `usual_day`
+    (0 to 7 from Monday, 0:00 UTC): when it happens, where that is regular.
+    """
 
     item: int
     quality: float
@@ -267,6 +278,11 @@ class EntryOut(msgspec.Struct):
     cluster: int
     parts: QualityParts | None = None
     place: tuple[float, float] | None = None
+    first_time: float = 0.0
+    mean_gap_s: float | None = None
+    occasions_since: int = 0
+    usual_hour: float | None = None
+    usual_day: float | None = None
 
 
 class GoneOut(msgspec.Struct):

@@ -82,7 +82,7 @@ class Space:
         banks = self.residents
         entropy = self._entropy(request, slots)
         queries = wire.queries(request, rule.unit(banks.state[slots]))
-        found = banks.search(Wish(slots, queries, wire.asked_k(request)))
+        found = banks.search(Wish(slots, queries, wire.asked_k(request), wire.asked_at(request)))
         self._count(request, slots, found)
         collective_k, others = self._others(request, queries, entropy)
         reply = wire.retrieve_reply(self._catalogue.size, degraded, banks, slots, entropy, found, collective_k, others)

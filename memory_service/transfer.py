@@ -2,7 +2,8 @@
 
 JSON lines: items first (`{"item": …}`), then users (`{"user": …}`).
 
-Items are named by id, so numbers need not agree; keys and state travel as base64 of little-endian fp16 and f4.
+Items are named by id, so numbers need not agree; keys travel as base64 of little-endian fp16, sums and state of f4.
+An export from before habits were kept is taken, too; they are made from its logs (`model.events.with_habits`).
 Tombstones stay behind: who was forgotten is known only to the deployment that forgot.
 """
 
@@ -30,12 +31,17 @@ from memory_service.store import CatalogueItem, Store
 from model.bank import ENTRY_FIELDS, KEY, Banks
 from model.config import RulesConfig, describe
 from model.errors import RamrecError
-from model.events import UserRecord
+from model.events import UserRecord, with_habits
+from model.habits import DAY_HALF_LIVES, OCCASION_HALF_LIVES, SUMS
 
 BATCH = 500
 TIMEOUT_S = 30.0
 LARGEST = 1000
 """Capacity that any bank fits into."""
+MOST = 2**32 - 1
+"""The largest count of a record."""
+COUNTS = len(OCCASION_HALF_LIVES) + len(DAY_HALF_LIVES)
+"""Sums that are counts; the others are of cos and sin."""
 
 
 class TransferError(RamrecError):
@@ -51,7 +57,7 @@ class ItemLine(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class EntryLine(msgspec.Struct, forbid_unknown_fields=True):
-    """A memory entry without its key; `cell` is its list in the collective index of `model_version`."""
+    """A memory entry without key and sums; `cell` is its list in the collective index of `model_version`."""
 
     item_id: str
     cell: int
@@ -60,10 +66,12 @@ class EntryLine(msgspec.Struct, forbid_unknown_fields=True):
     rating: float | None
     time: float
     last_access: float
+    first_time: float = 0.0
+    occasion: int = 0
 
 
 class UserLine(msgspec.Struct, forbid_unknown_fields=True):
-    """A record. keys: (n, d) fp16; state: (d,) f4."""
+    """A record. keys: (n, d) fp16; state: (d,) f4; sums: (n, SUMS) f4. occasions: None where habits were not kept."""
 
     user_id: str
     version: int
@@ -77,6 +85,8 @@ class UserLine(msgspec.Struct, forbid_unknown_fields=True):
     seen: list[str]
     event_ids: list[int]
     state: bytes
+    occasions: int | None = None
+    sums: bytes = b""
 
 
 class Line(msgspec.Struct, forbid_unknown_fields=True):
@@ -216,6 +226,20 @@ def _check(number: int, user: UserLine) -> None:
         raise TransferError(f"line {number}: version, bank size or user_id out of range")
     if any(not 0 <= one < 2**64 for one in user.event_ids) or user.events < len(user.log):
         raise TransferError(f"line {number}: event counts or ids of {user.user_id!r} are out of range")
+    if user.occasions is not None:
+        _check_habits(number, user)
+
+
+def _check_habits(number: int, user: UserLine) -> None:
+    if len(user.sums) != len(user.entries) * 4 * SUMS:
+        raise TransferError(f"line {number}: sums and entries of {user.user_id!r} do not fit together")
+    sums = np.frombuffer(user.sums, "<f4").reshape(-1, SUMS)
+    if not (np.abs(sums) <= MOST).all() or (sums[:, :COUNTS] < 0).any():  # NaN is not
+        raise TransferError(f"line {number}: sums of {user.user_id!r} are not finite or out of range")
+    if not all(0 <= one <= MOST for one in (user.occasions or 0, *(entry.occasion for entry in user.entries))):
+        raise TransferError(f"line {number}: occasions of {user.user_id!r} are out of range")
+    if any(entry.frequency < 1 or entry.first_time > entry.time for entry in user.entries):
+        raise TransferError(f"line {number}: frequency or first_time of an entry of {user.user_id!r} is out of range")
 
 
 def _items(user: UserLine) -> Iterable[str]:
@@ -226,7 +250,7 @@ def _items(user: UserLine) -> Iterable[str]:
 
 def _user_line(user_id: str, record: UserRecord, ids: list[str]) -> UserLine:
     n, fields = record.size, record.banks.fields
-    columns = {name: fields[name][0, :n].tolist() for name in ENTRY_FIELDS}
+    columns = {name: fields[name][0, :n].tolist() for name in ENTRY_FIELDS if name != "sums"}
     rating = [None if np.isnan(one) else one for one in columns.pop("rating")]
     items = [ids[number - 1] for number in columns.pop("item")]
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
@@ -243,17 +267,22 @@ def _user_line(user_id: str, record: UserRecord, ids: list[str]) -> UserLine:
         seen=[ids[number - 1] for number in record.seen.tolist()],
         event_ids=record.event_ids.tolist(),
         state=record.state.astype("<f4").tobytes(),
+        occasions=int(record.banks.occasions[0]),
+        sums=fields["sums"][0, :n].tobytes(),
     )
 
 
 def _record(user: UserLine, number_of: dict[str, int], rules: RulesConfig) -> UserRecord:
     n, state = len(user.entries), np.frombuffer(user.state, "<f4")
     banks = Banks(1, len(state), rules)
-    for name in ENTRY_FIELDS:
+    for name in (name for name in ENTRY_FIELDS if name != "sums"):
         banks.fields[name][0, :n] = [_value(entry, name, number_of) for entry in user.entries]
     banks.key[0, :n] = np.frombuffer(user.keys, KEY).reshape(n, len(state))
     banks.size[0], banks.pruned[0] = n, user.pruned
-    return UserRecord(
+    if user.occasions is not None:
+        banks.fields["sums"][0, :n] = np.frombuffer(user.sums, "<f4").reshape(n, SUMS)
+        banks.occasions[0] = user.occasions
+    record = UserRecord(
         banks=banks,
         version=user.version,
         model_version=user.model_version,
@@ -265,6 +294,7 @@ def _record(user: UserLine, number_of: dict[str, int], rules: RulesConfig) -> Us
         event_ids=np.array(user.event_ids, "<u8"),
         state=state,
     )
+    return with_habits(record) if user.occasions is None else record
 
 
 def _value(entry: EntryLine, name: str, number_of: dict[str, int]) -> float:

@@ -88,6 +88,11 @@ def asked_k(request: RetrieveRequest) -> NDArray[np.int64]:
     return np.maximum(column(request.k, "<i4", count, "k").astype(np.int64), 0)
 
 
+def asked_at(request: RetrieveRequest) -> NDArray[np.float64] | None:
+    """(B,) times of the requests in seconds; None: habits are not asked about. Raises BadRequest."""
+    return column(request.now, "<f8", len(request.users), "now", TIME) if request.now else None
+
+
 def ignored(request: RetrieveRequest) -> dict[int, list[int]]:
     """Row → numbers of items that the user is taken not to have had."""
     rows(list(request.ignore), len(request.users), "ignore")
@@ -139,6 +144,9 @@ def retrieve_reply(
         seen_count=(np.array([len(one) for one in seen], "<i4") // 4).tobytes(),
         seen=b"".join(seen),
         stale=[],
+        habits=found.habits[found.entries.valid].astype("<f4").tobytes(),
+        present_count=(found.present > 0).sum(axis=1).astype("<i4").tobytes() if found.present.shape[1] else b"",
+        present=found.present[found.present > 0].astype("<u4").tobytes(),
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from model import habits
 from model import rules as rule
 from model.config import RulesConfig
 from model.rules import Bools, Floats, Ints
@@ -32,8 +33,13 @@ ENTRY_FIELDS: dict[str, np.dtype] = {
     "rating": np.dtype("<f4"),  # NaN: none
     "time": np.dtype("<f8"),
     "last_access": np.dtype("<f8"),  # 0: never
+    "first_time": np.dtype("<f8"),
+    "occasion": np.dtype("<u4"),  # number of the user's occasion in which the item was taken last
+    "sums": np.dtype(("<f4", (habits.SUMS,))),  # see `model.habits`
 }
-"""Scalar fields of a memory entry; its key (d,) fp16 is kept beside them. Order and types are the record's layout."""
+"""Fields of a memory entry; its key (d,) fp16 is kept beside them. Order and types are the record's layout."""
+HABIT_FIELDS = ("frequency", "first_time", "time", "occasion", "sums")
+"""What `model.habits.features` reads."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,9 @@ class Entries:
 @dataclass(frozen=True)
 class Retrieved:
     """What memory answers to B queries: entropy (B,) float32, k (B,) own-scope K, bank_size (B,), the entries of both
-    scopes, and collective_k (B,).
+    scopes, collective_k (B,), habits (B, K, F) float32, the features of the own entries (`model.habits.features`), and
+    present (B, P) int64, the items that the user takes at the very time of the request (a basket; 0 = padding). F and P
+    are 0 where the model does not look at them.
     """
 
     entropy: NDArray[np.float32]
@@ -87,12 +95,16 @@ class Retrieved:
     own: Entries
     collective: Entries
     collective_k: NDArray[np.int64]
+    habits: NDArray[np.float32]
+    present: NDArray[np.int64]
 
     @classmethod
     def nothing(cls, entropy: NDArray[np.float32], bank_size: NDArray[np.int64] | None = None) -> Retrieved:
         """No memories for users of these entropies (B,)."""
         none, zero = Entries.empty(len(entropy)), np.zeros(len(entropy), np.int64)
-        return cls(entropy, zero, zero.copy() if bank_size is None else bank_size, none, none, zero.copy())
+        size = zero.copy() if bank_size is None else bank_size
+        no_habits, nobody = np.zeros((len(entropy), 0, 0), np.float32), np.zeros((len(entropy), 0), np.int64)
+        return cls(entropy, zero, size, none, none, zero.copy(), no_habits, nobody)
 
     def take(self, rows: Ints | Bools | slice) -> Retrieved:
         """The same for some of the queries."""
@@ -103,11 +115,50 @@ class Retrieved:
             self.own.take(rows),
             self.collective.take(rows),
             self.collective_k[rows],
+            self.habits[rows],
+            self.present[rows],
+        )
+
+    def first(self, k: NDArray[np.int64], collective_k: NDArray[np.int64]) -> Retrieved:
+        """Only the best memories of each scope; k and collective_k (B,)."""
+        own = self.own.first(k)
+        return replace(
+            self,
+            k=k,
+            own=own,
+            collective=self.collective.first(collective_k),
+            collective_k=collective_k,
+            habits=self.habits[:, : own.item.shape[1]],
         )
 
 
+def chosen_memories(
+    similarity: Floats, told: NDArray[np.float32] | None, valid: Bools, time: Floats, k: Ints, rules: RulesConfig
+) -> tuple[Ints, Bools]:
+    """The own memories that are retrieved, as of `select`: by activation where the model has learned it and their
+    features `told` (B, C, F) are at hand, else by similarity to the state.
+    """
+    if told is None or not rules.activation:
+        return select(similarity, valid, time, k, rules.similarity_threshold)
+    return select(habits.activation(told, similarity, rules), valid, time, k, -np.inf)
+
+
+def packed(items: Ints, chosen: Bools) -> NDArray[np.int64]:
+    """The chosen items of each row (B, C), first to last, padded with 0 to the longest row: (B, P)."""
+    width = int(chosen.sum(axis=1).max(initial=0))
+    order = np.argsort(~chosen, axis=1, kind="stable")[:, :width]
+    return np.where(np.take_along_axis(chosen, order, 1), np.take_along_axis(items, order, 1), 0).astype(np.int64)
+
+
+def told_of(told: NDArray[np.float32] | None, slots: Ints, chosen: Bools) -> NDArray[np.float32]:
+    """The features (B, K, F) of the chosen slots (B, K), of those of all slots (B, C, F); F is 0 without any."""
+    if told is None:
+        return np.zeros((*slots.shape, 0), np.float32)
+    return np.where(chosen[..., None], told[np.arange(len(slots))[:, None], slots], np.float32(0))
+
+
 def select(similarity: Floats, valid: Bools, time: Floats, k: Ints, threshold: float) -> tuple[Ints, Bools]:
-    """Choose up to k memories of each row: the most similar, at or above the threshold.
+    """Choose up to k memories of each row: the most similar (or most active), at or above the threshold.
 
     Similarities are compared to 6 decimals, so that two machines choose alike; of equals the newer memory comes
     first, then the later slot.
@@ -155,7 +206,8 @@ def tied(similarity: NDArray[np.float32], valid: Bools) -> NDArray[np.int64]:
 class Banks:
     """Memory banks of U users as arrays: fields (U, C), keys (U, C, d) fp16, size (U,). C = capacity + 1.
 
-    Slots are in the order of insertion; the slot beyond capacity is used only while an entry is being written.
+    occasions (U,): at how many different times the user did something, see `model.habits`. Slots are in the order of
+    insertion; the slot beyond capacity is used only while an entry is being written.
     """
 
     def __init__(self, users: int, dim: int, rules: RulesConfig) -> None:
@@ -165,6 +217,7 @@ class Banks:
         self.key = np.zeros((users, slots, dim), KEY)
         self.size = np.zeros(users, np.int64)
         self.pruned = np.zeros(users, np.int64)
+        self.occasions = np.zeros(users, np.int64)
 
     def __len__(self) -> int:
         return len(self.size)
@@ -197,7 +250,15 @@ class Banks:
         return np.where(self.valid(rows), clusters[self.fields["item"][rows]], -1)
 
     def write(
-        self, rows: Ints, item: Ints, key: Floats, time: Floats, rating: Floats, cell: Ints | None = None
+        self,
+        rows: Ints,
+        item: Ints,
+        key: Floats,
+        time: Floats,
+        rating: Floats,
+        cell: Ints | None = None,
+        opens: Bools | None = None,
+        ago: Ints | None = None,
     ) -> None:
         """Remember one event for each of A different users.
 
@@ -207,8 +268,15 @@ class Banks:
         Args:
             rows: (A,) distinct users. item: (A,). key: (A, d) unit length. time: (A,). rating: (A,), NaN = none.
             cell: (A,) collective list of the key; one that is blended keeps its list. None: not in any.
+            opens: (A,) whether the user did nothing else at this time so far; None: so it is.
+            ago: (A,) how many of the user's occasions came after it (a late event); None: none did.
         """
         at = np.arange(len(rows))
+        opened = np.ones(len(rows), bool) if opens is None else np.asarray(opens, bool)
+        back = np.zeros(len(rows), np.int64) if ago is None else ago
+        between = opened & (back > 0)
+        if between.any():  # an occasion among those that were: all that came after it is of the next one
+            self.fields["occasion"][rows] += between[:, None] & (self.fields["time"][rows] > np.asarray(time)[:, None])
         match = self.valid(rows) & (self.fields["item"][rows] == np.asarray(item)[:, None])
         known = match.any(axis=1)
         slot = np.where(known, match.argmax(axis=1), self.size[rows])
@@ -216,6 +284,9 @@ class Banks:
         frequency = np.where(known, old["frequency"] + 1, 1)
         late = known & (time < old["time"])
         keep_rating = known & (late | np.isnan(rating)) & ~np.isnan(old["rating"])
+        self.occasions[rows] += opened
+        occasion = np.maximum(self.occasions[rows] - back, 0)
+        again = habits.taken_again(old["sums"], old["time"], old["occasion"], time, occasion)
         fresh = key.astype(KEY)
         blended = fresh
         if self.rules.key_update == "ema":
@@ -228,6 +299,9 @@ class Banks:
             "rating": np.where(keep_rating, old["rating"], rating),
             "time": np.where(late, old["time"], time),
             "last_access": np.where(known, old["last_access"], 0.0),
+            "first_time": np.where(known, np.minimum(old["first_time"], time), time),
+            "occasion": np.where(known, np.maximum(old["occasion"], occasion), occasion),
+            "sums": np.where(known[:, None], again, habits.first_taken(time)),
         }
         for name, values in new.items():
             self.fields[name][rows, slot] = values
@@ -271,7 +345,8 @@ class Banks:
         some = Banks.__new__(Banks)  # without making empty arrays first: a service does this for every user it writes
         some.rules = self.rules
         some.fields = {name: take(values) for name, values in self.fields.items()}
-        some.key, some.size, some.pruned = take(self.key), take(self.size), take(self.pruned)
+        some.key, some.size = take(self.key), take(self.size)
+        some.pruned, some.occasions = take(self.pruned), take(self.occasions)
         return some
 
     def fitted(self, rules: RulesConfig) -> Banks:
@@ -282,9 +357,10 @@ class Banks:
         worth = np.where(self.valid(), self.quality(), -np.inf)
         best = np.sort(np.argsort(-worth, axis=1, kind="stable")[:, : rules.capacity], axis=1)
         for name, values in self.fields.items():
-            fitted.fields[name][:, : best.shape[1]] = np.take_along_axis(values, best, 1)
+            fitted.fields[name][:, : best.shape[1]] = values[np.arange(len(self))[:, None], best]
         fitted.key[:, : best.shape[1]] = np.take_along_axis(self.key, best[:, :, None], 1)
         fitted.size, fitted.pruned = np.minimum(self.size, rules.capacity), self.pruned.copy()
+        fitted.occasions = self.occasions.copy()
         return fitted
 
     def touch(self, row: int, accesses: Sequence[tuple[int, int, float]]) -> None:
@@ -325,22 +401,34 @@ class Banks:
         slots = np.broadcast_to(np.arange(self.key.shape[1]), self.key.shape[:2])
         return self.describe(np.arange(len(self)), slots, self.valid(), np.zeros(slots.shape, np.float32))
 
-    def retrieve(self, rows: Ints, query: Floats, clusters: Ints, k: int | None = None) -> Retrieved:
+    def habits(self, rows: Ints, now: Floats) -> NDArray[np.float32]:
+        """(B, C, F) what all entries of these users tell at the times `now` (B,); see `model.habits.features`."""
+        facts = {name: self.fields[name][rows] for name in HABIT_FIELDS}
+        return habits.features(facts, self.valid(rows), self.occasions[rows], now, self.rules)
+
+    def retrieve(
+        self, rows: Ints, query: Floats, clusters: Ints, k: int | None = None, now: Floats | None = None
+    ) -> Retrieved:
         """Own-scope retrieval by exact search: entropy, adaptive K and the K best memories of each user.
 
         Args:
             rows: (B,) users; may repeat. query: (B, d) unit length. clusters: item number → cluster.
-            k: a fixed K in place of the adaptive one.
+            k: a fixed K in place of the adaptive one. now: (B,) times of the requests; None: habits are not looked at.
         """
         diversity = self.entropy(clusters, rows)
         size = self.size[rows]
         wanted = rule.own_k(diversity, size, self.rules) if k is None else np.minimum(k, size)
         similarity = np.einsum("bcd,bd->bc", self.key[rows].astype(np.float32), query.astype(np.float32))
-        slots, chosen = select(
-            similarity, self.valid(rows), self.fields["time"][rows], wanted, self.rules.similarity_threshold
+        told = None if now is None else self.habits(rows, now)
+        slots, chosen = chosen_memories(
+            similarity, told, self.valid(rows), self.fields["time"][rows], wanted, self.rules
         )
         own = self.describe(rows, slots, chosen, np.take_along_axis(similarity, slots, 1))
-        return replace(Retrieved.nothing(diversity, size), k=wanted, own=own)
+        found = replace(Retrieved.nothing(diversity, size), k=wanted, own=own, habits=told_of(told, slots, chosen))
+        if now is None:
+            return found
+        at_once = self.valid(rows) & (self.fields["time"][rows] == np.asarray(now)[:, None])
+        return replace(found, present=packed(self.fields["item"][rows], at_once))
 
 
 def stack_banks(banks: Sequence[Banks]) -> Banks:
@@ -351,4 +439,5 @@ def stack_banks(banks: Sequence[Banks]) -> Banks:
     stacked.key = np.concatenate([one.key for one in banks])
     stacked.size = np.concatenate([one.size for one in banks])
     stacked.pruned = np.concatenate([one.pruned for one in banks])
+    stacked.occasions = np.concatenate([one.occasions for one in banks])
     return stacked

@@ -26,7 +26,8 @@ from model.config import Config, describe
 from model.errors import RamrecError
 from model.files import replace_file
 
-FORMAT = 1
+FORMAT = 2
+"""2: the rules of habits, and the repeat head, in config and weights."""
 WEIGHTS_FILE = "model.safetensors"
 HEADER_FILE = "checkpoint.json"
 ITEMS_FILE = "items.json"
@@ -94,7 +95,8 @@ def load_checkpoint(folder: Path, *, with_weights: bool = True) -> Checkpoint:
     """
     header = _read_json(folder / HEADER_FILE)
     if header.get("format") != FORMAT:
-        raise CheckpointError(f"{folder}: checkpoint format {header.get('format')!r}, this version reads {FORMAT}")
+        found = f"{folder}: checkpoint format {header.get('format')!r}, this version reads {FORMAT}"
+        raise CheckpointError(f"{found}: train the model anew")
     try:
         tensors = _read_tensors(folder / WEIGHTS_FILE, str(header["version"]), with_weights)
         checkpoint = Checkpoint(

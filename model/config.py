@@ -12,10 +12,12 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model.errors import RamrecError
+from model.habits import FEATURES
 from model.recbole import RecBoleError, read_recbole
 
 RECBOLE_SUFFIXES = (".yaml", ".yml")
 CONFIG_FOLDER = Path(__file__).parent / "configs"
+Holdout = Literal["leave-one-out", "last-basket"]
 
 
 class ConfigError(RamrecError):
@@ -34,6 +36,10 @@ class DatasetConfig(_Section):
     item_column: str = "item_id"
     time_column: str = "timestamp"
     rating_column: str = "rating"
+    holdout: Holdout = Field(
+        "leave-one-out",
+        description="what is kept from training: each user's last two events, or the last two baskets (equal times)",
+    )
 
 
 class EncoderConfig(_Section):
@@ -108,6 +114,20 @@ class RulesConfig(_Section):
     collective_k_min: int = Field(10, ge=1)
     collective_k_max: int = Field(30, ge=1, le=100)
     collective_probes: int = Field(64, ge=1, description="lists of the collective index that a search scans")
+    repeat_share: float = Field(
+        0.0, ge=0, le=1, description="share of events that repeat an item of the user's; training measures it"
+    )
+    exclude_seen: bool = Field(
+        True, description="whether lists leave out what the user had, unless a request says; training decides"
+    )
+    longest_gap_s: float = Field(
+        365 * 86400.0, gt=0, description="ages end so long after the user's last event; training measures it"
+    )
+    activation: dict[str, float] = Field(
+        {},
+        description="weights by which own memories are retrieved (names: `model.habits.FEATURES`, `similarity`); "
+        "training fits them, none: by similarity alone",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> RulesConfig:
@@ -116,6 +136,9 @@ class RulesConfig(_Section):
             raise ValueError("at least one quality weight must be above 0")
         if self.rating_max <= self.rating_min:
             raise ValueError(f"rating_max {self.rating_max} must exceed rating_min {self.rating_min}")
+        unknown = self.activation.keys() - {*FEATURES, "similarity"}
+        if unknown:
+            raise ValueError(f"activation names {min(unknown)}, which is no feature of a memory")
         if self.k_min > self.k_max or self.collective_k_min > self.collective_k_max:
             raise ValueError("k_min must not exceed k_max")
         return self
@@ -129,6 +152,13 @@ class FusionConfig(_Section):
     copy_sharpness: float = Field(16.0, gt=0, description="where the learned factor on similarities starts, copying")
     gate_max: float = Field(1.0, gt=0, le=1, description="cap on the share of memory in the fused state")
     dropout: float = Field(0.1, ge=0, lt=1)
+    repeat_hidden: int = Field(32, ge=1, le=1024, description="width of the repeat head's layers")
+    attention: bool = Field(True, description="whether memories are fused into the state; training decides")
+    copying: bool = Field(True, description="whether others' items are copied; training decides")
+    repeat_log_p: bool = Field(
+        True, description="whether the repeat head looks at the model's own log-probability; training decides"
+    )
+    repeats: bool = Field(True, description="whether own memories add to their items' logits; training decides")
 
 
 class TrainingConfig(_Section):
@@ -157,11 +187,19 @@ class TrainingConfig(_Section):
     final_rate: float = Field(0.05, gt=0, le=1, description="share of the rate left at max_epochs; cosine decay")
     max_epochs: int = Field(150, ge=1)
     patience: int = Field(10, ge=1, description="epochs without a better validation NDCG@10")
+    fusion_samples: int = Field(
+        40_000, ge=1, description="most events that the fusion is fitted on, chosen by the seed"
+    )
     fusion_batch: int = Field(256, ge=1)
     fusion_learning_rate: float = Field(1e-3, gt=0)
     copy_learning_rate: float = Field(1e-2, gt=0, description="for copying")
     fusion_calibration_rate: float = Field(3e-3, gt=0, description="learning rate of shift and repeat bias")
     rank_temperature: float = Field(0.1, gt=0, description="of the smooth rank that the fusion is fitted by")
+    repeat_positions: int = Field(50, ge=1, description="newest training events of each user to learn habits on")
+    repeat_samples: int = Field(40_000, ge=1, description="most of these events that the repeat head is fitted on")
+    repeat_learning_rate: float = Field(3e-3, gt=0)
+    repeat_temperature: float = Field(1.0, gt=0, description="of the smooth rank that the repeat head is fitted by")
+    repeat_max_epochs: int = Field(8, ge=1)
     fusion_weight_decay: float = Field(0.01, ge=0)
     fusion_max_epochs: int = Field(30, ge=1)
     fusion_patience: int = Field(4, ge=1)

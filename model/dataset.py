@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from model.config import DatasetConfig
+from model.config import DatasetConfig, Holdout
 from model.interactions import DatasetError, Interactions, Metadata, read_interactions
-from model.rules import Floats, Ints
+from model.rules import Bools, Floats, Ints
 
 __all__ = [
     "Dataset",
@@ -36,7 +36,8 @@ class Dataset:
     The events of user u are `sequence(u)`, oldest first, ties in file order. `offsets` (users + 1,) int64.
     `items` (N,) int32: item i is `item_ids[i - 1]`. `times` (N,) float64 seconds, or the position in the
     user's sequence where the source has none. `ratings` (N,) float32, NaN where there is none.
-    `metadata`: item id → attributes, also of items that the filter removed.
+    `metadata`: item id → attributes, also of items that the filter removed. `holdout`: what is kept from training, see
+    `split_of`.
     """
 
     user_ids: tuple[str, ...]
@@ -48,6 +49,7 @@ class Dataset:
     has_times: bool
     has_ratings: bool
     metadata: Metadata = field(default_factory=dict)
+    holdout: Holdout = "leave-one-out"
 
     def __len__(self) -> int:
         """Number of interactions."""
@@ -80,10 +82,23 @@ class Dataset:
         first = self.offsets[np.searchsorted(self.offsets, event, side="right") - 1]
         return [self.items[start:stop] for start, stop in zip(first, event, strict=True)]
 
+    def is_repeat(self) -> NDArray[np.bool_]:
+        """(N,) which events take an item that the user had before."""
+        pairs = self.owners() * (self.item_count + 1) + self.items
+        repeated = np.ones(len(pairs), bool)
+        repeated[np.unique(pairs, return_index=True)[1]] = False
+        return repeated
+
     def repeats(self) -> bool:
         """Whether any user takes an item a second time."""
-        pairs = self.owners() * (self.item_count + 1) + self.items
-        return len(np.unique(pairs)) < len(pairs)
+        return bool(self.is_repeat().any())
+
+    def opens(self) -> NDArray[np.bool_]:
+        """(N,) which events are the first at their time: of a user, or of one of the user's baskets."""
+        first = np.ones(len(self), bool)
+        first[1:] = self.times[1:] != self.times[:-1]
+        first[self.offsets[:-1][self.lengths() > 0]] = True
+        return first
 
     def positions(self) -> NDArray[np.int64]:
         """Position of each event in its user's sequence, (N,)."""
@@ -92,14 +107,43 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Split:
-    """Leave-one-out: absolute positions in `Dataset.items`, each (users,) int64.
+    """What each user trains on and is asked about: absolute positions in `Dataset.items`, each (users,) int64.
 
-    User u trains on `offsets[u]:train_end[u]`; `validation` and `test` are positions, −1 where there is none.
+    User u trains on `offsets[u]:train_end[u]`; `validation:validation_end` and `test:test_end` are to be predicted from
+    what came before the first of them. `validation` and `test` are −1 where there is nothing to predict.
     """
 
     train_end: NDArray[np.int64]
     validation: NDArray[np.int64]
+    validation_end: NDArray[np.int64]
     test: NDArray[np.int64]
+    test_end: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Events to be predicted: event (T,) indices into `Dataset.items`, ascending, and for each the event that its
+    question is asked before: the first of its basket, or itself.
+    """
+
+    event: NDArray[np.int64]
+    before: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, start: Ints, end: Ints) -> Targets:
+        """All events from each start to its end; none where the start is −1. In order of the users."""
+        there = start >= 0
+        count = (end - start)[there]
+        before = np.repeat(start[there], count)
+        event = before + np.arange(len(before)) - np.repeat(np.cumsum(count) - count, count)
+        return cls(event.astype(np.int64), before.astype(np.int64))
+
+    def take(self, rows: Ints | Bools | slice) -> Targets:
+        """Some of them."""
+        return Targets(self.event[rows], self.before[rows])
+
+    def __len__(self) -> int:
+        return len(self.event)
 
 
 def read_dataset(path: str | Path, config: DatasetConfig | None = None) -> Dataset:
@@ -115,7 +159,7 @@ def read_dataset(path: str | Path, config: DatasetConfig | None = None) -> Datas
         size = f"{len(log):,} interactions of {len(log.user_ids):,} users with {len(log.item_ids):,} items"
         core = f"none is in the {config.core}-core (dataset.core = {config.core})"
         raise DatasetError(f"{path}: empty after filtering: of {size} {core}")
-    return _arrange(log, keep)
+    return _arrange(log, keep, config.holdout)
 
 
 def k_core(user: Ints, item: Ints, core: int) -> NDArray[np.bool_]:
@@ -141,14 +185,36 @@ def k_core(user: Ints, item: Ints, core: int) -> NDArray[np.bool_]:
         keep = left
 
 
+def split_of(dataset: Dataset) -> Split:
+    """What is kept from training, as `Dataset.holdout` says."""
+    return leave_one_out(dataset) if dataset.holdout == "leave-one-out" else last_basket(dataset)
+
+
 def leave_one_out(dataset: Dataset) -> Split:
     """Each user's last event tests, the last but one validates; users with fewer than 3 events only train."""
     end = dataset.offsets[1:]
     enough = dataset.lengths() >= 3
+    return _split(enough, end - 2, end - 1, end)
+
+
+def last_basket(dataset: Dataset) -> Split:
+    """Each user's last basket (events of equal time) tests, the last but one validates; users with fewer than 3 baskets
+    only train.
+    """
+    first = np.flatnonzero(dataset.opens())
+    count = np.bincount(dataset.owners()[first], minlength=dataset.users)
+    end, last = dataset.offsets[1:], np.cumsum(count) - 1  # places in `first` of each user's last basket
+    enough = count >= 3
+    return _split(enough, first[np.maximum(last - 1, 0)], first[np.maximum(last, 0)], end)
+
+
+def _split(enough: Bools, validation: Ints, test: Ints, end: Ints) -> Split:
     return Split(
-        train_end=np.where(enough, end - 2, end),
-        validation=np.where(enough, end - 2, -1),
-        test=np.where(enough, end - 1, -1),
+        train_end=np.where(enough, validation, end),
+        validation=np.where(enough, validation, -1),
+        validation_end=np.where(enough, test, -1),
+        test=np.where(enough, test, -1),
+        test_end=np.where(enough, end, -1),
     )
 
 
@@ -182,7 +248,7 @@ def length_batches(length: Floats | Ints, tokens: int) -> list[NDArray[np.int64]
     return np.split(order, edges[1:]) if len(order) else []
 
 
-def _arrange(log: Interactions, keep: NDArray[np.bool_]) -> Dataset:
+def _arrange(log: Interactions, keep: NDArray[np.bool_], holdout: Holdout) -> Dataset:
     user, user_ids = _renumber(log.user[keep], log.user_ids)
     item, item_ids = _renumber(log.item[keep], log.item_ids)
     time = np.zeros(len(user)) if log.time is None else log.time[keep]
@@ -200,6 +266,7 @@ def _arrange(log: Interactions, keep: NDArray[np.bool_]) -> Dataset:
         has_times=log.time is not None,
         has_ratings=not bool(np.isnan(ratings).all()),
         metadata=log.metadata,
+        holdout=holdout,
     )
 
 

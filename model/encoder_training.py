@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from model.config import Config, TrainingConfig
 from model.contrast import ContrastiveViews
-from model.dataset import Dataset, leave_one_out, length_batches, pad_windows
+from model.dataset import Dataset, Targets, length_batches, pad_windows, split_of
 from model.distributed import ALONE, Peers
 from model.encoder import SequenceEncoder, encode_states
 from model.losses import gbce_loss, sampled_softmax_loss, softmax_loss
@@ -78,10 +79,12 @@ def _encoder_epoch(
     settings, total, count = config.training, 0.0, 0.0
     views = ContrastiveViews(dataset, users, config.encoder.window) if settings.contrast_weight else None
     view_rng = rng if peers.size == 1 else np.random.default_rng([settings.seed, 5, epoch, peers.rank])
-    for targets in training_batches(dataset, users, config, rng):
+    for windows in training_batches(dataset, users, config, rng):
+        targets = windows.targets
         mine, loss, targeted = targets[peers.share], None, np.count_nonzero(targets)
         if len(mine):
-            loss = next_item_loss(encoder, torch.from_numpy(mine), settings)
+            before = None if windows.before is None else torch.from_numpy(windows.before[peers.share])
+            loss = next_item_loss(encoder, torch.from_numpy(mine), settings, before)
             if views is not None:
                 contrast = views.loss(encoder, torch.from_numpy(mine), view_rng, settings.contrast_temperature)
                 loss = loss + settings.contrast_weight * contrast
@@ -90,10 +93,24 @@ def _encoder_epoch(
     return total / count
 
 
-def next_item_loss(encoder: SequenceEncoder, targets: Tensor, settings: TrainingConfig) -> Tensor:
-    """The objective at every position. targets (B, T): windows, right-padded with 0."""
-    real = targets > 0
-    states, table, target = encoder(targets[:, :-1])[real], encoder.table()[1:], targets[real] - 1
+@dataclass(frozen=True)
+class Windows:
+    """A batch of training windows: targets (B, T) items, right-padded with 0; before (B, T): after how many items of
+    the window each is predicted, None: after those that precede it.
+    """
+
+    targets: NDArray[np.int64]
+    before: NDArray[np.int64] | None = None
+
+
+def next_item_loss(
+    encoder: SequenceEncoder, targets: Tensor, settings: TrainingConfig, before: Tensor | None = None
+) -> Tensor:
+    """The objective at every position; arguments as of `Windows`."""
+    real, states = targets > 0, encoder(targets[:, :-1])
+    if before is not None:
+        states = states.gather(1, before[..., None].expand(-1, -1, states.shape[-1]))
+    states, table, target = states[real], encoder.table()[1:], targets[real] - 1
     match settings.objective:
         case "softmax":
             return softmax_loss(states, table, target, softmax_dtype(settings))
@@ -113,16 +130,22 @@ def softmax_dtype(settings: TrainingConfig) -> torch.dtype:
 
 def training_batches(
     dataset: Dataset, users: NDArray[np.bool_], config: Config, rng: np.random.Generator
-) -> Iterator[NDArray[np.int64]]:
+) -> Iterator[Windows]:
     """Windows of the marked users' training items, each item once a pass, similar lengths together.
 
-    The windows of a user are laid end to end from a random offset, other ones every epoch.
+    The windows of a user are laid end to end from a random offset, other ones every epoch. Where whole baskets are to
+    be predicted (`dataset.holdout`), every item is predicted from what came before its basket.
     """
     begin, length = _training_windows(dataset, users, config.encoder.window, rng)
     batches = length_batches(length + rng.random(len(length)), config.training.batch_tokens)
+    basket = np.maximum.accumulate(np.where(dataset.opens(), np.arange(len(dataset)), 0))
     for batch in rng.permutation(len(batches)):
-        windows = batches[batch]
-        yield pad_windows(dataset.items, begin[windows], length[windows])
+        first, size = begin[batches[batch]], length[batches[batch]]
+        targets = pad_windows(dataset.items, first, size)
+        before = None
+        if dataset.holdout == "last-basket":
+            before = np.maximum(pad_windows(basket, first, size) - first[:, None], 0)
+        yield Windows(targets, before)
 
 
 def _training_windows(
@@ -130,7 +153,7 @@ def _training_windows(
 ) -> tuple[Ints, Ints]:
     """Begin (in `dataset.items`) and length of every training window."""
     first = dataset.offsets[:-1][users]
-    train_end = leave_one_out(dataset).train_end[users] - first
+    train_end = split_of(dataset).train_end[users] - first
     lead = np.where(train_end > window, rng.integers(1, window + 1, len(first)), train_end)
     more = np.maximum(-(-(train_end - lead) // window), 0)
     user = np.repeat(np.arange(len(first)), 1 + more)
@@ -144,26 +167,27 @@ def validate_encoder(encoder: SequenceEncoder, dataset: Dataset, peers: Peers = 
     """Metrics of the encoder alone on the validation items of all users. Where nobody ever takes an item again, what a
     user has had is left out of the ranking: the repeat bias, fitted later, will do the same.
     """
-    split = leave_one_out(dataset)
-    validated = split.validation[split.validation >= 0]
-    event = validated[peers.share]
-    states = encode_states(encoder, state_requests(dataset, event, dataset.item_count))
-    target, masked = dataset.items[event], not dataset.repeats()
+    split = split_of(dataset)
+    validated = Targets.of(split.validation, split.validation_end)
+    mine = validated.take(peers.share)
+    states = encode_states(encoder, state_requests(dataset, mine.before, dataset.item_count))
+    target, masked = dataset.items[mine.event], not dataset.repeats()
     found = []
-    for at in range(0, len(event), VALIDATION_ROWS):
+    for at in range(0, len(mine), VALIDATION_ROWS):
         rows = slice(at, at + VALIDATION_ROWS)
         with torch.inference_mode():
             scores = encoder.logits(torch.from_numpy(states[rows]))
             if masked:
-                scores[mark(dataset.history(event[rows]), scores.shape[1])] = -torch.inf
+                scores[mark(dataset.history(mine.before[rows]), scores.shape[1])] = -torch.inf
         found.append(ranks(scores.numpy(), target[rows]))
-    mine = np.concatenate([*found, np.zeros(0, np.int64)])
-    return summary(peers.gathered(mine, len(validated)))
+    together = np.concatenate([*found, np.zeros(0, np.int64)])
+    return summary(peers.gathered(together, len(validated)))
 
 
 def _fingerprint(dataset: Dataset, config: Config) -> str:
     """What a saved state belongs to: everything that shapes the encoder's course, and the data."""
     parts = config.model_dump(include={"dataset", "encoder", "training"})
-    parts["training"] = {k: v for k, v in parts["training"].items() if not k.startswith(("fusion", "threads"))}
+    elsewhere = ("fusion", "repeat", "threads")
+    parts["training"] = {k: v for k, v in parts["training"].items() if not k.startswith(elsewhere)}
     data = [dataset.users, dataset.item_count, len(dataset.items), int(dataset.items[:1000].sum())]
     return json.dumps([parts, data], sort_keys=True)

@@ -1,6 +1,8 @@
 """Evaluation: leave-one-out on test items, all items ranked, with and without memory.
 
-Protocols: `unmasked` removes nothing from the ranking; `masked` removes the user's history less the target. The own
+Protocols: `unmasked` removes nothing from the ranking; `masked` removes the user's history less the target, and is left
+out where people come back to things: it would remove what is to be found. With `dataset.holdout` "last-basket" the
+items of each user's last basket are asked about together, before the first of them. The own
 scope holds the user's own earlier events (the validation item included). Stores of the collective scope: `train`
 holds others' training interactions, `live` their validation items too; nobody's test item is in either. Both are
 transductive: others' interactions later than the test item are visible. `strict`, where there are timestamps, is `live`
@@ -16,11 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.bank import Entries, Retrieved
-from model.dataset import Dataset, leave_one_out
+from model.bank import Retrieved
+from model.dataset import Dataset, Targets, split_of
 from model.errors import RamrecError
 from model.fusion_training import memory_ranks
-from model.metrics import ndcg, relative_gain, summary
+from model.habit_training import REPEATS_MATTER
+from model.metrics import basket_summary, ndcg, relative_gain, summary
 from model.recommender import Recommender
 from model.replay import (
     MemorySpace,
@@ -66,7 +69,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class Variant:
-    """What the ranking may use: which memories, and whether the encoder is calibrated (repeat bias and shift).
+    """What the ranking may use: which memories, whether the encoder is calibrated (repeat bias and shift), and whether
+    what the repeat head knows of all that was seen counts.
 
     `stores`: those of the collective scope that it is ranked with; "none" where it uses no collective memory.
     """
@@ -74,6 +78,7 @@ class Variant:
     name: str
     memories: Callable[[Asked], Retrieved]
     calibrated: bool = True
+    repeats: bool = True
     stores: tuple[str, ...] = ("train",)
 
 
@@ -86,13 +91,13 @@ def no_memory(asked: Asked) -> Retrieved:
 def own_only(asked: Asked) -> Retrieved:
     """Adaptive K of the own scope."""
     chosen = adaptive(asked.questions)
-    return replace(chosen, collective=Entries.empty(len(chosen.k)), collective_k=np.zeros_like(chosen.k))
+    return chosen.first(chosen.k, np.zeros_like(chosen.collective_k))
 
 
 def collective_only(asked: Asked) -> Retrieved:
     """Adaptive K of the collective scope."""
     chosen = adaptive(asked.questions)
-    return replace(chosen, own=Entries.empty(len(chosen.k)), k=np.zeros_like(chosen.k))
+    return chosen.first(np.zeros_like(chosen.k), chosen.collective_k)
 
 
 def both_scopes(asked: Asked) -> Retrieved:
@@ -124,7 +129,8 @@ def shuffled(asked: Asked) -> Retrieved:
     """Each query gets what another user's bank and another user's question retrieve."""
     questions = asked.questions
     mine = adaptive(questions)
-    own = asked.replayed.banks.retrieve(asked.strangers, unit(questions.state), asked.space.clusters)
+    banks, times = asked.replayed.banks, questions.times if asked.space.rules.activation else None
+    own = banks.retrieve(asked.strangers, unit(questions.state), asked.space.clusters, now=times)
     order = np.random.default_rng(len(mine.k)).permutation(len(mine.k))
     other = np.empty_like(order)
     other[order] = np.roll(order, 1)
@@ -132,8 +138,8 @@ def shuffled(asked: Asked) -> Retrieved:
 
 
 MAIN_VARIANTS = (
-    Variant("encoder", no_memory, calibrated=False, stores=("none",)),
-    Variant(BASELINE, no_memory, stores=("none",)),
+    Variant("encoder", no_memory, calibrated=False, repeats=False, stores=("none",)),
+    Variant(BASELINE, no_memory, repeats=False, stores=("none",)),
     Variant("own", own_only, stores=("none",)),
     Variant("collective", collective_only, stores=STORES),
     Variant(MEMORY, both_scopes, stores=STORES),
@@ -149,8 +155,9 @@ VARIANTS = MAIN_VARIANTS + FIXED_VARIANTS
 
 @dataclass(frozen=True)
 class Tested:
-    """One run on the test items: ranks (N,) by (variant, protocol, store), and what the memory decided for each user:
-    entropy, k, collective_k, bank_size (N,).
+    """One run on the test items: ranks (N,) by (variant, protocol, store), and what the memory decided for each
+    question: entropy, k, collective_k, bank_size (N,); repeat (N,): whether the user had the item before; basket (N,):
+    equal numbers for what is one answer together.
     """
 
     ranks: dict[tuple[str, str, str], NDArray[np.int64]]
@@ -158,6 +165,8 @@ class Tested:
     k: NDArray[np.int64]
     collective_k: NDArray[np.int64]
     bank_size: NDArray[np.int64]
+    repeat: NDArray[np.bool_]
+    basket: NDArray[np.int64]
 
 
 def evaluate(recommenders: Sequence[Recommender], dataset: Dataset, name: str) -> dict[str, Any]:
@@ -180,7 +189,8 @@ def report(tested: Sequence[Tested], name: str) -> dict[str, Any]:
     for variant, protocol, store in tested[0].ranks:
         found = [one.ranks[variant, protocol, store] for one in tested]
         label = {"dataset": name, "variant": variant, "protocol": protocol, "store": store}
-        rows.append({**label, "seeds": len(tested), **_mean([summary(one) for one in found])})
+        figures = [_figures(ranks, one) for ranks, one in zip(found, tested, strict=True)]
+        rows.append({**label, "seeds": len(tested), **_mean(figures)})
         if variant not in ("encoder", BASELINE):
             base = np.mean([ndcg(one.ranks[BASELINE, protocol, "none"]) for one in tested], axis=0)
             gain = relative_gain(np.mean([ndcg(one) for one in found], axis=0), base)
@@ -189,10 +199,26 @@ def report(tested: Sequence[Tested], name: str) -> dict[str, Any]:
     return {"rows": rows, "gains": gains, **{part: _mean([one[part] for one in spreads]) for part in spreads[0]}}
 
 
+def _figures(ranks: NDArray[np.int64], tested: Tested) -> dict[str, float]:
+    """HR, NDCG and MRR over all targets; of repeats and of new items apart, where there are both; of whole baskets,
+    where some hold more than one item.
+    """
+    figures, repeat = summary(ranks), tested.repeat
+    if repeat.any() and not repeat.all():
+        for name, some in (("repeat", repeat), ("explore", ~repeat)):
+            of_some = summary(ranks[some])
+            figures |= {f"{name}-hr@10": of_some["hr@10"], f"{name}-ndcg@10": of_some["ndcg@10"]}
+        figures["repeat-share"] = float(repeat.mean())
+    if len(np.unique(tested.basket)) < len(tested.basket):
+        figures |= basket_summary(ranks, tested.basket)
+    return figures
+
+
 def rank_test_items(recommender: Recommender, dataset: Dataset, variants: Sequence[Variant] = VARIANTS) -> Tested:
     """The variants of one run. Raises EvaluationError, see `evaluate`."""
     check_items(recommender, dataset)
     state = trajectory(dataset, recommender.encoder)
+    protocols = PROTOCOLS[:1] if recommender.config.rules.repeat_share >= REPEATS_MATTER else PROTOCOLS
     ranks: dict[tuple[str, str, str], NDArray[np.int64]] = {}
     for store in STORES if dataset.has_times else STORES[:2]:
         asked = ask_test(recommender, dataset, store, state)
@@ -206,22 +232,31 @@ def rank_test_items(recommender: Recommender, dataset: Dataset, variants: Sequen
                     asked.questions,
                     variant.memories(asked),
                     calibrated=variant.calibrated,
+                    repeats=variant.repeats,
                 )
-                ranks |= {(variant.name, protocol, label): getattr(found, protocol) for protocol in PROTOCOLS}
-    chosen = adaptive(asked.questions)
-    return Tested(ranks, chosen.entropy, chosen.k, chosen.collective_k, chosen.bank_size)
+                ranks |= {(variant.name, protocol, label): getattr(found, protocol) for protocol in protocols}
+    chosen, questions = adaptive(asked.questions), asked.questions
+    return Tested(
+        ranks,
+        chosen.entropy,
+        chosen.k,
+        chosen.collective_k,
+        chosen.bank_size,
+        repeat=dataset.is_repeat()[questions.event],
+        basket=questions.before,
+    )
 
 
 def ask_test(recommender: Recommender, dataset: Dataset, store: Store, state: NDArray[np.float32]) -> Asked:
     """Every user's memory just before their test item. state: the dataset's `trajectory`."""
-    split, owner = leave_one_out(dataset), dataset.owners()
+    split, owner = split_of(dataset), dataset.owners()
     space = memory_space_of(recommender, dataset.item_count)
-    asked = replay(dataset, state, space, np.arange(len(dataset)) == split.test[owner])
-    order = np.argsort(asked.replay.event)
-    users = owner[asked.replay.event[order]]
-    questions = collective(dataset, state, space, asked.replay.take(order), store)
-    strangers = users[np.roll(np.random.default_rng([recommender.config.training.seed, 5]).permutation(len(users)), 1)]
-    return Asked(Replayed(questions, asked.banks), space, store, _nobody_their_own(users, strangers))
+    asked = replay(dataset, state, space, Targets.of(split.test, split.test_end))
+    questions = collective(dataset, state, space, asked.replay, store)
+    users, place = np.unique(owner[questions.event], return_inverse=True)
+    order = np.random.default_rng([recommender.config.training.seed, 5]).permutation(len(users))
+    strangers = users[np.roll(order, 1)]
+    return Asked(Replayed(questions, asked.banks), space, store, _nobody_their_own(users, strangers)[place])
 
 
 def memory_space_of(recommender: Recommender, items: int = 0) -> MemorySpace:

@@ -15,9 +15,10 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
+from model import habits
 from model.bank import NOT_SHARED, Banks, Entries, stack_banks
 from model.config import RulesConfig
-from model.rules import Floats, Ints
+from model.rules import Bools, Floats, Ints
 
 LOG_LIMIT = 512
 """Newest (item, time) pairs kept in a user's log."""
@@ -130,7 +131,9 @@ class EncodeJob:
 class Plan:
     """What a batch of events means for a record: the events to write in order of time, and what happens to the rest.
 
-    `job` says which keys they need; `log_item` / `log_time` are the log with them merged in.
+    `job` says which keys they need; `log_item` / `log_time` are the log with them merged in. For each accepted event,
+    `opens`: whether the user did nothing else at its time so far; `ago`: how many of the user's occasions, as far as
+    the log reaches, came after it.
     """
 
     accepted: tuple[Event, ...]
@@ -139,6 +142,8 @@ class Plan:
     job: EncodeJob
     log_item: NDArray[np.uint32]
     log_time: NDArray[np.float64]
+    opens: Bools
+    ago: Ints
 
 
 def plan(record: UserRecord, events: Sequence[Event], forgotten_until: float = -np.inf) -> Plan:
@@ -215,7 +220,19 @@ def _merge(record: UserRecord, accepted: list[Event], duplicates: list[int], for
         time, item = time[order], item[order]
         positions[:old], positions[old:] = UNKNOWN_POSITION, start + old + rank[len(log) :]
     job = EncodeJob(start + old, item, positions)
-    return Plan(tuple(accepted), tuple(duplicates), tuple(forgotten), job, item, time)
+    opens, ago = _occasions(log, np.array([event.time for event in accepted], "<f8"))
+    return Plan(tuple(accepted), tuple(duplicates), tuple(forgotten), job, item, time, opens, ago)
+
+
+def _occasions(log: Floats, time: Floats) -> tuple[Bools, Ints]:
+    """`opens` and `ago` of a plan: of events at `time` (n,) that come to a `log` of times, both in order."""
+    opens = np.ones(len(time), bool)
+    opens[1:] = time[1:] > time[:-1]
+    if not len(log) or (len(time) and time[0] > log[-1]):
+        return opens, np.zeros(len(time), np.int64)
+    known = np.unique(log)
+    later = np.searchsorted(known, time, side="right")
+    return opens & ~np.isin(time, known), len(known) - later
 
 
 @dataclass(frozen=True)
@@ -288,6 +305,8 @@ def apply_stacked(changes: Sequence[Change]) -> Stacked:
             np.array([event.time for event in events]),
             np.array([event.rating for event in events]),
             np.array([change.cells[nth] for change in now]),
+            np.array([change.plan.opens[nth] for change in now]),
+            np.array([change.plan.ago[nth] for change in now]),
         )
     return Stacked([_next_record(change, banks.row(row)) for row, change in enumerate(changes)], banks)
 
@@ -323,7 +342,7 @@ def without(record: UserRecord, items: Sequence[int]) -> UserRecord:
     to be made anew from the log (zeros until then). Itself where bank and log have none of them.
 
     As with a late event, other keys stay as they were written, and what was pruned does not come back. `seen` stays,
-    too: it says what the user really had.
+    too: it says what the user really had; so does the number of occasions.
     """
     kept = np.flatnonzero(~np.isin(record.banks.fields["item"][0, : record.size], items))
     logged = ~np.isin(record.log_item, items)
@@ -341,6 +360,39 @@ def without(record: UserRecord, items: Sequence[int]) -> UserRecord:
         log_time=record.log_time[logged],
         state=np.zeros_like(record.state),
     )
+
+
+def with_habits(record: UserRecord) -> UserRecord:
+    """A record from before habits were kept with those that its log tells of, as if they had been kept from the log's
+    beginning on.
+
+    Of an item the newest events count, as many as its frequency says: earlier ones were forgotten with an entry that
+    was pruned. Where the log has no event of an entry, it is taken to have happened once, at its time, before all
+    occasions of the log. There are as many occasions as the log has different times.
+    """
+    banks, size = record.banks.row(0), record.size
+    entries = {name: values[0, :size] for name, values in banks.fields.items()}
+    same = record.log_item[:, None] == entries["item"]
+    event, slot = np.nonzero(same & (same[::-1].cumsum(axis=0)[::-1] <= entries["frequency"]))
+    moments, occasion = np.unique(record.log_time, return_inverse=True)
+    time, occasion = record.log_time[event], occasion[event] + 1
+    entries["first_time"][:], entries["occasion"][:] = entries["time"], 0
+    entries["first_time"][slot[::-1]], entries["occasion"][slot] = time[::-1], occasion  # of several, the last stays
+    sums = habits.first_taken(entries["time"]).astype(np.float64)
+    sums[slot] = 0.0
+    np.add.at(sums, slot, _faded(time, entries["occasion"][slot] - occasion, entries["time"][slot] - time))
+    entries["sums"][:] = sums
+    banks.occasions[0] = len(moments)
+    return replace(record, banks=banks)
+
+
+def _faded(time: Floats, occasions: Ints, seconds: Floats) -> NDArray[np.float64]:
+    """Sums (n, SUMS) of one event each, at `time` (n,), so many occasions and seconds later."""
+    told = habits.first_taken(time).astype(np.float64)
+    halved = (occasions[:, None] / habits.OCCASION_HALF_LIVES, seconds[:, None] / habits.DAY_S / habits.DAY_HALF_LIVES)
+    times = np.concatenate(halved, axis=1)
+    told[:, : times.shape[1]] *= np.exp2(-np.maximum(times, 0.0))
+    return told
 
 
 def rekey_job(record: UserRecord) -> EncodeJob:
@@ -364,7 +416,7 @@ def rekey(
     """
     old = record.banks.row(0)
     fitted = Banks(1, keys.shape[1], rules or old.rules)
-    fitted.fields, fitted.size, fitted.pruned = old.fields, old.size, old.pruned
+    fitted.fields, fitted.size, fitted.pruned, fitted.occasions = old.fields, old.size, old.pruned, old.occasions
     fitted.key[0, : record.size] = keys
     fitted.fields["cell"][0, : record.size] = NOT_SHARED if cells is None else cells
     return replace(

@@ -4,8 +4,9 @@ For each returned item v, with p = P(v), and m over all memories that were retri
 
     p·(1 − copied) = (1 − λ)·exp(state + calibration + Σ_m logit_m − log Z),    copied = Σ_m copied_m
 
-`state` is (1 − g)·h·e, what the user's state alone gives; `calibration` is shift·e and the repeat bias; logit_m is a
-memory's part in h̃·e and copied_m the share of p that is copied from it. Both sums are exact (`model.fusion`).
+`state` is (1 − g)·h·e, what the user's state alone gives; `calibration` is shift·e and the biases of what the user had;
+logit_m is a memory's part in h̃·e, with what it adds to its own item's logit, and copied_m the share of p that is copied
+from it. Both sums are exact (`model.fusion`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Influence:
     """What one memory did: scope, its column in the retrieved entries, mean attention weight, its exact part (n,) in
-    the logit of each returned item, and the exact share (n,) of each one's probability that is copied from it.
+    the logit of each returned item, and the exact share (n,) of each one's probability that is copied from it. `habit`:
+    what the part of its own item holds for being what the user comes back to.
     """
 
     scope: Literal["own", "collective"]
@@ -36,6 +38,7 @@ class Influence:
     weight: float
     part: NDArray[np.float32]
     copied: NDArray[np.float32]
+    habit: float = 0.0
 
     def raises(self, n: int) -> float:
         """How much the n-th item's log P owes to this memory: its part in the logit and what its copy adds."""
@@ -74,6 +77,10 @@ class Predicted(Protocol):
         """How the states were fused."""
 
     @property
+    def added(self) -> Tensor:
+        """What own memories added to the logits of their items, (B, own)."""
+
+    @property
     def copying(self) -> Copying:
         """What was copied."""
 
@@ -94,28 +101,40 @@ def explain(
     fused = Fused(*(getattr(prediction.fused, name)[one] for name in columns))
     copying = Copying(prediction.copying.weights[one], prediction.copying.share[one])
     state = (1 - fused.gate[0]) * (values @ torch.tensor(query.state[: values.shape[1]]))
-    repeat = fusion.repeat_bias.item() * np.isin(items, query.seen)
+    repeat = fusion.seen_bias.item() * np.isin(items, query.seen)
+    if fusion.config.repeats and retrieved.habits.shape[2]:
+        repeat = repeat + fusion.repeats.present.item() * np.isin(items, retrieved.present[row])
     return Explanation(
         gate=float(fused.gate[0]),
         copying=float(copying.share[0]),
         log_z=float(prediction.log_z[row]),
         state=np.where(known, state.numpy(), np.float32(np.nan)),
         calibration=np.where(known, (values @ fusion.shift).numpy() + repeat, np.nan).astype(np.float32),
-        influences=_influences(fusion, values, fused, copying, retrieved.take(one), ranked),
+        influences=_influences(fusion, values, fused, prediction.added[row], copying, retrieved.take(one), ranked),
     )
 
 
 def _influences(
-    fusion: MemoryFusion, values: Tensor, fused: Fused, copying: Copying, retrieved: Retrieved, ranked: Ranked
+    fusion: MemoryFusion,
+    values: Tensor,
+    fused: Fused,
+    added: Tensor,
+    copying: Copying,
+    retrieved: Retrieved,
+    ranked: Ranked,
 ) -> list[Influence]:
     """What each memory of one query did; values (n, d): the ranked items' embeddings."""
     own, others = retrieved.own, retrieved.collective
-    parts = (values @ fusion.entry_parts(fused)[0].T).numpy()
+    parts, habit = (values @ fusion.entry_parts(fused)[0].T).numpy(), added.numpy()
+    parts[:, : len(habit)] += (own.item[0] == ranked.items[:, None]) * habit
     weight = fused.weights[0].mean(dim=0).tolist()
     copied = (others.item[0] == ranked.items[:, None]) * (copying.weights * copying.share)[0].numpy()
     shares = np.minimum(copied / np.exp(ranked.scores)[:, None], 1).astype(np.float32)
     width, none = own.item.shape[1], np.zeros(len(values), np.float32)
-    mine = [Influence("own", c, weight[c], parts[:, c], none) for c in np.flatnonzero(own.valid[0]).tolist()]
+    mine = [
+        Influence("own", c, weight[c], parts[:, c], none, float(habit[c]))
+        for c in np.flatnonzero(own.valid[0]).tolist()
+    ]
     theirs = [
         Influence("collective", c, weight[width + c], parts[:, width + c], shares[:, c])
         for c in np.flatnonzero(others.valid[0]).tolist()

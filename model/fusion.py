@@ -5,11 +5,14 @@ alike situations may be copied.
     a_j = softmax_j(q(h)·k(m_j)/√d + similarity_j/τ)      a head at a time
     h_mem = Σ_j a_j·o(v(m_j))                             linear in the memories: no norm or MLP after it
     h̃ = (1 − g)·h + g·h_mem,  g = gate(h, h_mem, H, n)
-    P = (1 − λ)·softmax((h̃ + shift)·Eᵀ + repeat bias) + λ·Σ_j c_j·1[item_j]        j over the collective memories
+    l = (h̃ + shift)·Eᵀ + repeat bias + Σ_i r_i·1[item_i]                           i over the own memories
+    P = (1 − λ)·softmax(l) + λ·Σ_j c_j·1[item_j]                                   j over the collective memories
 
-Because h_mem is linear, each memory's part in every logit is exact, and so is each copy's share of a probability.
-Without memories h̃ = h, without collective memories λ = 0. Shift and repeat bias calibrate the encoder to users that it
-was not trained on; they need no memories and belong to the model that memory is compared with.
+Because h_mem is linear, each memory's part in every logit is exact, and so is each copy's share of a probability; what
+an own memory adds to the logit of its item (`RepeatHead`) is exact by itself.
+Without memories h̃ = h and r is nothing, without collective memories λ = 0. What does not help on validation items is
+not there at all (`FusionConfig.attention`, `copying`, `repeats`). Shift and repeat bias calibrate the encoder to users
+that it was not trained on; they need no memories and belong to the model that memory is compared with.
 """
 
 from __future__ import annotations
@@ -25,12 +28,15 @@ from torch.nn import functional
 
 from model.bank import Entries, Retrieved
 from model.config import FusionConfig
+from model.habits import FEATURES as HABITS
 
 OWN, COLLECTIVE = 0.0, 1.0
 GATE_START = -2.0
 """Bias of the fresh gate: memory starts with a small say."""
 COPY_START = -2.0
 """The same for λ."""
+TINY = 1e-12
+"""Weights below this are taken for it where a slope at 0 would be infinite."""
 LOG_P_SCALE = 8.0
 """Brings logarithms of probabilities and sizes near 1."""
 
@@ -39,8 +45,9 @@ LOG_P_SCALE = 8.0
 class MemoryTokens:
     """Memories as tensors: item (B, K) int64 (0 = unknown to the model), copied (B, K') int64 the items of the
     collective ones as they came (unknown ones beyond the model's items), features (B, K, 5) float32 (similarity,
-    quality, recency, rating, scope), valid (B, K) bool, entropy and size (B,) float32. The first `own` columns are
-    the own scope's, the others collective.
+    quality, recency, rating, scope), valid (B, K) bool, entropy and size (B,) float32, habits (B, own, F) float32 what
+    the own ones tell (`model.habits.features`; F may be 0). The first `own` columns are the own scope's, the others
+    collective.
     """
 
     item: Tensor
@@ -49,6 +56,8 @@ class MemoryTokens:
     valid: Tensor
     entropy: Tensor
     size: Tensor
+    habits: Tensor
+    present: Tensor
 
     FEATURES = ("similarity", "quality", "recency", "rating", "scope")
 
@@ -64,6 +73,8 @@ class MemoryTokens:
             valid=torch.from_numpy(np.concatenate([entries.valid for entries, _ in scopes], axis=1)),
             entropy=torch.from_numpy(retrieved.entropy.astype(np.float32)),
             size=torch.from_numpy(retrieved.bank_size.astype(np.float32)),
+            habits=torch.from_numpy(retrieved.habits),
+            present=torch.from_numpy(np.where(retrieved.present > items, 0, retrieved.present)),
         )
 
     def take(self, rows: slice) -> MemoryTokens:
@@ -161,7 +172,7 @@ class CopyHead(nn.Module):
         valid: Tensor,
     ) -> Tensor:
         count = valid.sum(dim=1).clamp(min=1)
-        concentration = torch.special.entr(weights).sum(dim=1) / math.log(100)
+        concentration = torch.special.entr(weights.clamp(min=TINY)).sum(dim=1) / math.log(100)
         context = torch.stack(
             [
                 similarity.amax(dim=1),
@@ -179,8 +190,59 @@ class CopyHead(nn.Module):
         return share
 
 
+class RepeatHead(nn.Module):
+    """What each own memory adds to the logit of its item, for being what the user may come back to: a small network
+    over its habits (standardised), its similarity, the model's own log-probability of the item, and the user's entropy
+    and bank size. It starts at 0.
+
+    Two numbers stand beside it: `seen` is added to all that the user had, retrieved or not, and `present` to what the
+    user takes at this very time: nobody comes back to what is in the same basket.
+    """
+
+    CONTEXT = 4
+
+    def __init__(self, config: FusionConfig) -> None:
+        super().__init__()
+        width, hidden = len(HABITS) + self.CONTEXT, config.repeat_hidden
+        self.mean: Tensor = nn.Buffer(torch.zeros(width))
+        self.scale: Tensor = nn.Buffer(torch.ones(width))
+        last = nn.Linear(hidden, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.layers = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), last)
+        self.seen = nn.Parameter(torch.zeros(()))
+        self.present = nn.Parameter(torch.zeros(()))
+        self.dropout, self.looks_at_log_p = config.dropout, config.repeat_log_p
+
+    def forward(self, memories: MemoryTokens, log_p: Tensor) -> Tensor:
+        """(B, own) from the model's log-probabilities of the items (B, own); 0 where there is no memory, or its item is
+        unknown to the model.
+        """
+        standard = (self.inputs(memories, log_p) - self.mean) / self.scale
+        added = self.layers(functional.dropout(standard, self.dropout, self.training))[..., 0]
+        there = memories.valid[:, : memories.own] & (memories.item[:, : memories.own] > 0)
+        return added * there  # type: ignore[no-any-return]
+
+    def inputs(self, memories: MemoryTokens, log_p: Tensor) -> Tensor:
+        """What is looked at, (B, own, F + CONTEXT)."""
+        shape = log_p.shape
+        context = [
+            memories.features[:, : memories.own, 0],
+            log_p / LOG_P_SCALE if self.looks_at_log_p else torch.zeros_like(log_p),
+            memories.entropy[:, None].expand(shape),
+            torch.log1p(memories.size)[:, None].expand(shape) / LOG_P_SCALE,
+        ]
+        return torch.cat([memories.habits, torch.stack(context, dim=-1)], dim=-1)
+
+    @torch.no_grad()
+    def standardise(self, inputs: Tensor) -> None:
+        """Learn mean and spread from inputs (n, F + CONTEXT)."""
+        self.mean.copy_(inputs.mean(dim=0))
+        self.scale.copy_(inputs.std(dim=0).clamp(min=1e-3))
+
+
 class MemoryFusion(nn.Module):
-    """Cross-attention over memories, the gate, the repeat bias, and copying."""
+    """Cross-attention over memories, the gate, the repeat bias and head, and copying."""
 
     def __init__(self, config: FusionConfig, dim: int) -> None:
         super().__init__()
@@ -197,6 +259,7 @@ class MemoryFusion(nn.Module):
         self.repeat_bias = nn.Parameter(torch.zeros(()))
         self.shift = nn.Parameter(torch.zeros(dim))
         self.copy = CopyHead(config)
+        self.repeats = RepeatHead(config)
 
     def calibration(self) -> list[nn.Parameter]:
         """Parameters that work without any memory."""
@@ -204,7 +267,7 @@ class MemoryFusion(nn.Module):
 
     def attention(self) -> Iterator[nn.Parameter]:
         """Parameters of cross-attention and gate."""
-        apart = {id(one) for one in (*self.calibration(), *self.copy.parameters())}
+        apart = {id(one) for one in (*self.calibration(), *self.copy.parameters(), *self.repeats.parameters())}
         return (one for one in self.parameters() if id(one) not in apart)
 
     def forward(self, state: Tensor, memories: MemoryTokens, items: Tensor | ProjectedItems) -> Fused:
@@ -251,17 +314,35 @@ class MemoryFusion(nn.Module):
     def _gate(self, state: Tensor, recalled: Tensor, memories: MemoryTokens) -> Tensor:
         context = torch.stack([memories.entropy, torch.log1p(memories.size)], dim=1)
         opening = torch.sigmoid(self.gate(torch.cat([state, recalled, context], dim=1)))
-        return opening * self.config.gate_max * memories.valid.any(dim=1, keepdim=True)
+        limit = self.config.gate_max if self.config.attention else 0.0
+        return opening * limit * memories.valid.any(dim=1, keepdim=True)
+
+    @property
+    def seen_bias(self) -> Tensor:
+        """What is added to the logits of all items that a user had."""
+        return self.repeat_bias + self.repeats.seen if self.config.repeats else self.repeat_bias
+
+    def coming_back(self, memories: MemoryTokens, log_p: Tensor) -> Tensor:
+        """What own memories add to the logits of their items, (B, own). log_p (B, own): the model's own."""
+        if not self.config.repeats or memories.habits.shape[2] != len(HABITS):
+            return log_p.new_zeros(log_p.shape)
+        added: Tensor = self.repeats(memories, log_p.detach())
+        return added
+
+    def at_once(self, memories: MemoryTokens) -> Tensor:
+        """What is added to the logits of the items that are taken at this very time, (B, P); 0 for padding."""
+        bias = self.repeats.present if self.config.repeats else self.repeats.present.detach() * 0
+        return bias * (memories.present > 0)
 
     def copying(self, memories: MemoryTokens, logits: Tensor, log_z: Tensor, seen: Tensor) -> Copying:
         """What is copied. logits (B, items + 1) and log_z (B, 1): the model's own; seen (B, items + 1) bool: items that
         each user had.
         """
         item = memories.item[:, memories.own :]
-        if not item.shape[1]:
-            return Copying(logits.new_zeros(len(logits), 0), logits.new_zeros(len(logits), 1))
+        if not item.shape[1] or not self.config.copying:
+            return Copying(logits.new_zeros(item.shape), logits.new_zeros(len(logits), 1))
         own_log_p = (logits.detach().gather(1, item) - log_z.detach()).masked_fill(item == 0, 0.0)
-        return self.copy(memories, own_log_p, self.repeat_bias * seen.gather(1, item))  # type: ignore[no-any-return]
+        return self.copy(memories, own_log_p, self.seen_bias * seen.gather(1, item))  # type: ignore[no-any-return]
 
     def entry_parts(self, fused: Fused) -> Tensor:
         """Each memory's share of the fused state, (B, K, d); with (1 − g)·h they add up to h̃."""

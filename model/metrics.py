@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from model.rules import Floats, Ints
 
 CUTOFFS = (5, 10)
+BASKET_CUTOFFS = (10, 20)
 BOOTSTRAP_ROUNDS = 1000
 
 
@@ -29,6 +30,28 @@ def summary(rank: Ints) -> dict[str, float]:
     figures = {f"hr@{k}": float(np.mean(rank <= k)) for k in CUTOFFS}
     figures |= {f"ndcg@{k}": float(np.mean(ndcg(rank, k))) for k in CUTOFFS}
     figures["mrr"] = float(np.mean(1.0 / rank))
+    return figures
+
+
+def basket_summary(rank: Ints, basket: Ints) -> dict[str, float]:
+    """Recall, NDCG and PHR (whether anything was hit) at 10 and 20 of whole baskets, means over baskets, as the
+    next-basket literature has them.
+
+    Args:
+        rank: (N,) of each item of a basket among all items. basket: (N,) equal numbers for one basket.
+
+    >>> basket_summary(np.array([1, 30]), np.array([7, 7]))["basket-recall@10"]
+    0.5
+    """
+    _, place, size = np.unique(basket, return_inverse=True, return_counts=True)
+    ideal = np.cumsum(1 / np.log2(np.arange(2, BASKET_CUTOFFS[-1] + 2)))
+    figures = {}
+    for cutoff in BASKET_CUTOFFS:
+        hits = np.bincount(place, np.asarray(rank) <= cutoff)
+        gain = np.bincount(place, ndcg(rank, cutoff))
+        figures[f"basket-recall@{cutoff}"] = float(np.mean(hits / size))
+        figures[f"basket-ndcg@{cutoff}"] = float(np.mean(gain / ideal[np.minimum(size, cutoff) - 1]))
+        figures[f"basket-phr@{cutoff}"] = float(np.mean(hits > 0))
     return figures
 
 

@@ -27,7 +27,7 @@ class TrainingError(RamrecError):
 
 @dataclass(frozen=True)
 class Epoch:
-    """What a progress display is told after every epoch."""
+    """What a progress display is told after every epoch; `note`: what there is to say in the end."""
 
     stage: str
     epoch: int
@@ -35,6 +35,7 @@ class Epoch:
     loss: float
     validation: dict[str, float]
     best: bool
+    note: str = ""
 
 
 Report = Callable[[Epoch], None]

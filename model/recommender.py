@@ -49,14 +49,15 @@ class Query:
 class Prediction:
     """P = (1 − λ)·exp(log_p) + λ·Σ_j c_j·1[item_j] for B queries.
 
-    logits (B, items + 1): the fused state's, with the repeat bias, −inf at 0; log_z (B, 1): log Σ exp of them;
-    memories: what it was made from; fused and copying: how.
+    logits (B, items + 1): the fused state's, with the repeat bias and what own memories add, −inf at 0; log_z (B, 1):
+    log Σ exp of them; memories: what it was made from; fused, added (B, own) and copying: how.
     """
 
     logits: Tensor
     log_z: Tensor
     memories: MemoryTokens
     fused: Fused
+    added: Tensor
     copying: Copying
 
     @property
@@ -75,7 +76,7 @@ class Prediction:
             model = functional.pad(model, (0, wider), value=-torch.inf)
         shares = torch.zeros_like(model).scatter_add_(1, copied, weights)
         shares[:, 0] = 0.0
-        row, column = torch.nonzero(shares > 0, as_tuple=True)
+        row, column = torch.nonzero(shares > TINY, as_tuple=True)  # below it, slopes of the logarithm overflow
         both = torch.logaddexp(model[row, column], shares[row, column].log())
         return model.index_put((row, column), both)
 
@@ -103,10 +104,17 @@ def predict(
     fused = fusion(states[:, : table.shape[1]], memories, projected or table)
     logits = fused.state @ table.T
     if calibrated:
-        logits = logits + fusion.shift @ table.T + fusion.repeat_bias * had
+        logits = logits + fusion.shift @ table.T + fusion.seen_bias * had
     logits[:, 0] = -torch.inf
     log_z = torch.logsumexp(logits, dim=1, keepdim=True)
-    return Prediction(logits, log_z, memories, fused, fusion.copying(memories, logits, log_z, had))
+    added = logits.new_zeros(len(logits), memories.own)
+    if fusion.config.repeats and memories.habits.shape[2]:
+        own = memories.item[:, : memories.own]
+        known = own > 0
+        added = fusion.coming_back(memories, (logits.gather(1, own) - log_z).masked_fill(~known, 0.0))
+        logits = logits.scatter_add(1, own, added).scatter_add(1, memories.present, fusion.at_once(memories))
+        log_z = torch.logsumexp(logits, dim=1, keepdim=True)
+    return Prediction(logits, log_z, memories, fused, added, fusion.copying(memories, logits, log_z, had))
 
 
 @dataclass(frozen=True)

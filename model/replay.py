@@ -20,7 +20,7 @@ from model import rules as rule
 from model.bank import Banks, Entries, Retrieved
 from model.collective import CollectiveIndex, cells
 from model.config import RulesConfig
-from model.dataset import Dataset, leave_one_out
+from model.dataset import Dataset, Targets, split_of
 from model.encoder import SequenceEncoder, StateRequests, encode_states
 from model.rules import Bools, Floats, Ints
 
@@ -40,18 +40,23 @@ class MemorySpace:
 
 @dataclass(frozen=True)
 class Replay:
-    """Answers to N questions, each "before event e": event (N,) index into `dataset.items`, state (N, d) float32 of the
-    user then, and the k_max best memories, to be cut by `adaptive` or to a fixed K.
+    """Answers to N questions: what follows, asked before the event `before` (N,) at the time of the event `event` (N,)
+    that is to be found (indices into `dataset.items`; one and the same, or the first of its basket); state (N, d)
+    float32 of the user then, times (N,) of the questions, and the k_max best memories, to be cut by `adaptive` or to a
+    fixed K.
     """
 
     event: NDArray[np.int64]
+    before: NDArray[np.int64]
+    times: NDArray[np.float64]
     state: NDArray[np.float32]
     retrieved: Retrieved
     rules: RulesConfig
 
     def take(self, rows: Ints | Bools | slice) -> Replay:
         """Some of the questions; a mask, indices or a slice."""
-        return Replay(self.event[rows], self.state[rows], self.retrieved.take(rows), self.rules)
+        event, before, times = self.event[rows], self.before[rows], self.times[rows]
+        return Replay(event, before, times, self.state[rows], self.retrieved.take(rows), self.rules)
 
 
 @dataclass(frozen=True)
@@ -73,14 +78,7 @@ def fixed(retrieved: Retrieved, k: Ints | int, collective_k: Ints | int) -> Retr
     """Only the best k memories of each scope; k (B,) or one number."""
     shape = retrieved.bank_size.shape
     own = np.minimum(np.broadcast_to(k, shape), retrieved.bank_size)
-    others = np.broadcast_to(collective_k, shape).astype(np.int64)
-    return replace(
-        retrieved,
-        k=own,
-        own=retrieved.own.first(own),
-        collective=retrieved.collective.first(others),
-        collective_k=others,
-    )
+    return retrieved.first(own, np.broadcast_to(np.asarray(collective_k, np.int64), shape))
 
 
 def trajectory(dataset: Dataset, encoder: SequenceEncoder) -> NDArray[np.float32]:
@@ -88,42 +86,56 @@ def trajectory(dataset: Dataset, encoder: SequenceEncoder) -> NDArray[np.float32
     return encode_states(encoder, state_requests(dataset, np.arange(len(dataset)), encoder.item_count))
 
 
-def replay(dataset: Dataset, state: Floats, space: MemorySpace, asked: Bools) -> Replayed:
-    """Write every user's events up to their last question, asking the own scope before each event marked in `asked`
-    (N,). `state` (N, d) is the dataset's `trajectory`.
+def replay(
+    dataset: Dataset, state: Floats, space: MemorySpace, targets: Targets, k: int | None = None, habits: bool = False
+) -> Replayed:
+    """Write every user's events up to their last question, asking the own scope before each target. `state` (N, d) is
+    the dataset's `trajectory`.
+
+    Args:
+        k: memories retrieved for each question; none: as many as adaptive K may want. habits: whether their features
+            are told; they are where they decide what is retrieved.
     """
     key, rules = rule.unit(state), space.rules
+    asked = np.zeros(len(dataset), bool)
+    asked[targets.before] = True
     lengths = last_question(dataset, asked)
-    banks = Banks(dataset.users, key.shape[1], rules)
-    events, answers = [], []
+    banks, opens = Banks(dataset.users, key.shape[1], rules), dataset.opens()
+    width, answers, before = rules.k_max if k is None else k, [], []
     for rows, now in _steps(dataset, lengths):
         asking = asked[now]
         if asking.any():
-            events.append(now[asking])
-            answers.append(banks.retrieve(rows[asking], key[now[asking]], space.clusters, k=rules.k_max))
+            before.append(now[asking])
+            times = dataset.times[now[asking]] if habits or rules.activation else None
+            answers.append(banks.retrieve(rows[asking], key[now[asking]], space.clusters, width, times))
         before_last = now - dataset.offsets[rows] < lengths[rows] - 1
-        _write(banks, dataset, key, rows[before_last], now[before_last])
-    event: NDArray[np.int64] = np.concatenate(events).astype(np.int64)
-    return Replayed(Replay(event, state[event], _stack(answers, rules.k_max), rules), banks)
+        _write(banks, dataset, key, opens, rows[before_last], now[before_last])
+    asked_before: NDArray[np.int64] = np.concatenate([*before, np.zeros(0, np.int64)]).astype(np.int64)
+    order = np.argsort(asked_before)
+    place = order[np.searchsorted(asked_before, targets.before, sorter=order)]
+    retrieved = _stack(answers, width).take(place)
+    times = dataset.times[targets.before]
+    return Replayed(Replay(targets.event, targets.before, times, state[targets.before], retrieved, rules), banks)
 
 
 def filled(dataset: Dataset, state: Floats, space: MemorySpace, lengths: Ints) -> Banks:
     """All users' banks after their first `lengths` (users,) events."""
     key = rule.unit(state)
-    banks = Banks(dataset.users, key.shape[1], space.rules)
+    banks, opens = Banks(dataset.users, key.shape[1], space.rules), dataset.opens()
     for rows, event in _steps(dataset, lengths):
         cell = cells(key[event], event - dataset.offsets[rows], space.centroids)
-        _write(banks, dataset, key, rows, event, cell)
+        _write(banks, dataset, key, opens, rows, event, cell)
     return banks
 
 
 def collective(dataset: Dataset, state: Floats, space: MemorySpace, asked: Replay, store: Store) -> Replay:
     """The questions with the collective_k_max best memories of others that a store holds."""
-    split = leave_one_out(dataset)
-    lengths = split.train_end - dataset.offsets[:-1] + (split.validation >= 0) * (store != "train")
+    split = split_of(dataset)
+    end = split.train_end if store == "train" else np.maximum(split.train_end, split.validation_end)
+    lengths = end - dataset.offsets[:-1]
     banks, owners = filled(dataset, state, space, lengths), dataset.owners()[asked.event]
     if store == "strict":
-        return _ask_older(asked, owners, dataset.times[asked.event], banks)
+        return _ask_older(asked, owners, asked.times, banks)
     return ask_others(asked, owners, index_of(banks, space))
 
 
@@ -136,12 +148,14 @@ def index_of(banks: Banks, space: MemorySpace) -> CollectiveIndex:
 
 def ask_others(asked: Replay, owners: Ints, index: CollectiveIndex) -> Replay:
     """The questions with the collective_k_max best memories of others. owners (N,): the asking users' slots."""
-    queries, width = rule.unit(asked.state), asked.rules.collective_k_max
-    wanted = np.full(len(queries), width)
+    _, first, place = np.unique(asked.before, return_index=True, return_inverse=True)  # a basket's are one question
+    queries, width = rule.unit(asked.state[first]), asked.rules.collective_k_max
+    askers, wanted = owners[first], np.full(len(first), width)
     chunks = [slice(at, at + SEARCH_ROWS) for at in range(0, len(queries), SEARCH_ROWS)]
-    parts = [_widen(index.search(queries[rows], owners[rows], wanted[rows]), width) for rows in chunks]
+    parts = [_widen(index.search(queries[rows], askers[rows], wanted[rows]), width) for rows in chunks]
     found = Entries(*(np.concatenate([getattr(part, name) for part in parts]) for name in Entries.COLUMNS))
-    return replace(asked, retrieved=replace(asked.retrieved, collective=found, collective_k=wanted))
+    collective_k = np.full(len(owners), width)
+    return replace(asked, retrieved=replace(asked.retrieved, collective=found.take(place), collective_k=collective_k))
 
 
 def _ask_older(asked: Replay, owners: Ints, times: Floats, banks: Banks) -> Replay:
@@ -192,16 +206,28 @@ def _steps(dataset: Dataset, lengths: Ints) -> Iterator[tuple[Ints, Ints]]:
         yield rows, dataset.offsets[rows] + position
 
 
-def _write(banks: Banks, dataset: Dataset, key: Floats, rows: Ints, event: Ints, cell: Ints | None = None) -> None:
+def _write(
+    banks: Banks, dataset: Dataset, key: Floats, opens: Bools, rows: Ints, event: Ints, cell: Ints | None = None
+) -> None:
     if len(rows):
-        banks.write(rows, dataset.items[event], key[event], dataset.times[event], dataset.ratings[event], cell)
+        item, time, rating = dataset.items[event], dataset.times[event], dataset.ratings[event]
+        banks.write(rows, item, key[event], time, rating, cell, opens[event])
 
 
 def _stack(answers: list[Retrieved], width: int) -> Retrieved:
     own = [_widen(one.own, width) for one in answers]
     entropy, k, size = (np.concatenate([getattr(one, n) for one in answers]) for n in ("entropy", "k", "bank_size"))
     joined = Entries(*(np.concatenate([getattr(one, name) for one in own]) for name in Entries.COLUMNS))
-    return replace(Retrieved.nothing(entropy, size), k=k, own=joined)
+    told = [np.pad(one.habits, ((0, 0), (0, width - one.habits.shape[1]), (0, 0))) for one in answers]
+    most = max(one.present.shape[1] for one in answers)
+    present = [np.pad(one.present, ((0, 0), (0, most - one.present.shape[1]))) for one in answers]
+    return replace(
+        Retrieved.nothing(entropy, size),
+        k=k,
+        own=joined,
+        habits=np.concatenate(told),
+        present=np.concatenate(present),
+    )
 
 
 def _widen(entries: Entries, width: int) -> Entries:

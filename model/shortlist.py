@@ -36,7 +36,8 @@ class Shortlist:
     """P as in `Prediction`, for the items that are asked about.
 
     directions (B, d): their products with the item table are the logits, but for the repeat bias; near (B, n): the
-    items that the index found, best first; seen: what each user had; log_z (B,); fused and copying: how.
+    items that the index found, best first; seen: what each user had; log_z (B,); fused, added (B, own), at_once (B, P)
+    and copying: how.
     """
 
     index: ItemIndex
@@ -47,6 +48,8 @@ class Shortlist:
     repeat_bias: float
     memories: MemoryTokens
     fused: Fused
+    added: Tensor
+    at_once: Tensor
     copying: Copying
 
     def best(self, row: int, query: Query) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -63,6 +66,8 @@ class Shortlist:
         known, share = items <= self.index.items, self.copying.share[row].numpy()
         logits = self.index.logits(self.directions[row], np.where(known, items, 0))
         logits += np.float32(self.repeat_bias) * np.isin(items, self.seen[row])
+        logits += _at(items, self.memories.item[row, : self.memories.own].numpy(), self.added[row].numpy())
+        logits += _at(items, self.memories.present[row].numpy(), self.at_once[row].numpy())
         model = np.where(known, logits - self.log_z[row] + np.log1p(-share), -np.inf)
         with np.errstate(divide="ignore"):
             copied = np.log(self._copied(row, items) * share)
@@ -71,13 +76,7 @@ class Shortlist:
 
     def _copied(self, row: int, items: Ints) -> NDArray[np.float32]:
         """What share of the copies each item has."""
-        taken, weights = self.memories.copied[row].numpy(), self.copying.weights[row].numpy()
-        shares = np.zeros(len(items), np.float32)
-        place = np.searchsorted(items, taken)
-        place[place == len(items)] = 0
-        same = items[place] == taken if len(items) else np.zeros(len(taken), bool)
-        np.add.at(shares, place[same], weights[same])
-        return shares
+        return _at(items, self.memories.copied[row].numpy(), self.copying.weights[row].numpy())
 
     def _pool(self, row: int, top_n: int, may: Bools) -> NDArray[np.int64]:
         """Permitted items, ascending, with the best `top_n` among them. may (items + 1 or more,): which."""
@@ -88,7 +87,8 @@ class Shortlist:
             if len(near) * WIDER > FETCH_LIMIT:
                 return np.flatnonzero(may)
             near = self.index.nearest(self.directions[row : row + 1], len(near) * WIDER)[0][0]
-        items: NDArray[np.int64] = np.unique(np.concatenate([near, self.seen[row], self.memories.copied[row].numpy()]))
+        named = (self.seen[row], self.memories.item[row, : self.memories.own], self.memories.copied[row])
+        items: NDArray[np.int64] = np.unique(np.concatenate([near, *map(np.asarray, named)]))
         return items[may[items]]
 
     def _suffices(self, row: int, near: Ints, top_n: int, may: Bools) -> bool:
@@ -105,12 +105,21 @@ def shortlist(
 ) -> Shortlist:
     """Fuse, search, copy: `recommender.predict` where not every item is scored. seen: what each user had."""
     fused = fusion(states[:, : table.shape[1]], memories, table)
-    directions, bias = (fused.state + fusion.shift).numpy(), float(fusion.repeat_bias)
+    directions, bias = (fused.state + fusion.shift).numpy(), float(fusion.seen_bias)
     near, products = index.nearest(directions, FETCH)
     had = [np.unique(items[items > 0]) for items in seen]
-    log_z = _log_z(index, directions, near, products, had, bias)
-    copying = _copying(fusion, table, torch.from_numpy(directions), torch.from_numpy(log_z), memories, had)
-    return Shortlist(index, directions, near, had, log_z, bias, memories, fused, copying)
+    log_z = torch.from_numpy(_log_z(index, directions, near, products, had, bias))
+    logits = _Logits(fusion, table, torch.from_numpy(directions), had)
+    own = memories.item[:, : memories.own]
+    log_p = (logits(own)[0] - log_z[:, None]).masked_fill(own == 0, 0.0)
+    added, at_once = fusion.coming_back(memories, log_p), fusion.at_once(memories)
+    log_z = log_z + torch.log1p((log_p.exp() * added.expm1()).sum(dim=1))
+    present = memories.present
+    log_p = logits(present)[0] + _lifted(present, own, added) - log_z[:, None]
+    log_p = log_p.masked_fill(present == 0, 0.0)
+    log_z = log_z + torch.log1p((log_p.exp() * at_once.expm1()).sum(dim=1))
+    copying = _copying(fusion, logits, log_z, memories, added, at_once)
+    return Shortlist(index, directions, near, had, log_z.numpy(), bias, memories, fused, added, at_once, copying)
 
 
 def _log_z(
@@ -131,18 +140,50 @@ def _log_z(
     return log_z
 
 
+@dataclass(frozen=True)
+class _Logits:
+    """Logits of some items of each query, and the repeat bias in them; directions (B, d), seen: what each user had."""
+
+    fusion: MemoryFusion
+    table: Tensor
+    directions: Tensor
+    seen: Sequence[Ints]
+
+    def __call__(self, item: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, K) each; item (B, K)."""
+        had = [np.isin(row, seen) for row, seen in zip(item.numpy(), self.seen, strict=True)]
+        repeat = self.fusion.seen_bias * torch.from_numpy(np.stack(had))
+        return torch.einsum("bkd,bd->bk", self.table[item], self.directions) + repeat, repeat
+
+
 def _copying(
-    fusion: MemoryFusion, table: Tensor, directions: Tensor, log_z: Tensor, memories: MemoryTokens, seen: Sequence[Ints]
+    fusion: MemoryFusion, logits: _Logits, log_z: Tensor, memories: MemoryTokens, added: Tensor, at_once: Tensor
 ) -> Copying:
     """`MemoryFusion.copying` from the logits of the memories' items alone."""
-    item = memories.item[:, memories.own :]
-    if not item.shape[1]:
-        return Copying(log_z.new_zeros(len(item), 0), log_z.new_zeros(len(item), 1))
-    had = np.stack([np.isin(row, had) for row, had in zip(item.numpy(), seen, strict=True)])
-    repeat = fusion.repeat_bias * torch.from_numpy(had)
-    log_p = torch.einsum("bkd,bd->bk", table[item], directions) + repeat - log_z[:, None]
-    copying: Copying = fusion.copy(memories, log_p.masked_fill(item == 0, 0.0), repeat)
+    own, item = memories.item[:, : memories.own], memories.item[:, memories.own :]
+    if not item.shape[1] or not fusion.config.copying:
+        return Copying(log_z.new_zeros(item.shape), log_z.new_zeros(len(item), 1))
+    wanted, repeat = logits(item)
+    lifted = _lifted(item, own, added) + _lifted(item, memories.present, at_once)
+    log_p = (wanted + lifted - log_z[:, None]).masked_fill(item == 0, 0.0)
+    copying: Copying = fusion.copy(memories, log_p, repeat)
     return copying
+
+
+def _lifted(item: Tensor, named: Tensor, values: Tensor) -> Tensor:
+    """For each item (B, K): the sum of the values (B, M) of those named (B, M)."""
+    return ((item[:, :, None] == named[:, None]) * values[:, None]).sum(dim=2)
+
+
+def _at(items: Ints, named: Ints, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """For each of the items (n,), ascending: the sum of the values (K,) of those named (K,)."""
+    found = np.zeros(len(items), np.float32)
+    if len(items):
+        place = np.searchsorted(items, named)
+        place[place == len(items)] = 0
+        same = items[place] == named
+        np.add.at(found, place[same], values[same])
+    return found
 
 
 def permitted(query: Query, width: int) -> Bools:

@@ -21,13 +21,14 @@ from torch.nn import functional
 
 from model.checkpoint import Checkpoint, save_checkpoint
 from model.config import Config, TrainingConfig
-from model.dataset import Dataset, leave_one_out
+from model.dataset import Dataset, split_of
 from model.distributed import ALONE, Peers
 from model.encoder import SequenceEncoder, encode_states
 from model.encoder_training import fit_encoder
 from model.fusion_training import fit_fusion
+from model.habit_training import fit_rules, measured_rules
 from model.optimisation import Report, named_weights
-from model.replay import MemorySpace, state_requests
+from model.replay import MemorySpace, state_requests, trajectory
 
 LISTS_A_ROOT = 6
 """Lists of the collective index over √N keys. Many small lists find more in the same time than √N lists: see
@@ -56,9 +57,12 @@ def train(
     report = report if peers.is_first else lambda epoch: None
     encoder = fit_encoder(dataset, config, ~held_out, run, report, peers)
     space = _shared(memory_space(dataset, encoder, config), peers)
-    fusion = fit_fusion(dataset, config, encoder, space, held_out, report, peers)
+    state = trajectory(dataset, encoder)
+    space = replace(space, rules=fit_rules(dataset, state, space, config.training))
+    fusion, exclude_seen = fit_fusion(dataset, config, encoder, state, space, held_out, report, peers)
+    rules = space.rules.model_copy(update={"exclude_seen": exclude_seen})
     checkpoint = Checkpoint(
-        config=config,
+        config=config.model_copy(update={"rules": rules, "fusion": fusion.config}),
         item_ids=dataset.item_ids,
         metadata={item: dataset.metadata[item] for item in dataset.item_ids if item in dataset.metadata},
         weights=named_weights(encoder, "encoder.") | named_weights(fusion, "fusion."),
@@ -73,12 +77,15 @@ def train(
 
 
 def fitted_config(config: Config, dataset: Dataset) -> Config:
-    """The config with what the data decides: the unit of time, and the range of ratings where it is wider."""
-    rules: dict[str, Any] = {"time_unit": "seconds" if dataset.has_times else "position"}
+    """The config with what the data decides: the unit of time, the range of ratings where it is wider, how much people
+    come back to things.
+    """
+    found: dict[str, Any] = {"time_unit": "seconds" if dataset.has_times else "position"}
     if dataset.has_ratings:
-        rules["rating_min"] = min(config.rules.rating_min, float(np.nanmin(dataset.ratings)))
-        rules["rating_max"] = max(config.rules.rating_max, float(np.nanmax(dataset.ratings)))
-    return config.model_copy(update={"rules": config.rules.model_copy(update=rules)})
+        found["rating_min"] = min(config.rules.rating_min, float(np.nanmin(dataset.ratings)))
+        found["rating_max"] = max(config.rules.rating_max, float(np.nanmax(dataset.ratings)))
+    rules = measured_rules(dataset, config.rules.model_copy(update=found))
+    return config.model_copy(update={"rules": rules})
 
 
 def hold_out(users: int, config: TrainingConfig) -> NDArray[np.bool_]:
@@ -93,7 +100,7 @@ def hold_out(users: int, config: TrainingConfig) -> NDArray[np.bool_]:
 
 def popularity(dataset: Dataset) -> NDArray[np.float32]:
     """Share of the training interactions that each item has, (items + 1,)."""
-    in_training = np.arange(len(dataset)) < leave_one_out(dataset).train_end[dataset.owners()]
+    in_training = np.arange(len(dataset)) < split_of(dataset).train_end[dataset.owners()]
     counts = np.bincount(dataset.items[in_training], minlength=dataset.item_count + 1)
     return np.asarray(counts / counts.sum(), np.float32)
 

@@ -10,7 +10,11 @@ from model.config import Config, EncoderConfig, FusionConfig, RulesConfig, Train
 from model.dataset import Dataset
 from model.encoder import SequenceEncoder
 from model.fusion import MemoryFusion
+from model.habits import FEATURES
 from model.optimisation import named_weights
+
+ACTIVATION = {name: round(0.9 * (-1) ** n / (n % 5 + 1), 3) for n, name in enumerate(FEATURES)} | {"similarity": 2.0}
+"""Weights of every sign for all that a memory tells."""
 
 
 def small_config(encoder: dict[str, object] | None = None, **training: object) -> Config:
@@ -23,6 +27,12 @@ def small_config(encoder: dict[str, object] | None = None, **training: object) -
             **{"max_epochs": 3, "fusion_max_epochs": 2, "batch_tokens": 256, "threads": 1} | training
         ),
     )
+
+
+def habitual_config(**rules: object) -> Config:
+    """A model that retrieves by habits."""
+    config = small_config()
+    return config.model_copy(update={"rules": config.rules.model_copy(update={"activation": ACTIVATION, **rules})})
 
 
 def cyclic_dataset(users: int = 40, items: int = 12, length: int = 15, seed: int = 0) -> Dataset:
@@ -55,6 +65,10 @@ def random_checkpoint(config: Config | None = None, items: int = 30, seed: int =
         fusion.unknown.normal_()
         fusion.shift.normal_()
         fusion.copy.share[-1].bias.fill_(-0.5)
+        if config.rules.activation:
+            fusion.repeats.layers[-1].weight.normal_()
+            fusion.repeats.seen.fill_(0.5)
+            fusion.repeats.present.fill_(-2.0)
     rng = np.random.default_rng(seed)
     centroids = rng.normal(size=(4, config.encoder.width)).astype(np.float32)
     return Checkpoint(
@@ -69,7 +83,7 @@ def random_checkpoint(config: Config | None = None, items: int = 30, seed: int =
 
 
 def random_memories(rows: int, width: int, items: int, seed: int = 0, empty_row: bool = True) -> Retrieved:
-    """Memories of `rows` users from both scopes; the last user has none."""
+    """Memories of `rows` users from both scopes, with habits; the last user has none."""
     rng = np.random.default_rng(seed)
 
     def entries() -> Entries:
@@ -82,7 +96,9 @@ def random_memories(rows: int, width: int, items: int, seed: int = 0, empty_row:
 
     own, others = entries(), entries()
     k, entropy = own.valid.sum(axis=1), rng.random(rows).astype(np.float32)
-    return Retrieved(entropy, k, k * 2, own, others, others.valid.sum(axis=1))
+    told = np.where(own.valid[..., None], rng.normal(size=(rows, width, len(FEATURES))), 0).astype(np.float32)
+    present = np.where(np.arange(rows)[:, None] % 2, own.item[:, :1], 0)
+    return Retrieved(entropy, k, k * 2, own, others, others.valid.sum(axis=1), told, present)
 
 
 def random_banks(users: int, events: int, dim: int, rules: RulesConfig, items: int = 30, seed: int = 0) -> Banks:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.bank import NOT_SHARED, Banks, select
+from model.bank import HABIT_FIELDS, NOT_SHARED, Banks, select
 from model.config import RulesConfig
 from model.events import (
     EVENT_ID_LIMIT,
@@ -18,8 +19,10 @@ from model.events import (
     plan,
     rekey,
     rekey_job,
+    with_habits,
     without,
 )
+from model.habits import OCCASION_HALF_LIVES, activation, first_taken
 from model.rules import unit
 from tests.synthetic import random_banks
 
@@ -166,12 +169,16 @@ def test_retrievals_are_merged_at_the_next_write(new):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 12), st.sampled_from([NAN, 1.0, 5.0])), min_size=1, max_size=25),
+    st.lists(st.tuples(st.integers(1, 12), st.sampled_from([NAN, 1.0, 5.0]), st.booleans()), min_size=1, max_size=25),
     st.sets(st.integers(1, 24)),
 )
 def test_the_record_does_not_depend_on_how_events_were_chunked(taken, cuts):
-    """In order of time; keys are what the encoder says for a position, here a function of it."""
-    stream = [Event(n, item, float(n), rating, event_id=n + 1) for n, (item, rating) in enumerate(taken)]
+    """In order of time, some at one time; keys are what the encoder says for a position, here a function of it."""
+    times = np.cumsum([step for *_, step in taken]).tolist()
+    stream = [
+        Event(n, item, float(time), rating, event_id=n + 1)
+        for n, ((item, rating, _), time) in enumerate(zip(taken, times, strict=True))
+    ]
     edges = [0, *sorted(cut for cut in cuts if cut < len(stream)), len(stream)]
 
     def written(chunks: list[list[Event]]) -> UserRecord:
@@ -187,6 +194,7 @@ def test_the_record_does_not_depend_on_how_events_were_chunked(taken, cuts):
     for name in whole.banks.fields:
         assert np.array_equal(whole.banks.fields[name], parts.banks.fields[name], equal_nan=True)
     assert np.array_equal(whole.banks.key, parts.banks.key)
+    assert whole.banks.occasions.tolist() == parts.banks.occasions.tolist() == [len(set(times))]
     for name in ("log_item", "log_time", "seen", "event_ids"):
         assert np.array_equal(getattr(whole, name), getattr(parts, name))
 
@@ -233,6 +241,28 @@ def test_retrieval_of_a_batch_equals_each_user_alone():
         assert np.allclose(alone.own.quality[0], together.own.quality[user, :width])
 
 
+def test_retrieval_by_activation_is_exact():
+    """The learned sum decides, with the similarity in it; without the time of the request the similarity alone."""
+    rules = RULES.model_copy(update={"activation": {"log_count": 1.0, "log_hours_since": -2.0, "similarity": 0.5}})
+    banks = random_banks(3, 14, DIM, rules, items=6)
+    query, rows = unit(np.random.default_rng(6).normal(size=(3, DIM))), np.arange(3)
+    now = np.array([13 * 3600.0, 1e6, 1e7])
+    found = banks.retrieve(rows, query, CLUSTERS, k=3, now=now)
+    similarity = np.einsum("bcd,bd->bc", banks.key.astype(np.float32), query)
+    wanted = activation(banks.habits(rows, now), similarity, rules)
+    for user in range(3):
+        best = np.argsort(-wanted[user, : banks.size[user]], kind="stable")[:3]
+        assert found.own.item[user].tolist() == banks.fields["item"][user, best].tolist()
+        assert np.array_equal(found.habits[user], banks.habits(rows, now)[user, best])
+        at_once = banks.fields["item"][user, : banks.size[user]][
+            banks.fields["time"][user, : banks.size[user]] == now[user]
+        ]
+        assert found.present[user][found.present[user] > 0].tolist() == at_once.tolist()
+    plain = banks.retrieve(rows, query, CLUSTERS, k=3)
+    assert (plain.habits.shape, plain.present.shape) == ((3, 3, 0), (3, 0))
+    assert (np.diff(plain.own.similarity, axis=1) <= 1e-6).all()
+
+
 def test_retrieval_is_exact():
     banks = random_banks(3, 9, DIM, RULES)
     query = unit(np.random.default_rng(6).normal(size=(3, DIM)))
@@ -272,20 +302,102 @@ def test_rekeying_asks_for_the_last_time_each_item_was_logged(new):
     ignored=st.lists(st.integers(1, 12), max_size=6),
 )
 def test_a_record_without_items_is_that_of_one_who_never_took_them(taken, ignored):
-    """Where nothing was pruned and keys do not depend on what was taken before: bank and log, to the bit."""
+    """Where nothing was pruned and keys do not depend on what was taken before: bank and log, to the bit; but that the
+    user did something at those times is still known.
+    """
     roomy = UserRecord.new(DIM, RULES.model_copy(update={"capacity": 20}))
     stream = [Event(n, item, float(time), event_id=n + 1) for n, (item, time) in enumerate(taken)]
     record, others = remember(roomy, stream), [event for event in stream if event.item not in ignored]
     found, never = without(record, ignored), remember(roomy, others) if others else roomy
     assert (found.size, found.events) == (never.size, never.events)
+    by_occasion = len(OCCASION_HALF_LIVES)
     for name, values in (*found.banks.fields.items(), ("key", found.banks.key)):
         wanted = never.banks.key if name == "key" else never.banks.fields[name]
-        assert np.array_equal(values[0, : found.size], wanted[0, : never.size], equal_nan=name == "rating"), name
+        mine, theirs = values[0, : found.size], wanted[0, : never.size]
+        if name == "sums":
+            mine, theirs = mine[:, by_occasion:], theirs[:, by_occasion:]
+        assert name == "occasion" or np.array_equal(mine, theirs, equal_nan=name == "rating"), name
+    kept = np.flatnonzero(~np.isin(record.banks.fields["item"][0, : record.size], ignored))
+    for name in HABIT_FIELDS:  # habits of the others are what they were
+        assert np.array_equal(found.banks.fields[name][0, : found.size], record.banks.fields[name][0, kept]), name
+    assert found.banks.occasions.tolist() == record.banks.occasions.tolist() == [len({time for _, time in taken})]
     assert np.array_equal(found.log_item, never.log_item)
     assert np.array_equal(found.log_time, never.log_time)
     assert np.array_equal(found.seen, record.seen)  # what the user really had
     assert (found is record) == (len(others) == len(stream))
     assert items_of(record) == items_of(remember(roomy, stream))  # the given one is left as it was
+
+
+HABITS = ("first_time", "occasion", "sums")
+
+
+def before_habits(record: UserRecord) -> UserRecord:
+    """The record as it was before entries knew habits."""
+    banks = record.banks.row(0)
+    for name in HABITS:
+        banks.fields[name][:] = 0
+    banks.occasions[:] = 0
+    return replace(record, banks=banks)
+
+
+@settings(max_examples=60, deadline=None)
+@given(taken=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 3)), min_size=1, max_size=40))
+def test_a_log_that_reaches_to_the_beginning_tells_the_habits_there_were(taken):
+    """Of events that came in order; what was pruned and came back began anew."""
+    times = np.cumsum([hours * 3600.0 for _, hours in taken]).tolist()
+    stream = [Event(n, item, time, timed=False) for n, ((item, _), time) in enumerate(zip(taken, times, strict=True))]
+    record = remember(UserRecord.new(DIM, RULES), stream)
+    old = before_habits(record)
+    found = with_habits(old)
+    assert found.banks.occasions.tolist() == record.banks.occasions.tolist()
+    for name in ("first_time", "occasion", "frequency", "time"):
+        assert np.array_equal(*(one.banks.fields[name][0, : record.size] for one in (found, record))), name
+    assert np.allclose(*(one.banks.fields["sums"][0, : record.size] for one in (found, record)), atol=1e-4)
+    assert not old.banks.fields["sums"].any()  # the given one is left as it was
+
+
+def test_what_the_log_does_not_reach_is_taken_to_have_happened_once(new):
+    early = events((7, 0.0), (7, 1.0), (6, 2.0))
+    record = remember(new, early + [Event(3 + n, 8, 3.0 + n // 2, timed=False) for n in range(LOG_LIMIT - 1)])
+    assert record.log_item[:2].tolist() == [6, 8]
+    found = with_habits(before_habits(record))
+    seven, six, eight = ({name: values[0, slot] for name, values in found.banks.fields.items()} for slot in range(3))
+    assert (seven["frequency"], seven["first_time"], seven["time"], seven["occasion"]) == (2, 1.0, 1.0, 0)
+    assert np.array_equal(seven["sums"], first_taken(np.array([1.0]))[0])
+    assert (six["first_time"], six["occasion"]) == (2.0, 1)
+    assert (eight["frequency"], eight["first_time"], eight["occasion"]) == (LOG_LIMIT - 1, 3.0, 1 + LOG_LIMIT // 2)
+    assert found.banks.occasions.tolist() == [1 + LOG_LIMIT // 2]
+
+
+def test_a_record_without_entries_or_log_has_no_habits(new):
+    assert with_habits(new).banks.occasions.tolist() == [0]
+    record = remember(new, events((7, 5.0)))
+    unlogged = with_habits(replace(before_habits(record), log_item=record.log_item[:0], log_time=record.log_time[:0]))
+    assert (unlogged.banks.fields["first_time"][0, 0], unlogged.banks.occasions[0]) == (5.0, 0)
+    assert np.array_equal(unlogged.banks.fields["sums"][0, 0], first_taken(np.array([5.0]))[0])
+
+
+def test_what_was_pruned_and_comes_back_begins_anew():
+    first_in = RULES.model_copy(update={"eviction": "first-in"})
+    record = remember(UserRecord.new(DIM, first_in), events(*((7, float(n)) for n in range(3))))
+    record = remember(record, events(*((n, 10.0 + n) for n in range(1, 6))))
+    assert items_of(record) == [1, 2, 3, 4, 5]
+    record = remember(record, events((7, 99.0)))
+    entry = {name: values[0, items_of(record).index(7)] for name, values in record.banks.fields.items()}
+    assert (entry["frequency"], entry["first_time"], entry["time"], entry["occasion"]) == (1, 99.0, 99.0, 9)
+    assert np.array_equal(entry["sums"], first_taken(np.array([99.0]))[0])
+    assert (record.events, record.banks.occasions.tolist()) == (9, [9])
+
+
+def test_habits_go_along_when_a_bank_is_keyed_anew_or_gets_smaller(new):
+    record = remember(new, events((7, 0.0), (8, 1.0), (7, 2.0), (9, 3.0)))
+    moved = rekey(record, "other", np.ones((3, 8)), np.ones(8))
+    small = record.banks.fitted(RULES.model_copy(update={"capacity": 2}))
+    assert moved.banks.occasions.tolist() == small.occasions.tolist() == [4]
+    slots = [items_of(record).index(item) for item in small.fields["item"][0, :2]]
+    for name in HABIT_FIELDS:
+        assert np.array_equal(moved.banks.fields[name], record.banks.fields[name])
+        assert np.array_equal(small.fields[name][0, :2], record.banks.fields[name][0, slots])
 
 
 def test_banks_of_many_users_do_not_touch_each_other():

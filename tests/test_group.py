@@ -8,26 +8,34 @@ import sys
 import threading
 from collections import defaultdict
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import httpx2
 import numpy as np
 import pytest
+from msgspec import structs
 
 from api.app import create_app as create_api
 from api.jobs.reembed import reembed
+from api.memory.client import MemoryClient, Remembered
+from api.memory.group import MemoryGroup, _assembled, _rows_of
 from api.settings import ApiSettings
 from benchmarks.ports import free_port
 from memory_service.app import create_app as create_memory
+from memory_service.schemas import EventIn, PlanRequest, RetrieveRequest, UserEvents, UserWrite, WriteRequest
 from memory_service.settings import MemorySettings
 from memory_service.slots import RANGES, range_of, read
 from memory_service.store import Store
+from model.bank import Entries, Retrieved
 from model.checkpoint import load_checkpoint, save_checkpoint
 from model.config import RulesConfig
+from model.habits import FEATURES
 from tests.conftest import served
 from tests.groups import Group, described, settled
 from tests.redis_cluster import redis_cluster, until
-from tests.synthetic import random_checkpoint
+from tests.synthetic import habitual_config, random_checkpoint
+from tests.test_memory_service import vectors
 
 ROOT = Path(__file__).parent.parent
 USERS = [f"user {n}" for n in range(24)]
@@ -279,6 +287,76 @@ def test_a_group_moves_to_another_model_as_one_replica_does(run, valkey_url, sta
         assert reembed(other, one.memory_url) == len(USERS)
         until(lambda one=one: one.get("/model").json()["model_version"] == version)
     until(lambda: answers(api) == answers(alone))
+
+
+def test_a_group_retrieves_by_habits_as_one_replica_does(valkey_url, stack, tmp_path, go):
+    """Each user's replica gets the times of its users; banks of any size, some present at the time of the request."""
+    save_checkpoint(tmp_path, random_checkpoint(habitual_config()))
+    version = load_checkpoint(tmp_path).version
+    group = Group(tmp_path, valkey_url, stack, collective_users=2)
+    first, second = group.add(), group.add()
+    group.settle()
+    times = NOW + 60.0 * np.arange(len(USERS))
+    asked = RetrieveRequest(version, [*USERS, "nobody"], now=np.append(times, NOW).tobytes(), uncounted=[*range(25)])
+
+    async def ask():
+        both, one = MemoryGroup(first, 30), MemoryClient(second, 30)
+        try:
+            for n, user in enumerate(USERS):
+                taken = [EventIn(at, f"i{at % (n + 1) + 1}", NOW + 60.0 * at) for at in range(n + 1)]
+                plans = await both.plan(PlanRequest(version, NOW, [UserEvents(user, taken)]))
+                keys, state = vectors(user, n + 1), vectors(user, 1)
+                write = UserWrite(user, plans.users[0].version, taken, keys, state)
+                await both.write(WriteRequest(version, NOW, [write]))
+            return (
+                await both.retrieve(asked),
+                await one.retrieve(asked),
+                await both.retrieve(structs.replace(asked, now=b"")),
+            )
+        finally:
+            await both.close()
+            await one.close()
+
+    whole, wanted, plain = (found.retrieved for found in go(ask()))
+    owners = read(described(first).table).owner[[range_of(user) for user in USERS]]
+    assert len(set(owners.tolist())) == 2, "or this test shows nothing"
+    for name in Entries.COLUMNS:
+        assert np.array_equal(getattr(whole.own, name), getattr(wanted.own, name)), name
+    assert whole.habits.shape == (*whole.own.item.shape, len(FEATURES))
+    assert np.array_equal(whole.habits, wanted.habits)
+    assert np.array_equal(whole.present, wanted.present)
+    assert whole.present.any()
+    assert (plain.habits.shape, plain.present.shape) == ((*plain.own.item.shape, 0), (len(USERS) + 1, 0))
+
+
+def told(rows: list[int], k: int, features: int, present: int = 0) -> tuple[np.ndarray, Remembered]:
+    """An answer about some rows, in which everything says which row it is of."""
+    mine = np.array(rows)
+    own = replace(Entries.empty(len(rows), k), valid=np.ones((len(rows), k), bool))
+    retrieved = replace(
+        Retrieved.nothing(mine.astype(np.float32)),
+        own=own,
+        habits=np.broadcast_to(mine[:, None, None], (len(rows), k, features)).astype(np.float32),
+        present=np.broadcast_to(mine[:, None], (len(rows), present)),
+    )
+    return mine, replace(Remembered.nothing(len(rows), 4), retrieved=retrieved, seen=[np.zeros(0, "<u4")] * len(rows))
+
+
+def test_what_parts_of_an_answer_tell_is_put_together_whatever_their_width():
+    whole = _assembled([told([3, 1], 2, 4, 1), told([0], 3, 4, 2), told([2], 0, 0)], 4).retrieved
+    assert (whole.habits.shape, whole.present.shape) == ((4, 3, 4), (4, 2))
+    assert whole.habits[..., 0].tolist() == [[0, 0, 0], [1, 1, 0], [0, 0, 0], [3, 3, 0]]
+    assert whole.present.tolist() == [[0, 0], [1, 0], [0, 0], [3, 0]]
+    assert np.array_equal(whole.own.valid, [[1, 1, 1], [1, 1, 0], [0, 0, 0], [1, 1, 0]])
+    old = _assembled([told([3, 1], 2, 4), told([0, 2], 3, 0)], 4).retrieved  # a replica that knows no habits
+    assert old.habits.shape == (4, 3, 0)
+
+
+def test_parts_of_a_request_have_the_times_of_their_rows():
+    request = RetrieveRequest("m", list("abcd"), now=np.arange(4.0).tobytes())
+    part = _rows_of(request, np.array([2, 0]))
+    assert (part.users, np.frombuffer(part.now).tolist()) == (["c", "a"], [2.0, 0.0])
+    assert _rows_of(structs.replace(request, now=b""), np.array([2, 0])).now == b""
 
 
 @pytest.fixture

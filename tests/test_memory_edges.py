@@ -8,10 +8,13 @@ import sys
 from contextlib import suppress
 
 import msgspec
+import numpy as np
 import pytest
 import redis
 from starlette.testclient import TestClient
 
+from api.memory.client import unpack
+from api.memory.replies import check_inspected, check_retrieved
 from memory_service.embedded import EmbeddedError, embedded_valkey
 from memory_service.link import StoreUnavailable
 from memory_service.schemas import (
@@ -26,6 +29,7 @@ from memory_service.schemas import (
 from memory_service.service import MemoryService
 from memory_service.store import Store
 from model.checkpoint import load_checkpoint
+from model.habits import FEATURES
 from tests.test_imports import ROOT
 from tests.test_memory_service import NOW, Caller, column, opened, took, vectors
 
@@ -216,6 +220,54 @@ def test_a_redis_out_of_memory_refuses_writes_with_503(run, valkey_url, stack):
             raw.config_set("maxmemory", 0)
     assert response.status_code == 503
     assert response.headers["Retry-After"]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"habits": bytes(4)}, "habits"),
+        ({"habits": bytes(4 * 3 * len(FEATURES))}, "habits"),
+        ({"habits": b"\xff" * (4 * 2 * len(FEATURES))}, "habits"),
+        ({"habits": np.full(2 * len(FEATURES), 1e30, "<f4").tobytes()}, "habits"),
+        ({"present_count": bytes(4)}, "present"),
+        ({"present": b"\1\0\0\0\2\0\0\0"}, "present"),
+        ({"present_count": np.array([2, 0], "<i4").tobytes(), "present": b"\1\0\0\0"}, "present"),
+        ({"present_count": np.array([2, -1], "<i4").tobytes(), "present": b"\1\0\0\0"}, "present"),
+        ({"present_count": np.array([1, 0], "<i4").tobytes(), "present": b"\xff\0\0\0"}, "items"),
+        ({"present_count": np.array([1, 0], "<i4").tobytes(), "present": bytes(4)}, "items"),
+        ({"present_count": np.array([1, 0], "<i4").tobytes(), "present": b"\1\0"}, "multiple"),
+    ],
+)
+def test_a_reply_whose_habits_cannot_be_is_doubted(run, valkey_url, stack, change, what):
+    caller = Caller(stack.enter_context(opened(run, valkey_url)), load_checkpoint(run).version)
+    caller.remember("u", took(0, "i1"), took(1, "i2"))
+    reply, request = caller.retrieve("u", "nobody"), RetrieveRequest(caller.model_version, ["u", "nobody"])
+    check_retrieved(reply, request)
+    told = {
+        "habits": np.arange(2 * len(FEATURES), dtype="<f4").tobytes(),
+        "present_count": np.array([0, 1], "<i4").tobytes(),
+        "present": b"\2\0\0\0",
+    }
+    fine = msgspec.structs.replace(reply, **told)
+    check_retrieved(fine, request)
+    found = unpack(fine).retrieved
+    assert found.habits.shape == (2, 2, len(FEATURES))
+    assert found.habits[0].ravel().tolist() == list(range(2 * len(FEATURES)))
+    assert not found.habits[1].any()
+    assert found.present.tolist() == [[0], [2]]
+    with pytest.raises(ValueError, match=what):
+        check_retrieved(msgspec.structs.replace(fine, **change), request)
+
+
+def test_an_entry_laid_open_whose_numbers_cannot_be_is_doubted(run, valkey_url, stack):
+    caller = Caller(stack.enter_context(opened(run, valkey_url)), load_checkpoint(run).version)
+    caller.remember("u", took(0, "i1"))
+    about = caller.inspect("u")
+    check_inspected(about, "u")
+    for name in ("first_time", "mean_gap_s", "usual_hour", "usual_day"):
+        entry = msgspec.structs.replace(about.entries[0], **{name: float("nan")})
+        with pytest.raises(ValueError, match="numbers"):
+            check_inspected(msgspec.structs.replace(about, entries=[entry]), "u")
 
 
 # --------------------------------------------------------------------------------------- embedded Valkey

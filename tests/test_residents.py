@@ -1,23 +1,26 @@
 """Banks ready to be asked, against the rules of `model.bank` that they speed up."""
 
+import faiss
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memory_service.residents import NOBODY, SPARE, Residents, Wish
-from model.bank import Banks, select
+from model.bank import HABIT_FIELDS, Banks, select
+from model.config import RulesConfig
 from model.events import Stacked, UserRecord
+from model.habits import FEATURES
 from model.rules import unit
-from tests.synthetic import random_banks, small_config
+from tests.synthetic import ACTIVATION, habitual_config, random_banks, small_config
 
 DIM, USERS = 16, 12
-RULES = small_config().rules
+RULES, HABITUAL = small_config().rules, habitual_config().rules
 CLUSTERS = np.append(-1, np.arange(30) % RULES.clusters)
 
 
-def filled(limit: int = USERS, events: int = 14, seed: int = 0) -> tuple[Residents, Banks]:
-    residents, banks = Residents(limit, DIM, RULES, "m"), random_banks(USERS, events, DIM, RULES, seed=seed)
+def filled(limit: int = USERS, events: int = 14, seed: int = 0, rules: RulesConfig = RULES) -> tuple[Residents, Banks]:
+    residents, banks = Residents(limit, DIM, rules, "m"), random_banks(USERS, events, DIM, rules, seed=seed)
     residents.put(names(), records(banks), CLUSTERS)
     return residents, banks
 
@@ -31,8 +34,8 @@ def records(banks: Banks, version: int = 1) -> list[UserRecord]:
     return [UserRecord(banks.row(n), version=version, model_version="m", state=state) for n in range(len(banks))]
 
 
-def wish(residents: Residents, queries: np.ndarray, k: np.ndarray) -> Wish:
-    return Wish(residents.find(names()), unit(queries).astype(np.float32), k)
+def wish(residents: Residents, queries: np.ndarray, k: np.ndarray, now: np.ndarray | None = None) -> Wish:
+    return Wish(residents.find(names()), unit(queries).astype(np.float32), k, now)
 
 
 @settings(max_examples=60, deadline=None)
@@ -66,6 +69,57 @@ def test_residents_choose_what_the_rules_choose(seed, events, k, alike, threshol
         for name in ("similarity", "quality", "recency", "rating"):
             got, want = getattr(found.entries, name)[row], getattr(expected, name)[row]
             assert np.allclose(got[found.entries.valid[row]], want[chosen[row]], atol=1e-5)
+
+
+@pytest.mark.parametrize("replicate", [None, faiss.clone_index])
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 99),
+    events=st.integers(1, 25),
+    k=st.sampled_from([None, 1, 4, 10]),
+    alike=st.booleans(),
+    timed=st.booleans(),
+    weights=st.sampled_from([ACTIVATION, {"log_count": 1.0}, {"share": 0.0}, {"similarity": -1.0, "same_time": 9.0}]),
+    later=st.sampled_from([-3600.0, 0.0, 5000.0, 1e9]),
+)
+def test_residents_choose_by_activation_what_the_rules_choose(replicate, seed, events, k, alike, timed, weights, later):
+    """With all features and any ties: what `Banks.retrieve` finds, tells and knows to be present."""
+    unit_of_time = "seconds" if timed else "position"
+    rules = HABITUAL.model_copy(update={"activation": weights, "time_unit": unit_of_time})
+    banks = random_banks(USERS, events, DIM, rules, items=15, seed=seed)
+    if alike:
+        banks.key[:] = banks.key[:, :1]
+    residents = Residents(USERS, DIM, rules, "m", replicate)
+    residents.put(names(), records(banks), CLUSTERS)
+    queries = np.random.default_rng(seed).normal(size=(USERS, DIM))
+    now = (events - 1) * 3600.0 + later * np.arange(USERS) / USERS
+    asked = wish(residents, queries, np.full(USERS, k or 0), now)
+    found, wanted = residents.search(asked), banks.retrieve(np.arange(USERS), asked.queries, CLUSTERS, k, now)
+    assert np.array_equal(found.k, wanted.k)
+    assert np.array_equal(found.entries.valid, wanted.own.valid)
+    assert np.array_equal(np.where(found.entries.valid, found.entries.item, 0), wanted.own.item)
+    assert np.array_equal(found.habits, wanted.habits)
+    assert np.allclose(found.entries.similarity, wanted.own.similarity, atol=1e-5)
+    assert [set(row) - {0} for row in found.present.tolist()] == [set(row) - {0} for row in wanted.present.tolist()]
+    slots = asked.slots[:, None]
+    assert np.array_equal(
+        np.where(found.entries.valid, residents._facts["item"][slots, found.places], 0), wanted.own.item
+    )
+
+
+def test_without_the_time_of_a_request_similarity_decides():
+    plain, habitual = filled()[0], filled(rules=HABITUAL)[0]
+    queries, k = np.random.default_rng(4).normal(size=(USERS, DIM)), np.zeros(USERS, int)
+    wanted = plain.search(wish(plain, queries, k))
+    for residents, now in ((habitual, None), (plain, np.full(USERS, 1e6))):
+        found = residents.search(wish(residents, queries, k, now))
+        assert np.array_equal(found.entries.item, wanted.entries.item)
+        assert np.array_equal(found.places, wanted.places)
+        assert (found.habits.shape, found.present.shape) == ((*found.places.shape, 0), (USERS, 0))
+    assert plain._habits == {}  # a model that does not look at habits keeps none
+    assert not np.array_equal(
+        habitual.search(wish(habitual, queries, k, np.full(USERS, 1e6))).entries.item, wanted.entries.item
+    )
 
 
 def test_entropy_and_k_are_those_of_the_rules():
@@ -149,11 +203,25 @@ def test_who_is_dropped_leaves_nothing_behind():
     assert residents.search(Wish(slot, np.ones((1, DIM), np.float32), np.array([5]))).entries.valid.sum() == 0
 
 
+def test_who_is_dropped_leaves_no_habits_behind():
+    residents, _ = filled(rules=HABITUAL)
+    slot = residents.slots(["u3"])
+    assert residents._habits["sums"][slot].any()
+    residents.drop(["u3"])
+    assert residents._habits.keys() == set(HABIT_FIELDS)
+    assert not any(values[slot].any() for values in (*residents._habits.values(), residents._occasions))
+    found = residents.search(Wish(slot, np.ones((1, DIM), np.float32), np.array([5]), np.array([1e9])))
+    assert (found.entries.valid.sum(), found.habits.shape) == (0, (1, 0, len(FEATURES)))
+
+
+@pytest.mark.parametrize("rules", [RULES, HABITUAL])
 @pytest.mark.parametrize("size", [0, 1, 10])
-def test_nobody_and_small_banks(size):
-    residents, banks = Residents(3, DIM, RULES, "m"), Banks(1, DIM, RULES)
+def test_nobody_and_small_banks(size, rules):
+    residents, banks = Residents(3, DIM, rules, "m"), Banks(1, DIM, rules)
     if size:
         banks = random_banks(1, size, DIM, RULES)
     residents.put(["u"], records(banks)[:1], CLUSTERS)
-    found = residents.search(Wish(residents.slots(["u", "x"]), np.ones((2, DIM), np.float32), np.array([9, 9])))
-    assert found.k.tolist() == [min(int(banks.size[0]), 9), 0]
+    slots, queries = residents.slots(["u", "x"]), unit(np.ones((2, DIM)))
+    for now in (None, np.array([1e9, 0.0])):
+        found = residents.search(Wish(slots, queries, np.array([9, 9]), now))
+        assert found.k.tolist() == found.entries.valid.sum(axis=1).tolist() == [min(int(banks.size[0]), 9), 0]

@@ -1,5 +1,6 @@
 """Export and import: the same answers from another deployment, and nothing half taken."""
 
+import base64
 import json
 
 import numpy as np
@@ -12,6 +13,7 @@ from memory_service.schemas import Item, RegisterReply, RegisterRequest
 from memory_service.slots import user_key
 from memory_service.transfer import TransferError, export_file, import_file
 from model.checkpoint import load_checkpoint
+from model.habits import SUMS
 from tests.test_memory_service import Caller, opened, took
 from tests.test_serve import ramrec
 
@@ -60,7 +62,8 @@ def test_another_deployment_answers_alike_whatever_its_numbers(run, valkey_url, 
             assert getattr(here, column) == getattr(there, column), column
         assert here.own.similarity == there.own.similarity
         mine, theirs = filled.inspect(user), other.inspect(user)
-        assert [entry.quality for entry in mine.entries] == [entry.quality for entry in theirs.entries]
+        for name in ("quality", "first_time", "mean_gap_s", "occasions_since", "usual_hour"):
+            assert [getattr(one, name) for one in mine.entries] == [getattr(one, name) for one in theirs.entries]
     again = other.remember("b", took(31, "only here", event_id="once"))
     assert again.users[0].duplicates == [31]  # event ids came along
     with redis.Redis.from_url(elsewhere) as client:
@@ -78,6 +81,35 @@ def test_from_one_server_into_a_cluster_and_back(valkey_url, valkey_cluster, els
         export_file(url, file)
         written.append(sorted(file.read_text().splitlines()))
     assert written[0] == written[1] == written[2]
+
+
+def _before_habits(line: bytes) -> bytes:
+    """A line as it was exported before entries knew habits."""
+    line = json.loads(line)
+    if "user" in line:
+        user = line["user"]
+        del user["occasions"], user["sums"]
+        for entry in user["entries"]:
+            del entry["first_time"], entry["occasion"]
+    return json.dumps(line).encode() + b"\n"
+
+
+def test_an_export_from_before_habits_brings_those_of_its_logs(valkey_url, elsewhere, filled, tmp_path):
+    """The logs reach to the beginning: they are the habits that there were."""
+    filled.remember("a", took(50, "i3"), took(51, "i3"))
+    old, again = tmp_path / "old.jsonl", tmp_path / "again.jsonl"
+    export_file(valkey_url, old)
+    lines = sorted(old.read_bytes().splitlines())
+    old.write_bytes(b"".join(map(_before_habits, lines)))
+    assert import_file(elsewhere, old, overwrite=False)["imported"] == 3
+    export_file(elsewhere, again)
+    for mine, theirs in zip(lines, sorted(again.read_bytes().splitlines()), strict=True):
+        wanted, found = json.loads(mine), json.loads(theirs)
+        if "user" in wanted:
+            sums = [np.frombuffer(base64.b64decode(one["user"].pop("sums")), "<f4") for one in (wanted, found)]
+            assert np.allclose(*sums, atol=1e-4)
+            assert len(sums[0]) == SUMS * len(wanted["user"]["entries"])
+        assert found == wanted
 
 
 def test_users_who_are_there_stay_unless_told_and_the_forgotten_stay_forgotten(valkey_url, filled, tmp_path):
@@ -123,6 +155,12 @@ def _broken(line: bytes, **changes) -> bytes:
         ({"version": 0}, "out of range"),
         ({"user_id": ""}, "out of range"),
         ({"event_ids": [-1]}, "out of range"),
+        ({"sums": "AAAA"}, "do not fit"),
+        ({"sums": ""}, "do not fit"),
+        ({"occasions": -1}, "occasions"),
+        ({"occasions": 2**32}, "occasions"),
+        ({"sums": base64.b64encode(np.full(SUMS * 10, -1, "<f4")).decode()}, "sums of .* out of range"),
+        ({"sums": base64.b64encode(np.full(SUMS * 10, 1e30, "<f4")).decode()}, "sums of .* out of range"),
         ({"more": 1}, "unknown field"),
         ({"events": "many"}, "int"),
     ],
@@ -139,15 +177,26 @@ def test_a_line_that_does_not_fit_is_named(valkey_url, elsewhere, filled, tmp_pa
         assert client.exists(user_key("a")) == 0  # a batch is read before anything of it is written
 
 
-def test_vectors_that_are_not_finite_are_refused(valkey_url, elsewhere, filled, tmp_path):
-    import base64
+@pytest.mark.parametrize("changes", [{"first_time": 1e11}, {"frequency": 0}, {"occasion": -1}])
+def test_an_entry_that_cannot_be_is_refused(valkey_url, elsewhere, filled, tmp_path, changes):
+    file = tmp_path / "all.jsonl"
+    export_file(valkey_url, file)
+    *_, last = file.read_bytes().splitlines()
+    entries = json.loads(last)["user"]["entries"]
+    file.write_bytes(_broken(last, entries=[entries[0] | changes, *entries[1:]]))
+    with pytest.raises(TransferError, match=r"line 1: .* out of range"):
+        import_file(elsewhere, file, False)
 
+
+def test_vectors_that_are_not_finite_are_refused(valkey_url, elsewhere, filled, tmp_path):
     file = tmp_path / "all.jsonl"
     export_file(valkey_url, file)
     lines = file.read_bytes().splitlines(keepends=True)
-    state = base64.b64encode(np.full(16, np.nan, "<f4").tobytes()).decode()
-    file.write_bytes(b"".join([*lines[:-1], _broken(lines[-1], state=state)]))
-    with pytest.raises(TransferError, match="not finite"):
-        import_file(elsewhere, file, False)
+    entries = len(json.loads(lines[-1])["user"]["entries"])
+    for name, count in (("state", 16), ("sums", SUMS * entries)):
+        nothing = base64.b64encode(np.full(count, np.nan, "<f4").tobytes()).decode()
+        file.write_bytes(b"".join([*lines[:-1], _broken(lines[-1], **{name: nothing})]))
+        with pytest.raises(TransferError, match="not finite"):
+            import_file(elsewhere, file, False)
     with pytest.raises(TransferError, match="No such file"):
         export_file(valkey_url, tmp_path / "nowhere" / "all.jsonl")

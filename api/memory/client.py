@@ -52,6 +52,7 @@ from memory_service.schemas import (
 from memory_service.slots import ALL_SLOTS
 from memory_service.telemetry import CALL, span
 from model.bank import Retrieved
+from model.habits import FEATURES
 
 CONNECT_S = 1.0
 """A replica that is there is connected to in far less."""
@@ -103,16 +104,18 @@ class Remembered:
 
 def unpack(reply: RetrieveReply) -> Remembered:
     """Bytes to columns."""
-    known = np.frombuffer(reply.known, "u1").astype(bool)
+    known, own = np.frombuffer(reply.known, "u1").astype(bool), reply.own.unpack()
     seen_count = np.frombuffer(reply.seen_count, "<i4")
     return Remembered(
         retrieved=Retrieved(
             entropy=np.frombuffer(reply.entropy, "<f4"),
             k=np.frombuffer(reply.k, "<i4").astype(np.int64),
             bank_size=np.frombuffer(reply.bank_size, "<i4").astype(np.int64),
-            own=reply.own.unpack(),
+            own=own,
             collective=reply.collective.unpack(),
             collective_k=np.frombuffer(reply.collective_k, "<i4").astype(np.int64),
+            habits=_habits(reply.habits, own.valid),
+            present=_present(reply),
         ),
         known=known,
         versions=np.frombuffer(reply.versions, "<i8"),
@@ -125,6 +128,24 @@ def unpack(reply: RetrieveReply) -> Remembered:
         catalogue_size=reply.catalogue_size,
         held=reply.held,
     )
+
+
+def _habits(data: bytes, valid: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """What memories tell, (B, K, F), 0 where not valid; F is 0 where they tell nothing. valid (B, K)."""
+    habits = np.zeros((*valid.shape, len(FEATURES) if data else 0), np.float32)
+    if data:
+        habits[valid] = np.frombuffer(data, "<f4").reshape(-1, len(FEATURES))
+    return habits
+
+
+def _present(reply: RetrieveReply) -> NDArray[np.int64]:
+    """Items that users take at the time of the request, (B, P), 0 where there are fewer."""
+    count = np.frombuffer(reply.present_count, "<i4")
+    there = np.arange(int(count.max(initial=0))) < count[:, None]
+    present = np.zeros((len(reply.known), there.shape[1]), np.int64)
+    if len(count):
+        present[there] = np.frombuffer(reply.present, "<u4")
+    return present
 
 
 class MemoryClient:

@@ -457,6 +457,7 @@ def _rows_of(request: RetrieveRequest, rows: NDArray[np.int64]) -> RetrieveReque
         uncounted=[place[row] for row in request.uncounted if row in place],
         alone=[place[row] for row in request.alone if row in place],
         entropy=np.frombuffer(request.entropy, "<f4")[rows].tobytes() if request.entropy else b"",
+        now=np.frombuffer(request.now, "<f8")[rows].tobytes() if request.now else b"",
     )
 
 
@@ -487,6 +488,8 @@ def _assembled(parts: Sequence[tuple[NDArray[np.int64], Remembered]], count: int
             own=_scattered([(rows, part.retrieved.own) for rows, part in parts], count),
             collective=_scattered([(rows, part.retrieved.collective) for rows, part in parts], count),
             collective_k=column("collective_k", "retrieved"),
+            habits=_habits([(rows, part.retrieved.habits) for rows, part in parts], count),
+            present=_present([(rows, part.retrieved.present) for rows, part in parts], count),
         ),
         known=column("known"),
         versions=column("versions"),
@@ -508,6 +511,27 @@ def _scattered(parts: Sequence[tuple[NDArray[np.int64], Entries]], count: int) -
         for name, values in columns.items():
             values[rows, : part.item.shape[1]] = getattr(part, name)
     return Entries(**columns)
+
+
+def _habits(parts: Sequence[tuple[NDArray[np.int64], NDArray[np.float32]]], count: int) -> NDArray[np.float32]:
+    """What entries of some rows tell put among `count` rows, (count, K, F). F is 0 where a part that has entries does
+    not tell: its replica, of another version, knows no habits.
+    """
+    told = [habits.shape[2] for _, habits in parts if habits.shape[1]]
+    width = max((habits.shape[1] for _, habits in parts), default=0)
+    whole = np.zeros((count, width, min(told, default=0)), np.float32)
+    for rows, habits in parts:
+        if habits.shape[1]:
+            whole[rows, : habits.shape[1]] = habits[..., : whole.shape[2]]
+    return whole
+
+
+def _present(parts: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]], count: int) -> NDArray[np.int64]:
+    """Items of some rows put among `count` rows, (count, P)."""
+    whole = np.zeros((count, max((items.shape[1] for _, items in parts), default=0)), np.int64)
+    for rows, items in parts:
+        whole[rows, : items.shape[1]] = items
+    return whole
 
 
 def _with_others(retrieved: Retrieved, parts: Sequence[tuple[NDArray[np.int64], Entries]]) -> Retrieved:

@@ -29,6 +29,7 @@ from memory_service.schemas import (
     WriteReply,
     WriteRequest,
 )
+from model.habits import FEATURES
 
 MOST_ENTRIES = 1000
 """Entries retrieved for one user: at most what a bank can hold."""
@@ -54,11 +55,22 @@ def check_retrieved(reply: RetrieveReply, request: RetrieveRequest) -> None:
     _demand(not len(items) or (items.min() > 0 and items.max() <= reply.catalogue_size), "items")
     reals = np.frombuffer(b"".join((reply.entropy, reply.states, *_reals(own), *_reals(others))), "<f4")
     _demand(bool(np.abs(reals).max() <= LARGEST), "numbers")  # NaN is not
+    _check_habits(reply, rows)
     _check_stale(reply.stale, request.users, reply.catalogue_size)
     _demand(not reply.held or (len(reply.held) == rows and all(len(one) % 4 == 0 for one in reply.held)), "held")
     for row, job in reply.without.items():
         _demand(0 <= row < rows, "without")
         _check_job(job, reply.catalogue_size)
+
+
+def _check_habits(reply: RetrieveReply, rows: int) -> None:
+    """All own entries tell as much as there is to tell, or none does; what is present is of the catalogue."""
+    _demand(len(reply.habits) in (0, len(FEATURES) * len(reply.own.item)), "habits")
+    _demand(bool(np.abs(np.frombuffer(reply.habits, "<f4")).max(initial=0) <= LARGEST), "habits")
+    _demand(len(reply.present_count) in (0, 4 * rows), "present")
+    count, items = np.frombuffer(reply.present_count, "<i4"), np.frombuffer(reply.present, "<u4")
+    _demand(bool(((count >= 0) & (count <= MOST_ENTRIES)).all()) and int(count.sum()) == len(items), "present")
+    _demand(not len(items) or (items.min() > 0 and items.max() <= reply.catalogue_size), "items")
 
 
 def _reals(columns: Columns, *more: bytes) -> tuple[bytes, ...]:
@@ -109,6 +121,8 @@ def check_inspected(reply: UserMemory, user_id: str) -> None:
             entry.time,
             entry.last_access,
             *(entry.place or ()),
+            entry.first_time,
+            *(one or 0.0 for one in (entry.mean_gap_s, entry.usual_hour, entry.usual_day)),
         ]
     for one in reply.gone:
         numbers += [one.quality, one.time]

@@ -12,6 +12,7 @@ from model.bank import Banks
 from model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from model.config import Config, EncoderConfig, RulesConfig, load_config
 from model.events import UserRecord
+from model.habits import first_taken
 from model.rules import unit
 
 DIM, ENTRIES, ITEMS, LISTS = 64, 75, 3000, 6000
@@ -67,10 +68,11 @@ def _record(of: Checkpoint, keys: np.ndarray, cell: np.ndarray, items: np.ndarra
     entries = len(items)
     times = START + HOUR * np.arange(entries)
     banks = Banks(1, DIM, of.config.rules)
-    columns = {"item": items, "cell": cell, "frequency": 1, "rating": np.nan, "time": times}
+    columns = {"item": items, "cell": cell, "frequency": 1, "rating": np.nan, "time": times, "first_time": times}
+    columns |= {"occasion": np.arange(1, entries + 1), "sums": first_taken(times)}
     for name, values in columns.items():
         banks.fields[name][0, :entries] = values
-    banks.key[0, :entries], banks.size[0] = keys, entries
+    banks.key[0, :entries], banks.size[0], banks.occasions[0] = keys, entries, entries
     return UserRecord(
         banks=banks,
         version=1,

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.measures import Measure, measured, percentile, resident_bytes
 from benchmarks.memory import banks as made
 from memory_service.index import OwnIndex
 from memory_service.residents import Residents, Wish
 from model.checkpoint import Checkpoint
+from model.habits import FEATURES
 from model.rules import unit
 
 BATCH, K, ROUNDS = 1024, 10, 1000
@@ -45,6 +48,7 @@ def measure(sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)) -> list[Measu
             found.append(forgotten(residents, users))
         print(f"{users:,} users: {rates[users]:,.0f} queries/s, {taken / 2**30:.2f} GiB", flush=True)
         del residents, ask
+    found += by_habits(checkpoint)
     largest = sizes[-1]
     about = f"own scope, {largest:,} users resident"
     found.append(
@@ -89,6 +93,19 @@ def at_target(rate: float, residents: Residents, users: int) -> list[Measure]:
     ]  # fmt: skip
 
 
+def by_habits(checkpoint: Checkpoint, users: int = POOL) -> list[Measure]:
+    """What a request costs a user where the model retrieves by what people come back to: all entries are looked at."""
+    weights = dict.fromkeys(FEATURES, 0.1) | {"similarity": 1.0}
+    rules = checkpoint.config.rules.model_copy(update={"activation": weights})
+    habitual = replace(checkpoint, config=checkpoint.config.model_copy(update={"rules": rules}))
+    residents, found = filled(habitual, users), []
+    for batch in (1, 16, 64):
+        now = np.full(batch, made.START + made.HOUR * 2 * made.ENTRIES)
+        taken = float(np.median(timed(asker(residents, users, batch, now))))
+        found.append(measured(f"own scope by habits, batch {batch}, {users:,} users", taken / batch * 1e6, "µs a user"))
+    return found
+
+
 def filled(checkpoint: Checkpoint, users: int) -> Residents:
     residents = Residents(users, made.DIM, checkpoint.config.rules, checkpoint.version)
     clusters = checkpoint.item_clusters
@@ -99,18 +116,20 @@ def filled(checkpoint: Checkpoint, users: int) -> Residents:
     return residents
 
 
-def asker(residents: Residents, users: int) -> Callable[[], None]:
-    """One batch of random users each time it is called."""
-    rng, k = np.random.default_rng(0), np.full(BATCH, K)
+def asker(
+    residents: Residents, users: int, batch: int = BATCH, now: NDArray[np.float64] | None = None
+) -> Callable[[], None]:
+    """One batch of random users each time it is called, at the times `now` (batch,) of the requests."""
+    rng, k = np.random.default_rng(0), np.full(batch, K)
     names = [made.user(n) for n in range(users)]
 
     def ask() -> None:
         asked = batches.pop()
         slots = residents.find(asked)
         residents.entropy[slots]
-        residents.search(Wish(slots, unit(residents.state[slots]), k))
+        residents.search(Wish(slots, unit(residents.state[slots]), k, now))
 
-    batches = [[names[n] for n in rng.integers(0, users, BATCH)] for _ in range(ROUNDS + WARM)]
+    batches = [[names[n] for n in rng.integers(0, users, batch)] for _ in range(ROUNDS + WARM)]
     return ask
 
 

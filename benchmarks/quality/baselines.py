@@ -21,7 +21,7 @@ import torch
 from api.cli import measured_with
 from benchmarks.quality.run import FILES
 from model.config import load_config
-from model.dataset import Dataset, leave_one_out, read_dataset
+from model.dataset import Dataset, Targets, read_dataset, split_of
 from model.encoder import encode_states
 from model.encoder_training import fit_encoder
 from model.metrics import ranks, summary
@@ -79,16 +79,16 @@ def rectools(python: Path, dataset: Dataset, name: str, epochs: int, out: Path) 
     """Train RecTools' SASRec on the training events and read its report."""
     out.mkdir(parents=True, exist_ok=True)
     events, file = (out / f"{name}-events.npz").absolute(), (out / f"{name}-rectools.json").absolute()
-    split, owner = leave_one_out(dataset), dataset.owners()
+    split, owner = split_of(dataset), dataset.owners()
     training = np.arange(len(dataset)) < split.train_end[owner]
-    asked = np.flatnonzero(split.validation >= 0)
+    targets = Targets.of(split.validation, split.validation_end)
     np.savez(
         events,
         user=owner[training],
         item=dataset.items[training],
         order=dataset.positions()[training],
-        asked=asked,
-        target=dataset.items[split.validation[asked]],
+        asked=owner[targets.event],
+        target=dataset.items[targets.event],
     )
     run(python, "baseline_rectools.py", events, epochs, file, folder=out)
     report: dict[str, Any] = json.loads(file.read_text())
@@ -124,11 +124,12 @@ def times_faster(mine: list[dict[str, float]], theirs: list[dict[str, float]]) -
 def same_metrics(python: Path, checkpoint: Path, dataset: Dataset, out: Path) -> dict[str, Any]:
     """Our summary and RecBole's evaluator on the same scores of our encoder on the test items."""
     recommender = Recommender.load(checkpoint)
-    event = leave_one_out(dataset).test
-    states = encode_states(recommender.encoder, state_requests(dataset, event, dataset.item_count))
+    split = split_of(dataset)
+    targets = Targets.of(split.test, split.test_end)
+    states = encode_states(recommender.encoder, state_requests(dataset, targets.before, dataset.item_count))
     with torch.inference_mode():
         scores = recommender.encoder.logits(torch.from_numpy(states)).numpy()
-    target = dataset.items[event].astype(np.int64)
+    target = dataset.items[targets.event].astype(np.int64)
     out.mkdir(parents=True, exist_ok=True)
     stored, found = ((out / name).absolute() for name in ("scores.npz", "metrics.json"))
     np.savez(stored, scores=scores, target=target)

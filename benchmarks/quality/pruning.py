@@ -6,6 +6,7 @@ known: a few favourites are taken again and again between one-off items.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from benchmarks.quality.streams import trained
 from model.config import Config, RulesConfig
-from model.dataset import Dataset, leave_one_out
+from model.dataset import Dataset, Targets, split_of
 from model.evaluation import memory_space_of
 from model.fusion_training import memory_ranks
 from model.metrics import ndcg, relative_gain, summary
@@ -28,24 +29,28 @@ Part = Literal["validation", "test"]
 def ranks_with(
     recommender: Recommender, dataset: Dataset, rules: RulesConfig, state: np.ndarray, part: Part
 ) -> np.ndarray:
-    """Rank of each user's target with banks kept by other rules than the model was trained with. Both scopes, masked
+    """Rank of each user's targets with banks kept by other rules than the model was trained with. Both scopes, masked
     where nobody repeats.
     """
-    split, owner = leave_one_out(dataset), dataset.owners()
+    split = split_of(dataset)
+    targets = Targets.of(getattr(split, part), getattr(split, f"{part}_end"))
     known = memory_space_of(recommender)
     space = MemorySpace(rules, known.clusters, known.centroids)
-    asked = replay(dataset, state, space, np.arange(len(dataset)) == getattr(split, part)[owner]).replay
-    asked = asked.take(np.argsort(asked.event))
-    asked = collective(dataset, state, space, asked, "train")
+    asked = collective(dataset, state, space, replay(dataset, state, space, targets).replay, "train")
     ranks = memory_ranks(recommender.fusion, recommender.table, dataset, asked, adaptive(asked))
     return ranks.unmasked if dataset.repeats() else ranks.masked
 
 
-def evictions(recommenders: list[Recommender], dataset: Dataset, part: Part = "test") -> list[dict[str, Any]]:
+def evictions(
+    recommenders: list[Recommender],
+    dataset: Dataset,
+    part: Part = "test",
+    capacities: Sequence[int] = CAPACITIES,
+) -> list[dict[str, Any]]:
     """One row for each capacity and eviction: metrics, and the gain of quality over it with its interval."""
     rows = []
     states = [trajectory(dataset, one.encoder) for one in recommenders]
-    for capacity in CAPACITIES:
+    for capacity in capacities:
         found = {}
         for eviction in EVICTIONS:
             found[eviction] = [
@@ -133,10 +138,11 @@ def repeat_study(folder: Path) -> dict[str, Any]:
     return {
         "evictions": evictions([recommender], dataset),
         "key_updates": key_updates([recommender], dataset),
-        "repeats": float(np.mean([dataset.items[e] in h for e, h in _tests(dataset)])),
+        "repeats": float(np.mean(dataset.is_repeat()[_tests(dataset)])),
     }
 
 
-def _tests(dataset: Dataset) -> list[tuple[int, np.ndarray]]:
-    test = leave_one_out(dataset).test
-    return list(zip(test.tolist(), dataset.history(test), strict=True))
+def _tests(dataset: Dataset) -> np.ndarray:
+    """Events that are to be found in the end."""
+    split = split_of(dataset)
+    return Targets.of(split.test, split.test_end).event

@@ -19,7 +19,7 @@ import numpy as np
 from model.bank import Banks, Retrieved
 from model.collective import cells
 from model.config import Config
-from model.dataset import Dataset, leave_one_out
+from model.dataset import Dataset, Targets, split_of
 from model.evaluation import ask_test, both_scopes, memory_space_of
 from model.fusion_training import memory_ranks
 from model.metrics import summary
@@ -109,8 +109,8 @@ def _ranks(dataset: Dataset, recommender: Recommender, asked: Replay, memories: 
 
 def _own_answers(dataset: Dataset, state: np.ndarray, recommender: Recommender, asked: np.ndarray) -> Replay:
     """Own-scope answers before each asked event, in order of the events."""
-    answers = replay(dataset, state, memory_space_of(recommender), asked).replay
-    return answers.take(np.argsort(answers.event))
+    event = np.flatnonzero(asked)
+    return replay(dataset, state, memory_space_of(recommender), Targets(event, event)).replay
 
 
 def _frozen_ranks(
@@ -144,10 +144,11 @@ def _live_ranks(
 
 def _ingest(banks: Banks, dataset: Dataset, key: np.ndarray, centroids: np.ndarray, events: np.ndarray) -> np.ndarray:
     """Write events, the first of each user, then the second, and so on; returns the users."""
-    owner, positions = dataset.owners(), dataset.positions()
+    owner, positions, opens = dataset.owners(), dataset.positions(), dataset.opens()
     for step in _rounds(owner[events], events):
         cell = cells(key[step], positions[step], centroids)
-        banks.write(owner[step], dataset.items[step], key[step], dataset.times[step], dataset.ratings[step], cell)
+        item, time, rating = dataset.items[step], dataset.times[step], dataset.ratings[step]
+        banks.write(owner[step], item, key[step], time, rating, cell, opens[step])
     return np.unique(owner[events])
 
 
@@ -164,7 +165,8 @@ def _retrained_ranks(
 ) -> np.ndarray:
     """Before every bucket an encoder is trained on all that came before it; no memory."""
     found = np.zeros(len(own.event), np.int64)
-    settings = config.training.model_copy(update={"fusion_max_epochs": 1})  # its memory is not asked
+    few = {"fusion_max_epochs": 1, "repeat_max_epochs": 1}  # its memory is not asked
+    settings = config.training.model_copy(update=few)
     encoder_only = config.model_copy(update={"training": settings})
     for n in range(bucket.max() + 1):
         rows = np.flatnonzero(bucket == n)
@@ -183,7 +185,7 @@ def new_users(dataset: Dataset, config: Config, folder: Path, whole: Recommender
     """Test items of the 20 % of users that training never saw. `whole` was trained on everybody."""
     known = np.random.default_rng(7).random(dataset.users) < 0.8
     recommender = trained(restricted(dataset, known[dataset.owners()]), config, folder / "most-users")
-    split = leave_one_out(dataset)
+    split = split_of(dataset)
     new = ~known & (split.test >= 0)
     found = {}
     for name, model in (("frozen", recommender), ("retrained", whole)):
