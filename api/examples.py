@@ -55,6 +55,14 @@ NO_USER = NotFound("nothing is known about this user", "user_not_found")
 NO_ITEM = NotFound("this item is not in the catalogue", "item_not_found")
 
 MODEL, NEXT = "5f0c2a7be1d94386", "0a6c19d2f48b7e53"
+HABIT = {
+    "count": 7,
+    "since_s": 259200.0,
+    "mean_gap_s": 518400.0,
+    "at_this_hour": True,
+    "on_this_day": False,
+    "logit": 0.18,
+}
 RECOMMENDED: dict[str, Any] = {
     "recommendation_id": "a3c9b1d2e4f54c0b8f6a7d8e9f0a1b2c",
     "user_id": "196",
@@ -69,6 +77,7 @@ RECOMMENDED: dict[str, Any] = {
                     "scope": "own",
                     "similarity": 0.83,
                     "weight": 0.4,
+                    "habit": HABIT,
                     "logit": 0.21,
                     "copied": 0.0,
                 }
@@ -85,7 +94,7 @@ RECOMMENDED: dict[str, Any] = {
         "gate": 0.12,
         "copying": 0.08,
         "log_z": 11.92,
-        "memories": [{"item_id": "172", "scope": "own", "similarity": 0.83, "weight": 0.4}],
+        "memories": [{"item_id": "172", "scope": "own", "similarity": 0.83, "weight": 0.4, "habit": HABIT}],
         "degraded": False,
     },
     "unknown_items": [],
@@ -125,6 +134,11 @@ BANK = {
             "cluster": 7,
             "quality_parts": {"frequency": 0.0, "recency": 0.4, "access": 0.0, "rating": 0.2},
             "position": [0.31, -0.12],
+            "first_time": 1764000000.0,
+            "mean_gap_s": None,
+            "occasions_since": 0,
+            "usual_hour": None,
+            "usual_day": None,
         }
     ],
     "log": [{"item_id": "50", "timestamp": 1764000000.0}],

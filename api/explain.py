@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from api.catalogue import CatalogueMirror
-from api.schemas import Because, MemoryUse, Parts, Recommended, RetrievedMemory
+from api.schemas import Because, Habit, MemoryUse, Parts, Recommended, RetrievedMemory
 from model.bank import Entries, Retrieved
 from model.explanation import Explanation, Influence
+from model.habits import habit_of
 from model.recommender import Ranked
 
 REASONS = 3
@@ -21,9 +23,10 @@ def tell(
     ranked: Ranked,
     items: list[Recommended],
     memory: MemoryUse,
+    timed: bool,
 ) -> None:
     """Add the explanation of one answer to its items and its memory block. What is popular has no parts, and used no
-    memories.
+    memories. timed: whether the model's data has times.
     """
     told = ranked.explanation
     memory["gate"], memory["copying"] = (told.gate, told.copying) if told else (0.0, 0.0)
@@ -33,20 +36,39 @@ def tell(
             item["because"] = []
         return
     memory["log_z"] = told.log_z
-    memory["memories"] = [_retrieved(catalogue, retrieved, row, one) for one in told.influences]
+    memories = [_retrieved(catalogue, retrieved, row, one, timed) for one in told.influences]
+    memory["memories"] = memories
     parts = _parts(told)
     for n, item in enumerate(items):
-        item["because"] = _because(catalogue, retrieved, row, told, n)
+        item["because"] = _because(memories, told, n)
         item["parts"] = parts[n]
 
 
-def _retrieved(catalogue: CatalogueMirror, retrieved: Retrieved, row: int, one: Influence) -> RetrievedMemory:
+def _retrieved(
+    catalogue: CatalogueMirror, retrieved: Retrieved, row: int, one: Influence, timed: bool
+) -> RetrievedMemory:
     entries = _entries(retrieved, one)
-    return {
+    memory: RetrievedMemory = {
         "item_id": catalogue.item_id(int(entries.item[row, one.entry])),
         "scope": one.scope,
         "similarity": float(entries.similarity[row, one.entry]),
         "weight": one.weight,
+    }
+    if one.scope == "own" and retrieved.habits.shape[2]:
+        memory["habit"] = _habit(retrieved.habits[row, one.entry], one.habit, timed)
+    return memory
+
+
+def _habit(told: NDArray[np.float32], logit: float, timed: bool) -> Habit:
+    """What one memory's features (F,) say."""
+    habit = habit_of(told)
+    return {
+        "count": habit.count,
+        "since_s": habit.since_s if timed else None,
+        "mean_gap_s": habit.mean_gap_s,
+        "at_this_hour": habit.at_this_hour,
+        "on_this_day": habit.on_this_day,
+        "logit": logit,
     }
 
 
@@ -62,17 +84,11 @@ def _parts(told: Explanation) -> list[Parts]:
     return parts
 
 
-def _because(catalogue: CatalogueMirror, retrieved: Retrieved, row: int, told: Explanation, n: int) -> list[Because]:
+def _because(memories: list[RetrievedMemory], told: Explanation, n: int) -> list[Because]:
     """The memories that raise the logarithm of the n-th item's probability most, in its logit or as copies."""
-    strongest = sorted(told.influences, key=lambda one: -one.raises(n))[:REASONS]
-    return [
-        {
-            **_retrieved(catalogue, retrieved, row, one),
-            "logit": float(one.part[n]),
-            "copied": float(one.copied[n]),
-        }
-        for one in strongest
-    ]
+    both = zip(memories, told.influences, strict=True)
+    strongest = sorted(both, key=lambda one: -one[1].raises(n))[:REASONS]
+    return [{**memory, "logit": float(one.part[n]), "copied": float(one.copied[n])} for memory, one in strongest]
 
 
 def _entries(retrieved: Retrieved, one: Influence) -> Entries:

@@ -13,13 +13,12 @@ from contextlib import contextmanager
 from api.engine import Engine
 from api.lifecycle import MODEL_TRIES, Models
 from api.problems import IngestionFull, MemoryUnavailable, ModelGone, WriteConflict
-from api.schemas import MILLISECONDS, IngestResponse, Interaction, Rejected
+from api.schemas import IngestResponse, Interaction, Rejected, refused_time
 from memory_service.schemas import EventIn, Job, PlanRequest, UserEvents, UserPlan, UserWrite, UserWritten, WriteRequest
 from model.config import EncoderConfig
 from model.rules import Floats
 
 TRIES = 3
-FUTURE_S = 86400.0
 SLICE_TOKENS = 2000
 """What the model encodes in one go: about 15 ms, for which recommendations wait beside a backfill."""
 
@@ -72,16 +71,8 @@ async def ingest(models: Models, interactions: Sequence[Interaction]) -> IngestR
 
 
 def _refusal(index: int, interaction: Interaction, now: float) -> Rejected | None:
-    stamp = interaction.timestamp
-    if stamp is None:
-        return None
-    if stamp < 0:
-        return Rejected(index=index, code="timestamp_negative", detail=f"{stamp} lies before 1970")
-    if stamp >= MILLISECONDS:
-        return Rejected(index=index, code="timestamp_in_milliseconds", detail=f"{stamp} is no time in seconds")
-    if stamp > now + FUTURE_S:
-        return Rejected(index=index, code="timestamp_in_future", detail=f"{stamp} is more than a day ahead")
-    return None
+    refusal = None if interaction.timestamp is None else refused_time(interaction.timestamp, now)
+    return Rejected(index=index, code=refusal[0], detail=refusal[1]) if refusal else None
 
 
 def _forgotten(index: int) -> Rejected:

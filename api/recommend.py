@@ -39,11 +39,12 @@ NO_STATE: NDArray[np.float32] = np.zeros(0, np.float32)
 
 @dataclass
 class Asked:
-    """A request on its way: the model's items of its sequence, its state (d,) float32 or None, and what memory knows of
-    the user; seen: catalogue numbers.
+    """A request on its way: its time (seconds), the model's items of its sequence, its state (d,) float32 or None, and
+    what memory knows of the user; seen: catalogue numbers.
     """
 
     request: RecommendRequest
+    at: float
     sequence: NDArray[np.int64] = field(default_factory=lambda: NO_ITEMS)
     unknown_items: list[str] = field(default_factory=list)
     state: NDArray[np.float32] | None = None
@@ -61,32 +62,43 @@ class Asked:
         return self.request.user_id is not None or (self.state is not None and self.wants("collective"))
 
 
+def received(requests: Sequence[RecommendRequest]) -> None:
+    """Give what was received at one time that time, where a request names none."""
+    now = time.time()
+    for request in requests:
+        if request.timestamp is None:
+            request.timestamp = now
+
+
 async def recommend(models: Models, requests: Sequence[RecommendRequest]) -> list[RecommendResponse]:
-    """Answer a batch of requests, each user by the model that the user's record belongs to."""
+    """Answer a batch of requests, each user by the model that the user's record belongs to, as of the time that a
+    request names; where it names none, as of now.
+    """
+    now = time.time()
     with span("recommend"):
         for _ in range(MODEL_TRIES):
             try:
-                return await _recommend(models, models.serving, requests)
+                return await _recommend(models, models.serving, requests, now)
             except ModelGone:
                 with suppress(MemoryUnavailable):
                     await models.follow()
-        return await _recommend(models, models.serving, requests, last=True)
+        return await _recommend(models, models.serving, requests, now, last=True)
 
 
 async def _recommend(
-    models: Models, engine: Engine, requests: Sequence[RecommendRequest], last: bool = False
+    models: Models, engine: Engine, requests: Sequence[RecommendRequest], now: float, last: bool = False
 ) -> list[RecommendResponse]:
     """Answer with one model, except for users who have moved to another. `last`: what is still not right then is
     answered without memory.
     """
-    asked = [_resolve(engine, request) for request in requests]
+    asked = [_resolve(engine, request, now) for request in requests]
     await _encode_sequences(engine, asked)
     retrieved, degraded, moved = await _remember(models, engine, asked, last)
     if not moved:
         return await _answers(engine, asked, retrieved, degraded)
     answers: dict[int, RecommendResponse] = {}
     for other, rows in moved.items():
-        elsewhere = await _recommend(models, other, [requests[row] for row in rows], last)
+        elsewhere = await _recommend(models, other, [requests[row] for row in rows], now, last)
         answers |= zip(rows, elsewhere, strict=True)
     stay = [row for row in range(len(asked)) if row not in answers]
     if stay:
@@ -104,14 +116,15 @@ async def _answers(
     return _responses(engine, asked, retrieved, indices, ranked, degraded)
 
 
-def _resolve(engine: Engine, request: RecommendRequest) -> Asked:
+def _resolve(engine: Engine, request: RecommendRequest, now: float) -> Asked:
+    at = now if request.timestamp is None else request.timestamp
     if request.sequence is None and request.candidates is None:
-        return Asked(request)
+        return Asked(request, at)
     index_of = engine.recommender.index_of
     sequence = [index_of.get(item, 0) for item in request.sequence or ()]
     unknown = [item for item in (*(request.sequence or ()), *(request.candidates or ())) if item not in index_of]
     known = np.array([index for index in sequence if index], np.int64)
-    return Asked(request, known, list(dict.fromkeys(unknown)))
+    return Asked(request, at, known, list(dict.fromkeys(unknown)))
 
 
 async def _encode_sequences(engine: Engine, asked: Sequence[Asked]) -> None:
@@ -224,6 +237,7 @@ def _retrieve_request(engine: Engine, asked: Sequence[Asked], entropy: NDArray[n
         uncounted=[row for row, one in enumerate(asked) if one.request.explain],
         alone=[row for row, one in enumerate(asked) if not one.wants("collective")],
         entropy=entropy.astype("<f4").tobytes(),
+        now=np.array([one.at for one in asked], "<f8").tobytes(),
     )
 
 
@@ -270,6 +284,8 @@ def _spread(nothing: Retrieved, found: Retrieved, rows: Sequence[int], asked: Se
         own=entries(found.own, own),
         collective=entries(found.collective, others),
         collective_k=spread(found.collective_k, others),
+        habits=spread(found.habits, own),
+        present=spread(found.present),
     )
 
 
@@ -282,7 +298,8 @@ def _rank(engine: Engine, asked: Sequence[Asked], retrieved: Retrieved, indices:
     if scored:
         own = replace(retrieved.own, item=engine.catalogue.indices(retrieved.own.item))
         others = replace(retrieved.collective, item=indices.of(retrieved.collective.item))
-        batch = replace(retrieved, own=own, collective=others)
+        present = engine.catalogue.indices(retrieved.present)
+        batch = replace(retrieved, own=own, collective=others, present=present)
         batch = batch if len(scored) == len(asked) else batch.take(np.array(scored))
         chosen = [queries[row] for row in scored]
         states = np.stack([query.state for query in chosen])
@@ -311,7 +328,7 @@ def _query(engine: Engine, one: Asked, had: NDArray[np.int64], hidden: NDArray[n
     if request.sequence:
         sent = indices.named(request.sequence)
         had, taken = np.union1d(had, sent), np.union1d(taken, sent)
-    barred = [hidden, had] if request.exclude_seen else [hidden]
+    barred = [hidden, had] if _excludes_seen(engine, request) else [hidden]
     if request.exclude_items:
         barred.append(indices.named(request.exclude_items))
     return Query(
@@ -324,6 +341,13 @@ def _query(engine: Engine, one: Asked, had: NDArray[np.int64], hidden: NDArray[n
     )
 
 
+def _excludes_seen(engine: Engine, request: RecommendRequest) -> bool:
+    """Whether what the user had is left out: as the request says, else as the model's data does."""
+    if request.exclude_seen is None:
+        return engine.recommender.config.rules.exclude_seen
+    return request.exclude_seen
+
+
 def _responses(
     engine: Engine,
     asked: Sequence[Asked],
@@ -334,12 +358,13 @@ def _responses(
 ) -> list[RecommendResponse]:
     """The answers, in the order of the requests."""
     version, used = engine.recommender.version, _memory_use(asked, retrieved, degraded)
+    timed = engine.recommender.config.rules.time_unit == "seconds"
     identify = engine.metrics.feedback.answered
     answers: list[RecommendResponse] = []
     for row, (one, best, memory) in enumerate(zip(asked, ranked, used, strict=True)):
         items = _items(engine, best, indices)
         if one.request.explain:
-            tell(engine.catalogue, retrieved, row, best, items, memory)
+            tell(engine.catalogue, retrieved, row, best, items, memory, timed)
         source = _source(one, memory)
         engine.metrics.answered(source, memory, known=one.known)
         answers.append(

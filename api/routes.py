@@ -33,7 +33,7 @@ from api.ingest import ingest
 from api.lifecycle import Models
 from api.openapi import failures
 from api.problems import InvalidRequest, MemoryUnavailable, NotFound
-from api.recommend import SCOPES
+from api.recommend import SCOPES, received
 from memory_service.schemas import Item, QualityParts, RegisterRequest, UserMemory
 
 UserId = Annotated[
@@ -71,6 +71,7 @@ direct = APIRouter()
 @direct.post("/recommend", tags=["recommend"], responses=failures(*INVALID_BODY, FULL, LATE))
 async def recommend_one(body: face.RecommendRequest, request: Request) -> face.RecommendResponse:
     """The top-N for a user, a sequence of items, both, or nobody in particular."""
+    received([body])
     if body.filter:
         await request.app.state.models.prepare([body.filter])
     answer: face.RecommendResponse = (await request.app.state.batcher.submit([body], request.is_disconnected))[0]
@@ -80,6 +81,7 @@ async def recommend_one(body: face.RecommendRequest, request: Request) -> face.R
 @direct.post("/recommend/batch", tags=["recommend"], responses=failures(*INVALID_BODY, FULL, LATE))
 async def recommend_batch(body: face.RecommendBatchRequest, request: Request) -> face.RecommendBatchResponse:
     """The same for up to 256 requests."""
+    received(body.requests)
     await request.app.state.models.prepare([one.filter for one in body.requests if one.filter])
     return {"results": await request.app.state.batcher.submit(body.requests, request.is_disconnected)}
 
@@ -120,6 +122,11 @@ def _bank(engine: Engine, found: UserMemory) -> face.UserMemoryResponse:
             cluster=entry.cluster if entry.cluster >= 0 else None,
             quality_parts=None if entry.parts is None else _parts(entry.parts),
             position=entry.place,
+            first_time=entry.first_time,
+            mean_gap_s=entry.mean_gap_s,
+            occasions_since=entry.occasions_since,
+            usual_hour=entry.usual_hour,
+            usual_day=entry.usual_day,
         )
         for entry in found.entries
     ]

@@ -6,6 +6,7 @@ The answer to `POST /recommend` is a plain dict: thousands a second are made, an
 from __future__ import annotations
 
 import json
+import time
 from typing import Annotated, Any, Literal, NotRequired
 
 import msgspec
@@ -21,6 +22,8 @@ RATING_LIMIT = 1e9
 """Largest size of a rating: far inside what a memory entry (32 bits) can hold."""
 MILLISECONDS = 1e11
 """Timestamps from here on are taken for milliseconds (in seconds it is the year 5138)."""
+FUTURE_S = 86400.0
+"""How far ahead of the clock here a timestamp may be."""
 
 
 def _identifier(value: str) -> str:
@@ -54,9 +57,33 @@ def _depth(value: Any) -> int:
     return 1 + max(map(_depth, value.values() if isinstance(value, dict) else value), default=0)
 
 
+def refused_time(stamp: float, now: float) -> tuple[str, str] | None:
+    """Why a timestamp is none: a stable code, and what is wrong with it; None where it is one. In seconds."""
+    if stamp < 0:
+        return "timestamp_negative", f"{stamp} lies before 1970"
+    if stamp >= MILLISECONDS:
+        return "timestamp_in_milliseconds", f"{stamp} is no time in seconds"
+    if stamp > now + FUTURE_S:
+        return "timestamp_in_future", f"{stamp} is more than a day ahead"
+    return None
+
+
+def _moment(value: float) -> float:
+    refusal = refused_time(value, time.time())
+    if refusal is not None:
+        raise ValueError(refusal[1])
+    return value
+
+
 ID_SCHEMA = {"type": "string", "minLength": 1, "maxLength": ID_LIMIT_BYTES, "pattern": r"^[^\x00]*$"}
 Identifier = Annotated[str, AfterValidator(_identifier), WithJsonSchema(ID_SCHEMA)]
 Metadata = Annotated[dict[str, Any], AfterValidator(checked_metadata)]
+Moment = Annotated[
+    float,
+    AfterValidator(_moment),
+    WithJsonSchema({"type": "number", "minimum": 0, "exclusiveMaximum": MILLISECONDS}),
+]
+"""A time, seconds UTC."""
 Scope = Literal["own", "collective"]
 
 
@@ -127,6 +154,7 @@ class RecommendRequest(_Face):
             "examples": [
                 {"user_id": "196", "top_n": 5, "explain": True},
                 {"user_id": "196", "filter": {"genres": {"any": ["Comedy"]}, "year": {"gte": 1990}}},
+                {"user_id": "196", "timestamp": 1764000000.0, "exclude_seen": False},
             ]
         }
     )
@@ -137,8 +165,14 @@ class RecommendRequest(_Face):
     """Items that count as the newest, oldest first; those that the model does not know are listed in the answer."""
     top_n: Annotated[int, Field(ge=1, le=1000)] = 10
     """The most items in the answer."""
-    exclude_seen: bool = True
-    """Leave out what the user, or the sequence, had already."""
+    timestamp: Moment | None = None
+    """When it is asked for, seconds UTC; absent: the time of receipt, one for all requests of a batch. Where people
+    come back to things, the model looks at how long ago they took each, and at the hour and the day of the week.
+    """
+    exclude_seen: bool | None = None
+    """Leave out what the user, or the sequence, had already. Absent: as the model that answers has learned, whether the
+    people of its data come back to things (`rules.exclude_seen` of `GET /model`).
+    """
     exclude_items: Annotated[list[Identifier], Field(max_length=10_000)] | None = None
     """Left out, too."""
     candidates: Annotated[list[Identifier], Field(max_length=10_000)] | None = None
@@ -165,16 +199,34 @@ class RecommendRequest(_Face):
     """Say which memories speak for each item."""
 
 
+class Habit(TypedDict):
+    """What an own memory tells about coming back at the time of the request, as the model sees it: how often its item
+    was taken, how long ago the last time, after how long on average (null: it was taken once), and whether it is
+    usually taken at this hour of the day, and on this day of the week. `since_s` grows no further once the user has
+    been away for longer than (nearly) anybody in the data (`rules.longest_gap_s`); it is null where the data has no
+    times. `logit`: what the memory adds for this to the logit of its own item, and of no other.
+    """
+
+    count: int
+    since_s: float | None
+    mean_gap_s: float | None
+    at_this_hour: bool
+    on_this_day: bool
+    logit: float
+
+
 class Because(TypedDict):
     """A memory that speaks for an item: its attention weight, its exact part in the item's logit, and the exact share
-    of the item's probability that is copied from it. Whose a collective memory is, is not said, and none is used whose
-    item fewer than two others hold (`RAMREC_MEMORY_COLLECTIVE_USERS`).
+    of the item's probability that is copied from it. Own memories have a `habit` where the model looks at habits; at
+    the memory's own item, `logit` contains the habit's. Whose a collective memory is, is not said, and none is used
+    whose item fewer than two others hold (`RAMREC_MEMORY_COLLECTIVE_USERS`).
     """
 
     item_id: str
     scope: Scope
     similarity: float
     weight: float
+    habit: NotRequired[Habit]
     logit: float
     copied: float
 
@@ -182,8 +234,9 @@ class Because(TypedDict):
 class Parts(TypedDict):
     """Where an item's probability p = exp(score) comes from, exactly: p·(1 − copied) = (1 − memory.copying) ·
     exp(state + calibration + memories − memory.log_z). `state` is the user's state alone, `calibration` repeat bias and
-    shift, `memories` the sum over all memories, of which `because` names three; `copied` the share of p that is copied
-    from others. The three logits are null for an item that the model does not know: that is copied only.
+    shift, `memories` the sum over all memories with their habits, of which `because` names three; `copied` the share of
+    p that is copied from others. The three logits are null for an item that the model does not know: that is copied
+    only.
     """
 
     state: float | None
@@ -202,12 +255,15 @@ class Recommended(TypedDict):
 
 
 class RetrievedMemory(TypedDict):
-    """A memory that was retrieved, and its share of the attention."""
+    """A memory that was retrieved, and its share of the attention; an own one with its `habit`, where the model looks
+    at habits.
+    """
 
     item_id: str
     scope: Scope
     similarity: float
     weight: float
+    habit: NotRequired[Habit]
 
 
 class ScopeUse(TypedDict):
@@ -220,8 +276,8 @@ class ScopeUse(TypedDict):
 class MemoryUse(TypedDict):
     """What memory contributed; `degraded` says that it could not be asked, or only partly. When explained: `gate` is
     the share of memory in the fused state, `copying` that of copies in all probability, `log_z` the logarithm of the
-    sum over all items that turns logits into probabilities, `memories` all that were retrieved, the most similar
-    of each scope first.
+    sum over all items that turns logits into probabilities, `memories` all that were retrieved, of each scope the most
+    similar first; own ones the most active, where the model has learned which memories people come back to.
     """
 
     entropy: float
@@ -326,6 +382,10 @@ class MemoryEntry(BaseModel):
     """One memory: quality and recency in [0, 1], time in seconds UTC, how often taken and retrieved. `position`: where
     its key lies in the plane in which the keys of this model spread most; memories near each other were made in like
     situations.
+    Its habit: since when it has been taken (`first_time`), after how long on average (`mean_gap_s`; null: once), how
+    many times the user did something since (`occasions_since`; all that has one timestamp is one occasion), and when it
+    is usually taken, if at any regular time: `usual_hour` (0 to 24, UTC) of the day, `usual_day` (0 to 7, from Monday
+    0:00 UTC, in days) of the week.
     """
 
     item_id: str
@@ -339,6 +399,11 @@ class MemoryEntry(BaseModel):
     cluster: int | None
     quality_parts: QualityParts | None
     position: tuple[float, float] | None
+    first_time: float
+    mean_gap_s: float | None
+    occasions_since: int
+    usual_hour: float | None
+    usual_day: float | None
 
 
 class PrunedItem(BaseModel):

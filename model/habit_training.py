@@ -105,9 +105,13 @@ def _quality(dataset: Dataset, asked: Replay, rules: RulesConfig) -> dict[str, f
 
 
 def _kept(worth: Floats, wanted: Bools) -> float:
-    """How often what is wanted is among the worthiest entries of its bank, summed over KEPT_PARTS."""
-    above = (worth[:, None, :] > np.where(wanted, worth, -np.inf).max(axis=1)[:, None, None]).sum(axis=(1, 2))
-    return float(sum((wanted.any(axis=1) & (above < part)).mean() for part in KEPT_PARTS))
+    """How often what is wanted is among the worthiest entries of its bank, summed over KEPT_PARTS; of equals it counts
+    as the last.
+    """
+    there = wanted.any(axis=1)
+    least = np.max(np.where(wanted, worth, -np.inf), axis=1, keepdims=True)
+    rank = (worth >= np.where(np.isfinite(least), least, np.inf)).sum(axis=1)
+    return float(sum((there & (rank <= part)).mean() for part in KEPT_PARTS))
 
 
 def _activation(asked: Replay, hit: Bools, seed: int) -> dict[str, float]:

@@ -183,7 +183,7 @@ def _ask_older(asked: Replay, owners: Ints, times: Floats, banks: Banks) -> Repl
 def last_question(dataset: Dataset, asked: Bools) -> NDArray[np.int64]:
     """(users,) how many events matter: up to the last one asked about, 0 where none is."""
     reach = np.where(asked, dataset.positions() + 1, 0)
-    filled = np.maximum.reduceat(reach, np.minimum(dataset.offsets[:-1], len(reach) - 1))
+    filled = np.maximum.reduceat(np.append(reach, 0), dataset.offsets[:-1])
     return np.where(dataset.lengths() > 0, filled, 0).astype(np.int64)
 
 

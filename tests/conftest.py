@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import redis
 import uvicorn
@@ -22,8 +23,13 @@ from api.settings import ApiSettings
 from memory_service.app import create_app as create_memory
 from memory_service.settings import MemorySettings
 from model.checkpoint import save_checkpoint
+from model.dataset import Dataset
+from model.training import train
 from tests.redis_cluster import ClusterOfValkeys, redis_cluster
 from tests.synthetic import random_checkpoint, small_config
+
+MONDAY = 1_599_436_800.0
+"""A Monday of 2020, 0:00 UTC."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -78,6 +84,39 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def habit_log() -> Dataset:
+    """Four weeks of 40 users, from a Monday on: each comes back to three of 30 items at an hour of its own, most days,
+    and every other day takes any item, a minute after any hour.
+    """
+    rng, users, items, days = np.random.default_rng(3), 40, 30, 28
+    histories = []
+    for _ in range(users):
+        usual = [*zip(rng.choice(24, 3, replace=False), rng.choice(items, 3, replace=False) + 1, strict=True)]
+        took = [(24 * day + hour, item) for day in range(days) for hour, item in usual if rng.random() < 0.7]
+        strays = [24 * day + rng.integers(24) + 1 / 60 for day in range(days) if rng.random() < 0.5]
+        histories.append(sorted([*took, *((hour, rng.integers(1, items + 1)) for hour in strays)]))
+    hours, taken = (np.array(column) for column in zip(*(one for history in histories for one in history), strict=True))
+    return Dataset(
+        user_ids=tuple(f"u{n}" for n in range(users)),
+        item_ids=tuple(f"i{n}" for n in range(1, items + 1)),
+        offsets=np.cumsum([0, *map(len, histories)]),
+        items=taken.astype(np.int32),
+        times=MONDAY + 3600 * hours,
+        ratings=np.full(len(taken), np.nan, np.float32),
+        has_times=True,
+        has_ratings=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def habit_run(habit_log: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has learned from `habit_log` that people come back, and when; else of the shape of `run`."""
+    folder = tmp_path_factory.mktemp("habits")
+    train(habit_log, small_config(repeat_samples=1500), folder)
+    return folder
+
+
 @contextmanager
 def served(app: FastAPI, port: int | None = None) -> Iterator[str]:
     """An application behind a real HTTP server on loopback; gives its URL."""
@@ -116,6 +155,20 @@ def memory_url(valkey_url: str, run: Path) -> Iterator[str]:
 def api_url(memory_url: str, run: Path) -> Iterator[str]:
     """The whole service: api, memory service, Valkey."""
     with served(create_api(ApiSettings(run=run, memory_url=memory_url))) as url:
+        yield url
+
+
+@pytest.fixture
+def habit_memory_url(valkey_url: str, habit_run: Path) -> Iterator[str]:
+    """A memory service of the model that has learned habits, over an empty Valkey."""
+    with served(create_memory(MemorySettings(run=habit_run, redis_url=valkey_url))) as url:
+        yield url
+
+
+@pytest.fixture
+def habit_url(habit_memory_url: str, habit_run: Path) -> Iterator[str]:
+    """The whole service of the model that has learned habits."""
+    with served(create_api(ApiSettings(run=habit_run, memory_url=habit_memory_url))) as url:
         yield url
 
 

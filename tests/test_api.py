@@ -6,6 +6,7 @@ import math
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import httpx2
@@ -20,7 +21,7 @@ from benchmarks.ports import free_port
 from memory_service.app import create_app as create_memory
 from memory_service.settings import MemorySettings
 from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from tests.conftest import served
+from tests.conftest import MONDAY, served
 from tests.synthetic import random_checkpoint
 
 
@@ -153,6 +154,65 @@ def test_a_batch_answers_like_its_requests_alone(client):
 # ------------------------------------------------------------------------------------------ memories
 
 
+# ----------------------------------------------------------------------------------------- at what time
+
+
+@pytest.fixture
+def habitual(habit_url, stack) -> httpx2.Client:
+    """A model that has learned habits; for two weeks u took i1 at seven and i2 at noon, every day."""
+    client = stack.enter_context(httpx2.Client(base_url=habit_url))
+    times = [(n, MONDAY + 86400 * day + 3600 * hour) for day in range(14) for n, hour in ((1, 7), (2, 12))]
+    remember(client, *(("u", f"i{n}", when) for n, when in times))
+    return client
+
+
+def test_the_answer_is_for_the_time_of_the_request(habitual):
+    tomorrow = MONDAY + 14 * 86400
+    ask = {"user_id": "u", "top_n": 30, "explain": True}  # explained requests do not count as uses of memories
+    seven, noon = (recommend(habitual, **ask, timestamp=tomorrow + 3600 * hour) for hour in (7, 12))
+    assert (ids(seven)[0], ids(noon)[0]) == ("i1", "i2")
+    again = recommend(habitual, **ask, timestamp=tomorrow + 3600 * 7)
+    assert (again["items"], again["memory"]) == (seven["items"], seven["memory"])
+    times = [tomorrow + 3600 * hour for hour in (7, 12, 7)]
+    asks = {"requests": [ask | {"timestamp": when} for when in times]}
+    together = habitual.post("/recommend/batch", json=asks).json()["results"]
+    for one, alone in zip(together, (seven, noon, seven), strict=True):
+        assert scores(one) == pytest.approx(scores(alone), abs=1e-4)
+
+
+def test_years_later_it_is_as_at_the_longest_gap_but_for_the_hour(habitual):
+    rules = habitual.get("/model").json()["config"]["rules"]
+    limit, week = MONDAY + 13 * 86400 + 12 * 3600 + rules["longest_gap_s"], 7 * 86400
+    ask = {"user_id": "u", "top_n": 30, "explain": True}
+    at_limit, years_later, at_another_hour = (
+        recommend(habitual, **ask, timestamp=when)
+        for when in (limit, limit + 150 * week, limit + 150 * week + 7 * 3600)
+    )
+    assert scores(years_later) == pytest.approx(scores(at_limit), abs=1e-4)
+    assert scores(at_another_hour) != pytest.approx(scores(at_limit), abs=1e-2)
+    habits = [one["memory"]["memories"][0]["habit"] for one in (at_limit, years_later)]
+    assert habits[0]["since_s"] == habits[1]["since_s"]
+
+
+def test_without_a_time_it_is_that_of_receipt(habitual, monkeypatch):
+    """One for all requests of a call, though they are worked on one batch after another."""
+    stamps = iter([MONDAY + 14 * 86400 + 3600 * 7])
+    clock = SimpleNamespace(time=lambda: next(stamps, MONDAY + 14 * 86400 + 3600 * 12), perf_counter=time.perf_counter)
+    monkeypatch.setattr("api.recommend.time", clock)
+    asks = {"requests": [{"user_id": "u", "explain": True, "scopes": ["own"]}] * 200}
+    answers = habitual.post("/recommend/batch", json=asks).json()["results"]
+    assert [ids(answer)[0] for answer in answers] == ["i1"] * 200
+    assert ids(recommend(habitual, user_id="u"))[0] == "i2"
+
+
+def test_where_people_come_back_what_one_had_is_listed_unless_the_request_says_otherwise(habitual):
+    """Where they do not: `test_everything_the_user_ever_had_is_excluded_...`."""
+    assert not habitual.get("/model").json()["config"]["rules"]["exclude_seen"]
+    ask = {"user_id": "u", "top_n": 30}
+    assert len(ids(recommend(habitual, **ask))) == len(ids(recommend(habitual, **ask, exclude_seen=False))) == 30
+    assert set(ids(recommend(habitual, **ask, exclude_seen=True))) == {f"i{n}" for n in range(3, 31)}
+
+
 def test_repeating_a_request_is_harmless(client):
     events = [("u", "i1", 1.6e9), ("u", "i2", 1.6e9)]
     assert remember(client, *events)["accepted"] == 2
@@ -197,6 +257,18 @@ def test_a_bank_laid_open(client):
     assert [entry["item_id"] for entry in bank["log"]] == ["i1", "i2", "i1"]
     assert (bank["events"], bank["bank_size"], bank["seen"], bank["k"]) == (3, 2, 2, 2)
     assert sum(bank["clusters"].values()) == pytest.approx(1)
+
+
+def test_a_bank_tells_habits(client):
+    """One item at eight on Tuesdays, four times; another once, with the third; a third in between."""
+    tuesdays = [("u", "i1", MONDAY + 86400 + 7 * 86400 * week + 8 * 3600) for week in range(4)]
+    remember(client, *tuesdays, ("u", "i2", tuesdays[2][2]), ("u", "i3", tuesdays[2][2] + 60))
+    first, second, _ = client.get("/users/u/memory").json()["entries"]
+    assert (first["first_time"], first["mean_gap_s"], first["occasions_since"]) == (tuesdays[0][2], 7 * 86400, 0)
+    assert first["usual_hour"] == pytest.approx(8, abs=1e-3)
+    assert first["usual_day"] == pytest.approx(1 + 8 / 24, abs=1e-3)
+    assert (second["item_id"], second["first_time"], second["occasions_since"]) == ("i2", tuesdays[2][2], 2)
+    assert [second[name] for name in ("mean_gap_s", "usual_hour", "usual_day")] == [None] * 3
 
 
 def test_a_bank_says_what_its_qualities_are_made_of_how_k_was_reached_and_what_has_gone(client, run):

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import httpx2
@@ -53,6 +54,10 @@ EVENT = '{"interactions": [{"user_id": "u", "item_id": "i1", %s}]}'
         ("POST", "/recommend", b'{"explain": 1}', 422, "invalid_request"),
         ("POST", "/recommend", b'{"top_n": true}', 422, "invalid_request"),
         ("POST", "/recommend/batch", b'{"requests": [{}, {"top_n": 0}]}', 422, "invalid_request"),
+        ("POST", "/recommend", b'{"timestamp": "12.5"}', 422, "invalid_request"),
+        ("POST", "/recommend", b'{"timestamp": true}', 422, "invalid_request"),
+        ("POST", "/recommend", b'{"timestamp": Infinity}', 422, "invalid_request"),
+        ("POST", "/recommend", b'{"timestamp": 1%s}' % (b"0" * 400), 422, "invalid_request"),
         ("POST", "/memories", EVENT % '"timestamp": "12.5"', 422, "invalid_request"),
         ("POST", "/memories", EVENT % '"timestamp": true', 422, "invalid_request"),
         ("POST", "/memories", EVENT % f'"timestamp": 1{"0" * 400}', 422, "invalid_request"),
@@ -85,6 +90,20 @@ def test_hostile_values_are_refused_before_anything_is_stored(client, method, pa
 def test_an_error_names_the_field(client):
     found = client.post("/memories", json={"interactions": [{"user_id": "u", "item_id": "i", "rating": "good"}]}).json()
     assert [error["field"] for error in found["errors"]] == ["interactions.0.rating"]
+
+
+@pytest.mark.parametrize("stamp", [-1.0, time.time() * 1000, time.time() + 2 * 86400])
+def test_a_time_of_a_request_is_refused_in_the_words_in_which_that_of_an_event_is(client, stamp):
+    event = {"user_id": "u", "item_id": "i1", "timestamp": stamp}
+    (rejected,) = client.post("/memories", json={"interactions": [event]}).json()["rejected"]
+    for path, body, field in (
+        ("/recommend", {"timestamp": stamp}, "timestamp"),
+        ("/recommend/batch", {"requests": [{}, {"timestamp": stamp}]}, "requests.1.timestamp"),
+    ):
+        response = client.post(path, json=body)
+        assert response.status_code == 422
+        (error,) = response.json()["errors"]
+        assert (error["field"], error["message"]) == (field, f"Value error, {rejected['detail']}")
 
 
 def test_numbers_without_a_fraction_are_numbers(client):

@@ -106,7 +106,8 @@ def remembered(client: httpx2.Client, user: str, timed: bool) -> dict[str, objec
     del memory["user_id"], memory["version"]
     if not timed:
         for entry in memory["log"] + memory["entries"] + memory["pruned_items"]:
-            del entry["timestamp"]
+            for name in ("timestamp", "first_time", "mean_gap_s", "usual_hour", "usual_day"):
+                entry.pop(name, None)
         memory["pruned_items"].sort(key=lambda one: one["item_id"])  # the latest first
     return memory
 

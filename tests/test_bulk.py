@@ -23,7 +23,7 @@ from api.settings import ApiSettings
 from memory_service.app import create_app as create_memory
 from memory_service.settings import MemorySettings
 from memory_service.slots import slot_of
-from tests.conftest import served
+from tests.conftest import MONDAY, served
 from tests.groups import Group
 from tests.redis_cluster import until
 from tests.test_backfill import remembered
@@ -111,6 +111,30 @@ def test_everybody_is_answered_as_over_http(known_url, memory_url, run, tmp_path
             assert row["scores"] == pytest.approx([item["score"] for item in answer["items"]], abs=1e-5)
             assert (row["source"], row["model_version"]) == (answer["source"], answer["model_version"])
             assert row["version"] == answer["memory"]["version"]
+
+
+def test_everybody_is_answered_for_one_time_and_as_the_data_says(habit_url, habit_memory_url, habit_run, tmp_path):
+    """u of whom i1 is usual at seven, i2 at noon; what one had comes, unless that is not wanted."""
+    daily = [(n, MONDAY + 86400 * day + 3600 * hour) for day in range(14) for n, hour in ((1, 7), (2, 12))]
+    events = [{"user_id": "u", "item_id": f"i{n}", "timestamp": when} for n, when in daily]
+    httpx2.post(f"{habit_url}/memories", json={"interactions": events}, timeout=60).raise_for_status()
+    for hour, usual in ((7, "i1"), (12, "i2")):
+        out, when = tmp_path / str(hour), MONDAY + 14 * 86400 + 3600 * hour
+        recommend_all(habit_run, habit_memory_url, out, timestamp=when)
+        (row,) = (row for part in files_of(out).values() for row in part)
+        ask = {"user_id": "u", "timestamp": when, "explain": True}
+        answer = httpx2.post(f"{habit_url}/recommend", json=ask, timeout=60).json()
+        assert row["items"] == [item["item_id"] for item in answer["items"]]
+        assert row["scores"] == pytest.approx([item["score"] for item in answer["items"]], abs=1e-5)
+        assert row["items"][0] == usual
+        assert recommend_all(habit_run, habit_memory_url, out).before == FEWEST_FILES  # whenever it was for
+    with pytest.raises(BulkError, match="holds other recommendations"):
+        recommend_all(habit_run, habit_memory_url, tmp_path / "7", timestamp=when)
+    recommend_all(habit_run, habit_memory_url, tmp_path / "new", exclude_seen=True)
+    (row,) = (row for part in files_of(tmp_path / "new").values() for row in part)
+    assert {"i1", "i2"}.isdisjoint(row["items"])
+    with pytest.raises(BulkError, match="is no time in seconds"):
+        recommend_all(habit_run, habit_memory_url, tmp_path / "ms", timestamp=when * 1000)
 
 
 def test_broken_off_it_goes_on_with_the_files_that_are_missing(known_url, memory_url, run, tmp_path):

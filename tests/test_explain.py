@@ -9,15 +9,31 @@ import pytest
 
 from api.app import create_app as create_api
 from api.settings import ApiSettings
-from tests.conftest import served
+from tests.conftest import MONDAY, served
 from tests.test_api import ids, recommend, remember, scores
 
 ITEMS = 30
+HOUR, DAY = 3600.0, 86400.0
 
 
 @pytest.fixture
 def client(api_url, stack) -> httpx2.Client:
     return stack.enter_context(httpx2.Client(base_url=api_url))
+
+
+@pytest.fixture
+def habitual(habit_url, stack) -> httpx2.Client:
+    """A model that has learned habits. For three weeks, u and v took i1 at seven and i2 at noon; u took i4 once, and i9
+    in the end, at the same time as i4; "never" is u without i9.
+    """
+    client = stack.enter_context(httpx2.Client(base_url=habit_url))
+    for user in ("u", "v", "never"):
+        daily = [
+            (user, f"i{n}", MONDAY + DAY * day + hour * HOUR) for day in range(21) for n, hour in ((1, 7), (2, 12))
+        ]
+        remember(client, *daily, (user, "i4", MONDAY + 21 * DAY))
+    remember(client, ("u", "i9", MONDAY + 21 * DAY))
+    return client
 
 
 def took(client: httpx2.Client, user: str, *items: str) -> None:
@@ -43,18 +59,23 @@ def test_the_parts_of_every_item_give_its_score(client):
         answer = recommend(client, **ask, explain=True, top_n=ITEMS + 5)
         memory, copied_in_all = answer["memory"], 0.0
         for item in answer["items"]:
-            parts, p = item["parts"], math.exp(item["score"])
-            logits = [parts[name] for name in ("state", "calibration", "memories")]
-            by_model = 0.0
-            if None in logits:
-                assert (item["item_id"], logits, parts["copied"]) == ("new", [None] * 3, pytest.approx(1.0)), ask
-            else:
-                by_model = (1 - memory["copying"]) * math.exp(sum(logits) - memory["log_z"])
-            assert by_model + parts["copied"] * p == pytest.approx(p, rel=1e-4), (ask, item)
-            copied_in_all += parts["copied"] * p
+            p = math.exp(item["score"])
+            assert by_parts(item, memory) == pytest.approx(p, rel=1e-4), (ask, item)
+            copied_in_all += item["parts"]["copied"] * p
         everything = not {"exclude_seen"}.isdisjoint(ask)  # otherwise what was copied may have been seen
         assert copied_in_all <= memory["copying"] + 1e-5
         assert not everything or copied_in_all == pytest.approx(memory["copying"], abs=1e-5)
+
+
+def by_parts(item: dict, memory: dict) -> float:
+    """The probability of an item, put together from the parts that are told."""
+    parts, by_model = item["parts"], 0.0
+    logits = [parts[name] for name in ("state", "calibration", "memories")]
+    if None in logits:
+        assert (item["item_id"], logits, parts["copied"]) == ("new", [None] * 3, pytest.approx(1.0))
+    else:
+        by_model = (1 - memory["copying"]) * math.exp(sum(logits) - memory["log_z"])
+    return by_model + parts["copied"] * math.exp(item["score"])
 
 
 def test_all_memories_retrieved_are_told_with_their_attention(client):
@@ -103,6 +124,79 @@ def test_explaining_changes_no_answer_and_counts_no_access(client):
     remember(client, ("u", "i4"))
     accesses = [entry["access"] for entry in client.get("/users/u/memory").json()["entries"]]
     assert max(accesses) == 1  # the plain request
+
+
+# --------------------------------------------------------------------------------------------- habits
+
+
+def test_the_parts_add_up_where_people_come_back(habitual):
+    """At times before, at, and long after the last event; at its very time i4 and i9 are taken and not to come back."""
+    for ask in (
+        {"user_id": "u", "timestamp": MONDAY + 21 * DAY + 7 * HOUR},
+        {"user_id": "u", "timestamp": MONDAY + 21 * DAY},
+        {"user_id": "u", "timestamp": MONDAY + 3 * DAY},
+        {"user_id": "u"},
+        {"user_id": "u", "scopes": ["own"], "k": 2},
+        {"user_id": "u", "scopes": ["collective"]},
+        {"user_id": "u", "scopes": []},
+        {"user_id": "u", "sequence": ["i9", "i1"], "ignore_memories": ["i2"]},
+        {"user_id": "stranger", "sequence": ["i9"]},
+    ):
+        answer = recommend(habitual, **ask, explain=True, top_n=ITEMS)
+        assert len(answer["items"]) == ITEMS
+        for item in answer["items"]:
+            assert by_parts(item, answer["memory"]) == pytest.approx(math.exp(item["score"]), rel=1e-4), (ask, item)
+            if len(answer["memory"]["memories"]) <= 3:
+                told = sum(one["logit"] for one in item["because"])
+                assert told == pytest.approx(item["parts"]["memories"], abs=1e-4), (ask, item)
+
+
+def test_an_own_memory_tells_its_habit(habitual):
+    at_seven, at_noon = (
+        recommend(habitual, user_id="u", timestamp=MONDAY + 21 * DAY + hour * HOUR, explain=True, k=4)
+        for hour in (7, 12)
+    )
+    said = {one["item_id"]: one["habit"] for one in at_seven["memory"]["memories"] if one["scope"] == "own"}
+    assert said["i1"] == {
+        "count": 21,
+        "since_s": pytest.approx(DAY, rel=1e-4),
+        "mean_gap_s": pytest.approx(DAY, rel=1e-4),
+        "at_this_hour": True,
+        "on_this_day": False,  # every day: no day is special
+        "logit": pytest.approx(said["i1"]["logit"]),
+    }
+    assert (said["i2"]["at_this_hour"], said["i4"]["count"], said["i4"]["mean_gap_s"]) == (False, 1, None)
+    assert said["i4"]["since_s"] == pytest.approx(7 * HOUR, rel=1e-4)
+    for answer, usual, other in ((at_seven, "i1", "i2"), (at_noon, "i2", "i1")):
+        assert ids(answer)[0] == usual
+        logit = {one["item_id"]: one["habit"]["logit"] for one in answer["memory"]["memories"] if one["scope"] == "own"}
+        assert logit[usual] > logit[other]
+        reasons = {one["item_id"]: one for one in answer["items"][0]["because"] if one["scope"] == "own"}
+        assert reasons[usual]["habit"]["logit"] == logit[usual]
+        assert reasons[usual]["logit"] == pytest.approx(logit[usual], abs=1e-5)  # attention was left out, training
+    assert all("habit" not in one for one in at_seven["memory"]["memories"] if one["scope"] == "collective")
+
+
+def test_where_the_model_looks_at_no_habits_none_is_told(client):
+    took(client, "u", "i1", "i2", "i1")
+    answer = recommend(client, user_id="u", explain=True)
+    assert "habit" not in json.dumps(answer)
+
+
+def test_with_a_memory_ignored_its_habit_is_gone(habitual):
+    ask = {"scopes": ["own"], "explain": True, "top_n": ITEMS, "timestamp": MONDAY + 22 * DAY}
+    plain, without, never = (
+        recommend(habitual, **ask, **one)
+        for one in ({"user_id": "u"}, {"user_id": "u", "ignore_memories": ["i9"]}, {"user_id": "never"})
+    )
+    assert scores(without) == pytest.approx(scores(never), abs=1e-4)
+    assert scores(plain) != pytest.approx(scores(never), abs=1e-2)
+    habits = [[(one["item_id"], one["habit"]) for one in answer["memory"]["memories"]] for answer in (without, never)]
+    for (item, habit), (wanted_item, wanted) in zip(*habits, strict=True):
+        assert (item, habit) == (wanted_item, wanted | {"logit": pytest.approx(wanted["logit"], abs=1e-4)})
+    usual = recommend(habitual, user_id="u", ignore_memories=["i1", "i2"], **ask)
+    assert {one["item_id"] for one in usual["memory"]["memories"]} == {"i4", "i9"}
+    assert scores(usual)["i1"] < scores(plain)["i1"] - 1
 
 
 # --------------------------------------------------------------------------------- had I not taken it

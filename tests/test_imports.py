@@ -15,6 +15,7 @@ ALLOWED = {
         "memory_service",
         "model.rules",
         "model.bank",
+        "model.habits",
         "model.collective",
         "model.events",
         "model.plane",
@@ -59,7 +60,7 @@ def test_the_memory_service_never_loads_torch(module):
 
 
 def test_the_pure_parts_do_no_io():
-    for name in ("rules", "bank", "events", "metrics"):
+    for name in ("rules", "bank", "habits", "events", "metrics"):
         text = (ROOT / "model" / f"{name}.py").read_text(encoding="utf-8")
         assert not {"torch", "redis", "faiss", "fastapi", "open("} & set(text.replace("(", "( ").split())
 

@@ -9,7 +9,7 @@ from model.bank import Retrieved
 from model.item_index import ItemIndex
 from model.recommender import Query, Recommender
 from model.shortlist import FETCH
-from tests.synthetic import random_checkpoint, random_memories, small_config
+from tests.synthetic import habitual_config, random_checkpoint, random_memories, small_config
 
 ITEMS = 20_000
 DIM = 16
@@ -30,6 +30,27 @@ def quick(exact) -> Recommender:
 @pytest.fixture(scope="module")
 def memories() -> Retrieved:
     return random_memories(ROWS, 20, ITEMS)
+
+
+@pytest.fixture(scope="module")
+def habitual() -> tuple[Recommender, Recommender]:
+    """A model with a repeat head, scoring everything, and with an index."""
+    exact = Recommender.of(random_checkpoint(habitual_config(), items=ITEMS))
+    return exact, Recommender(exact.checkpoint, exact.encoder, exact.fusion, exact_items=1000)
+
+
+@pytest.fixture(scope="module")
+def baskets(memories) -> Retrieved:
+    """The same users, each with a basket open: of an own memory that others have too, of an item that only others have,
+    and of one that is in no memory. One of their memories the model does not know.
+    """
+    own, others = memories.own.item.copy(), memories.collective.item.copy()
+    others[:, 0] = np.where(memories.collective.valid[:, 0], own[:, 0], 0)
+    own[:, 2] = 0
+    present = np.stack([own[:, 0], others[:, 1], np.arange(1, ROWS + 1)], axis=1)
+    present[0] = 0
+    collective = replace(memories.collective, item=others)
+    return replace(memories, own=replace(memories.own, item=own), collective=collective, present=present)
 
 
 def queries(seed: int = 0, **fields: object) -> list[Query]:
@@ -120,6 +141,37 @@ def test_items_that_the_user_had_bear_the_repeat_bias(exact, quick, memories, mo
     near = exact.recommend(queries(top_n=700), memories, [False] * ROWS)
     asked = [replace(one, seen=best.items[:400]) for one, best in zip(queries(top_n=20), near, strict=True)]
     assert unlike(exact, quick, asked, memories) < 5e-3
+
+
+@pytest.mark.parametrize("present", [-8.0, 4.0])
+@pytest.mark.parametrize("lift", [1.0, 12.0])
+def test_what_the_user_comes_back_to_is_lifted_as_where_everything_is_scored(
+    habitual, baskets, monkeypatch, lift, present
+):
+    repeats = habitual[0].fusion.repeats
+    monkeypatch.setattr(repeats.present, "data", repeats.present.new_tensor(present))
+    monkeypatch.setattr(repeats.layers[-1].weight, "data", repeats.layers[-1].weight.detach() * lift)
+    had = [np.concatenate([a, b, [7, 9]]) for a, b in zip(baskets.own.item, baskets.present, strict=True)]
+    asked = [replace(one, seen=seen) for one, seen in zip(queries(), had, strict=True)]
+    added = habitual[1].predict(np.stack([one.state for one in asked]), baskets, had).added
+    assert added.abs().max() > 1
+    assert unlike(*habitual, asked, baskets) < 2e-3
+    candidates = np.unique(np.concatenate(had))
+    assert unlike(*habitual, [replace(one, candidates=candidates) for one in asked], baskets) < 2e-3
+
+
+def test_explanations_with_a_repeat_head_are_those_of_scoring_everything(habitual, baskets):
+    had = [np.concatenate([a, b]) for a, b in zip(baskets.own.item, baskets.present, strict=True)]
+    candidates = np.unique(np.concatenate([*had, np.arange(40)]))
+    asked = [replace(one, seen=seen, candidates=candidates) for one, seen in zip(queries(), had, strict=True)]
+    for wanted, found in zip(*(one.recommend(asked, baskets, [True] * ROWS) for one in habitual), strict=True):
+        mine, theirs = found.explanation, wanted.explanation
+        assert [one.habit for one in mine.influences] == pytest.approx(
+            [one.habit for one in theirs.influences], abs=1e-3
+        )
+        logit = mine.state + mine.calibration + mine.memories
+        by_model = (1 - mine.copying) * np.exp(logit - mine.log_z)
+        assert np.allclose(by_model + mine.copied * np.exp(found.scores), np.exp(found.scores), rtol=1e-3)
 
 
 def test_exclusions_leave_the_list_full(exact, quick, memories):

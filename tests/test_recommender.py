@@ -10,7 +10,7 @@ from model.bank import Entries, Retrieved
 from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from model.events import EncodeJob
 from model.recommender import Query, Recommender, top_items
-from tests.synthetic import random_checkpoint, random_memories
+from tests.synthetic import habitual_config, random_checkpoint, random_memories
 
 ITEMS = 30
 
@@ -18,6 +18,12 @@ ITEMS = 30
 @pytest.fixture(scope="module")
 def recommender() -> Recommender:
     return Recommender.of(random_checkpoint(items=ITEMS))
+
+
+@pytest.fixture(scope="module")
+def habitual() -> Recommender:
+    """One with a repeat head."""
+    return Recommender.of(random_checkpoint(habitual_config(), items=ITEMS))
 
 
 def queries(rows: int, seed: int = 0, **fields: object) -> list[Query]:
@@ -39,7 +45,7 @@ def test_a_batch_answers_like_its_requests_alone(recommender):
 def test_padding_of_memories_changes_no_score(recommender):
     memories, asked = random_memories(3, 4, ITEMS), queries(3)
     wide = Entries(*(np.pad(getattr(memories.own, name), ((0, 0), (0, 5))) for name in Entries.COLUMNS))
-    padded = replace(memories, own=wide)
+    padded = replace(memories, own=wide, habits=np.pad(memories.habits, ((0, 0), (0, 5), (0, 0))))
     for a, b in zip(
         recommender.recommend(asked, memories, [False] * 3),
         recommender.recommend(asked, padded, [False] * 3),
@@ -117,6 +123,50 @@ def test_the_parts_of_an_explanation_give_the_score(recommender, seed, width, un
         assert np.allclose(by_model + whole * copied, whole, rtol=1e-4)
         assert (copied * whole).sum() == pytest.approx(told.copying, abs=1e-5)
         assert np.array_equal(np.isnan(told.state), answer.items > ITEMS)
+
+
+@given(st.integers(0, 1000), st.integers(1, 8), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_the_parts_give_the_score_with_a_repeat_head_too(habitual, seed, width, unknown):
+    """A memory's part holds what it adds to its own item's logit, calibration what is added to what the user has at
+    this very time.
+    """
+    memories, asked = random_memories(3, width, ITEMS, seed), queries(3, seed, top_n=2 * ITEMS)
+    if unknown:
+        memories.own.item[0, 0], memories.collective.item[0, 0] = 0, ITEMS + 3
+    prediction = habitual.predict(np.stack([one.state for one in asked]), memories, [one.seen for one in asked])
+    for row, answer in enumerate(habitual.recommend(asked, memories, [True] * 3)):
+        told = answer.explanation
+        assert np.exp(answer.scores).sum() == pytest.approx(1.0, abs=1e-4)
+        logit = told.state + told.calibration + sum(one.part for one in told.influences)
+        by_model = np.nan_to_num((1 - told.copying) * np.exp(logit - told.log_z))
+        whole = np.exp(answer.scores)
+        assert np.allclose(by_model + whole * told.copied, whole, rtol=1e-3)
+        own = [one for one in told.influences if one.scope == "own"]
+        assert [one.habit for one in own] == pytest.approx(prediction.added[row, [one.entry for one in own]].tolist())
+        assert not any(one.habit for one in told.influences if one.scope == "collective")
+        assert all(one.habit != 0 for one in own if memories.own.item[row, one.entry] > 0)
+
+
+def test_what_a_memory_adds_counts_for_its_own_item_alone(habitual):
+    memories, asked = random_memories(1, 3, ITEMS, empty_row=False), queries(1, top_n=ITEMS)
+    told = habitual.recommend(asked, memories, [True])[0]
+    without = replace(memories, habits=memories.habits[:, :, :0], present=memories.present[:, :0])
+    plain = habitual.recommend(asked, without, [True])[0]
+    place = {item: n for n, item in enumerate(plain.items.tolist())}
+    for mine, other in zip(told.explanation.influences, plain.explanation.influences, strict=True):
+        assert other.habit == 0
+        for n, item in enumerate(told.items.tolist()):
+            its_own = mine.scope == "own" and memories.own.item[0, mine.entry] == item
+            assert mine.part[n] - other.part[place[item]] == pytest.approx(mine.habit * its_own, abs=1e-4)
+
+
+def test_what_is_taken_at_this_very_time_bears_its_bias(habitual):
+    memories, asked = random_memories(1, 3, ITEMS, empty_row=False), queries(1)
+    one, none = (replace(memories, present=np.array([[item, 0]])) for item in (5, 0))
+    state, seen = asked[0].state[None], [asked[0].seen]
+    with_it, without = (habitual.predict(state, some, seen).logits[0, 1:] for some in (one, none))
+    assert np.allclose((with_it - without).numpy(), np.where(np.arange(1, ITEMS + 1) == 5, -2, 0), atol=1e-5)
 
 
 def recommender_logits(recommender, prediction, query):
@@ -252,7 +302,7 @@ def test_a_damaged_checkpoint_is_refused_with_the_reason(tmp_path, damage):
     elif damage == "missing":
         weights.unlink()
     elif damage == "format":
-        header.write_text(header.read_text().replace('"format": 1', '"format": 99'))
+        header.write_text(header.read_text().replace('"format": 2', '"format": 99'))
     elif damage == "swapped":
         save_checkpoint(tmp_path / "other", random_checkpoint(seed=1))
         weights.write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks.quality import adaptive, pruning, streams
-from model.dataset import leave_one_out
+from model.dataset import split_of
 from model.evaluation import rank_test_items, report
 from model.recommender import Recommender
 from model.training import train
@@ -52,19 +52,20 @@ def test_new_users_are_only_those_held_back(tmp_path):
     assert study["users"] == (~known).sum()
 
 
-def test_adaptive_study_reads_the_ranks(tmp_path):
-    dataset = cyclic_dataset()
+@pytest.mark.parametrize(("length", "protocol"), [(11, "masked"), (15, "unmasked")])
+def test_adaptive_study_reads_the_ranks(tmp_path, length, protocol):
+    dataset = cyclic_dataset(length=length)
     tested = [rank_test_items(Recommender.of(train(dataset, CONFIG, tmp_path)), dataset)]
     study = adaptive.study(tested)
     rows = {(r["variant"], r["protocol"], r["store"]): r for r in report(tested, "x")["rows"]}
-    assert study["own"]["ndcg@10"]["5"] == pytest.approx(rows["own-k-5", "masked", "train"]["ndcg@10"])
-    assert study["collective"]["ndcg@10"]["adaptive"] == pytest.approx(rows["memory", "masked", "train"]["ndcg@10"])
+    assert study["own"]["ndcg@10"]["5"] == pytest.approx(rows["own-k-5", protocol, "train"]["ndcg@10"])
+    assert study["collective"]["ndcg@10"]["adaptive"] == pytest.approx(rows["memory", protocol, "train"]["ndcg@10"])
     assert np.mean(study["own"]["by_entropy_quintile"]["10"]) == pytest.approx(study["own"]["ndcg@10"]["10"], abs=0.02)
 
 
 def test_the_repeat_log_repeats_as_it_says():
     dataset = pruning.repeat_log(users=60, items=200)
-    test_events = leave_one_out(dataset).test
+    test_events = split_of(dataset).test
     repeated = np.mean(
         [dataset.items[e] in had for e, had in zip(test_events, dataset.history(test_events), strict=True)]
     )

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from model.config import Config, ConfigError, load_config
-from model.dataset import leave_one_out
+from model.dataset import Targets, leave_one_out
 from model.encoder import SequenceEncoder
 from model.encoder_training import next_item_loss, training_batches, validate_encoder
 from model.evaluation import EvaluationError, check_items, evaluate, memory_space_of
-from model.fusion_training import fusion_events
+from model.fusion_training import fusion_targets
 from model.metrics import ranks, relative_gain, summary
 from model.optimisation import Progress, TrainingError, adamw, step
 from model.recommender import Recommender
@@ -20,6 +20,11 @@ from tests.synthetic import cyclic_dataset, random_checkpoint, small_config
 
 class SimulatedCrashError(Exception):
     pass
+
+
+def one_by_one(events: np.ndarray) -> Targets:
+    """Each event is asked about by itself."""
+    return Targets(events, events)
 
 
 def test_the_encoder_learns_a_cycle(tmp_path):
@@ -54,16 +59,18 @@ def test_the_fusion_is_fitted_on_events_that_the_encoder_never_saw_and_judged_on
     split, owner, event = leave_one_out(dataset), dataset.owners(), np.arange(len(dataset))
     config = small_config().training
     held_out = hold_out(dataset.users, config)
-    fitted, judging = fusion_events(dataset, config, held_out)
+    fitted, judging = fusion_targets(dataset, config, held_out)
     assert held_out.sum() == 6
-    assert np.array_equal(fitted, held_out[owner] & (event < split.train_end[owner]))
-    assert np.array_equal(np.flatnonzero(judging), split.validation)
+    assert np.array_equal(fitted.event, np.flatnonzero(held_out[owner] & (event < split.train_end[owner])))
+    assert np.array_equal(judging.event, split.validation)
+    for targets in (fitted, judging):  # each is asked about alone
+        assert np.array_equal(targets.before, targets.event)
     config = small_config(fusion_targets="validation").training
     held_out = hold_out(dataset.users, config)
-    fitted, judging = fusion_events(dataset, config, held_out)
+    fitted, judging = fusion_targets(dataset, config, held_out)
     assert not held_out.any()
-    assert np.array_equal(np.flatnonzero(fitted | judging), split.validation)
-    assert (fitted.sum(), judging.sum()) == (32, 8)
+    assert np.array_equal(np.sort(np.concatenate([fitted.event, judging.event])), split.validation)
+    assert (len(fitted), len(judging)) == (32, 8)
 
 
 def test_a_run_of_another_config_is_not_resumed(tmp_path):
@@ -88,11 +95,12 @@ def test_every_training_interaction_is_a_target_once_and_nothing_else():
     users = ~hold_out(dataset.users, config.training)
     for seed in range(3):
         batches = list(training_batches(dataset, users, config, np.random.default_rng(seed)))
-        found = np.sort(np.concatenate([batch[batch > 0] for batch in batches]))
+        found = np.sort(np.concatenate([batch.targets[batch.targets > 0] for batch in batches]))
         ends = leave_one_out(dataset).train_end
         wanted = [dataset.items[dataset.offsets[u] : ends[u]] for u in np.flatnonzero(users)]
         assert found.tolist() == np.sort(np.concatenate(wanted)).tolist()
-        assert max(batch.shape[1] for batch in batches) <= config.encoder.window
+        assert max(batch.targets.shape[1] for batch in batches) <= config.encoder.window
+        assert all(batch.before is None for batch in batches)
 
 
 def test_the_loss_of_a_batch_is_the_mean_over_real_positions():
@@ -117,25 +125,38 @@ def test_replay_asks_only_what_came_before():
     dataset, checkpoint = cyclic_dataset(users=6, length=15, items=12), random_checkpoint(items=12)
     recommender = Recommender.of(checkpoint)
     space, state = memory_space_of(recommender), trajectory(dataset, recommender.encoder)
-    every = replay(dataset, state, space, np.ones(len(dataset), bool)).replay
-    middle = np.arange(len(dataset)) % 15 == 7
-    alone = replay(dataset, state, space, middle)
-    picked = every.take(np.isin(every.event, alone.replay.event))
-    order = np.argsort(picked.event)
+    every = replay(dataset, state, space, one_by_one(np.arange(len(dataset)))).replay
+    middle = np.arange(7, len(dataset), 15)
+    alone = replay(dataset, state, space, one_by_one(middle))
+    picked = every.take(middle)
     assert alone.banks.size.tolist() == [7] * 6
-    assert np.array_equal(picked.retrieved.own.item[order], alone.replay.retrieved.own.item)
-    assert np.allclose(picked.state[order], alone.replay.state, atol=1e-5)
+    assert alone.replay.event.tolist() == picked.event.tolist() == middle.tolist()
+    assert np.array_equal(picked.retrieved.own.item, alone.replay.retrieved.own.item)
+    assert np.allclose(picked.state, alone.replay.state, atol=1e-5)
+    assert np.array_equal(alone.replay.times, dataset.times[middle])
+
+
+def test_replay_answers_in_the_order_of_its_questions():
+    dataset, checkpoint = cyclic_dataset(users=6, length=15, items=12), random_checkpoint(items=12)
+    recommender = Recommender.of(checkpoint)
+    space, state = memory_space_of(recommender), trajectory(dataset, recommender.encoder)
+    events = np.random.default_rng(1).permutation(len(dataset))[:40]
+    ascending = replay(dataset, state, space, one_by_one(np.sort(events))).replay
+    mixed = replay(dataset, state, space, one_by_one(events)).replay
+    assert mixed.event.tolist() == events.tolist()
+    again = mixed.take(np.argsort(events))
+    assert np.array_equal(again.retrieved.own.item, ascending.retrieved.own.item)
+    assert np.array_equal(again.state, ascending.state)
 
 
 def test_replay_equals_writing_one_user_at_a_time():
     dataset, checkpoint = cyclic_dataset(users=5, length=30, items=12), random_checkpoint(items=12)
     recommender = Recommender.of(checkpoint)
     space, state = memory_space_of(recommender), trajectory(dataset, recommender.encoder)
-    last = np.arange(len(dataset)) % 30 == 29
+    last = one_by_one(np.arange(29, len(dataset), 30))
     together = replay(dataset, state, space, last)
     for user in range(5):
-        only = last & (dataset.owners() == user)
-        alone = replay(dataset, state, space, only)
+        alone = replay(dataset, state, space, last.take(slice(user, user + 1)))
         assert alone.banks.size[user] == together.banks.size[user]
         for name, values in together.banks.fields.items():
             assert np.array_equal(values[user], alone.banks.fields[name][user], equal_nan=True)
@@ -152,7 +173,7 @@ def test_history_is_strictly_earlier():
 
 
 def test_the_report_has_every_variant_under_both_protocols(tmp_path):
-    dataset = cyclic_dataset()
+    dataset = cyclic_dataset(length=11)
     runs = [Recommender.of(train(dataset, small_config(seed=seed), tmp_path / str(seed))) for seed in (0, 1)]
     report = evaluate(runs, dataset, "cycle")
     rows = {(row["variant"], row["protocol"], row["store"]): row for row in report["rows"]}
@@ -171,6 +192,15 @@ def test_the_report_has_every_variant_under_both_protocols(tmp_path):
     gains = {(gain["variant"], gain["protocol"], gain["store"]): gain for gain in report["gains"]}
     memory, base = rows["memory", "masked", "train"], rows["encoder+calibration", "masked", "none"]
     assert gains["memory", "masked", "train"]["gain"] == pytest.approx(memory["ndcg@10"] / base["ndcg@10"] - 1)
+
+
+def test_where_people_come_back_to_things_nothing_is_masked_and_repeats_are_told_apart(tmp_path):
+    dataset = cyclic_dataset()
+    recommender = Recommender.of(train(dataset, small_config(), tmp_path))
+    rows = evaluate([recommender], dataset, "cycle")["rows"]
+    assert {row["protocol"] for row in rows} == {"unmasked"}
+    assert {row["variant"] for row in rows} >= {"encoder", "own", "collective", "memory", "own-k-5", "shuffled"}
+    assert not any("repeat-hr@10" in row for row in rows)  # all 40 test items are repeats: the 15th of 12 in a circle
 
 
 def test_a_run_is_not_evaluated_on_other_items():

@@ -5,6 +5,7 @@ Ids and titles come from callers and may hold anything: they reach the screen on
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,16 @@ LONGEST = 120
 """Characters of an id or a title that are shown at most."""
 JOINERS = "\u200c\u200d"
 """Format characters that words of some scripts are written with."""
+HOUR_S, DAY_S = 3600.0, 86400.0
+UNITS = {
+    "year": 365.25 * DAY_S,
+    "month": 30.44 * DAY_S,
+    "week": 7 * DAY_S,
+    "day": DAY_S,
+    "hour": HOUR_S,
+    "minute": 60.0,
+}
+DAYS = ("Mondays", "Tuesdays", "Wednesdays", "Thursdays", "Fridays", "Saturdays", "Sundays")
 MARKS = 3
 """Marks on top of each other that a character may carry."""
 
@@ -95,6 +106,76 @@ def day(timestamp: float) -> str:
         return datetime.fromtimestamp(timestamp, UTC).strftime("%Y-%m-%d")
     except (OverflowError, OSError, ValueError):
         return f"{timestamp:.3g}"
+
+
+def ago(seconds: float) -> str:
+    """How long ago something was.
+
+    >>> ago(3 * 86400), ago(3600), ago(-7200), ago(5)
+    ('3 days ago', '1 hour ago', '2 hours ahead', 'a moment ago')
+    """
+    how = _measured(abs(seconds))
+    return "a moment ago" if how is None else f"{counted(*how)} {'ahead' if seconds < 0 else 'ago'}"
+
+
+def _measured(seconds: float) -> tuple[int, str] | None:
+    """In the largest unit that says it well; None below a minute."""
+    for unit, length in UNITS.items():
+        number = seconds / length
+        if number >= 1.95 or (number >= 0.95 and (number <= 1.05 or unit == "minute")):
+            return math.floor(number + 0.5), unit
+    return None
+
+
+def habit_kept(
+    count: int, mean_gap_s: float | None, since_s: float, usual_hour: float | None, usual_day: float | None
+) -> str:
+    """How often something was taken, and when: an entry of a bank. `api/inspector/habit.js` says the same.
+
+    >>> habit_kept(7, 6 * 86400, 3 * 86400, 7.9, None)
+    '7 times, every 6 days, last 3 days ago, usually around 08:00 UTC'
+    """
+    words = [_times(count)]
+    if count > 1 and mean_gap_s:
+        words.append(_rhythm(count, mean_gap_s))
+    words += _last(count, since_s)
+    if count > 1 and (usual_hour is not None or usual_day is not None):
+        on = "" if usual_day is None else f" on {DAYS[math.floor(usual_day) % 7]}"
+        around = " (UTC)" if usual_hour is None else f" around {math.floor(usual_hour + 0.5) % 24:02}:00 UTC"
+        words.append(f"usually{on}{around}")
+    return ", ".join(words)
+
+
+def habit_now(count: int, since_s: float | None, at_this_hour: bool, on_this_day: bool) -> str:
+    """What a memory that speaks for an item tells at the time of the request.
+
+    >>> habit_now(7, 3 * 86400, True, False)
+    '7 times, last 3 days ago, usually at this hour'
+    """
+    words = [_times(count), *_last(count, since_s)]
+    when = ["on this day of the week"] * on_this_day + ["at this hour"] * at_this_hour
+    if when:
+        words.append(f"usually {' and '.join(when)}")
+    return ", ".join(words)
+
+
+def _times(count: int) -> str:
+    return {1: "once", 2: "twice"}.get(count, f"{count:,} times")
+
+
+def _rhythm(count: int, mean_gap_s: float) -> str:
+    how = _measured(mean_gap_s)
+    if how is None:
+        return "seconds apart"
+    if count == 2:
+        return f"{counted(*how)} apart"
+    return f"every {how[1] if how[0] == 1 else counted(*how)}"
+
+
+def _last(count: int, since_s: float | None) -> list[str]:
+    if since_s is None:
+        return []
+    return [ago(since_s) if count == 1 else f"last {ago(since_s)}"]
 
 
 def bar(share: float, width: int) -> str:

@@ -9,6 +9,7 @@ import http.client
 import io
 import json
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -128,9 +129,9 @@ def _asked(service: Service, user: str, question: Question) -> Findings:
 
 def _show(service: Service, found: Findings, question: Question, rows: int) -> None:
     """Print all of it for people."""
-    bank = None if found.memory is None else understood(UserMemoryResponse, found.memory)
+    bank = None if found.memory is None else understood(UserMemoryResponse, _with_habits(found.memory))
     asked, *usual = understood(list[RecommendResponse], found.recommendations)
-    lists = Lists(asked, usual[0] if usual else None, question.varied)
+    lists = Lists(asked, time.time(), usual[0] if usual else None, question.varied)
     titles = Titles(service.titles(nameable(bank, lists, rows)))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
@@ -138,6 +139,18 @@ def _show(service: Service, found: Findings, question: Question, rows: int) -> N
     readable = found.refusal is None or found.refusal.code == UNKNOWN
     for part in portrait(found.user_id, bank, lists, titles, rows, readable):
         console.print(part)
+
+
+def _with_habits(memory: Any) -> Any:
+    """A bank as services tell it now; those before habits were kept say nothing of them."""
+    if not (isinstance(memory, dict) and isinstance(memory.get("entries"), list)):
+        return memory
+    unknown = {"mean_gap_s": None, "occasions_since": 0, "usual_hour": None, "usual_day": None}
+    entries = [
+        {"first_time": entry.get("timestamp"), **unknown, **entry} if isinstance(entry, dict) else entry
+        for entry in memory["entries"]
+    ]
+    return memory | {"entries": entries}
 
 
 # --------------------------------------------------------------------------------------- the service

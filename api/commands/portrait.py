@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import RenderableType
+from rich.padding import Padding
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +20,8 @@ from api.commands.drawing import (
     change,
     counted,
     day,
+    habit_kept,
+    habit_now,
     heading,
     legend,
     listing,
@@ -29,6 +32,7 @@ from api.commands.drawing import (
 )
 from api.schemas import (
     Because,
+    Habit,
     HowMany,
     MemoryUse,
     PrunedItem,
@@ -75,11 +79,11 @@ def portrait(
     """All there is to tell, part by part. Without a bank the user is unknown, or it is not
     `readable` at the moment."""
     if bank is not None:
-        yield from bank_shown(bank, titles, rows)
+        yield from bank_shown(bank, titles, rows, lists.at)
     else:
         yield Rule(Text(f"User {plain(user_id)}", "bold"), align="left", style="dim")
         yield Text("Nothing is remembered about this user.") if readable else alarm("The bank cannot be read now.")
-    yield from lists_shown(lists, titles)
+    yield from lists_shown(lists, titles, bank)
     yield from map(note, remarks(bank, lists))
 
 
@@ -97,8 +101,8 @@ def nameable(bank: UserMemoryResponse | None, lists: Lists, rows: int) -> list[s
 # ------------------------------------------------------------------------------------------- the bank
 
 
-def bank_shown(bank: UserMemoryResponse, titles: Titles, rows: int) -> Iterator[RenderableType]:
-    """A user's memory, laid open: `rows` memories and forgotten items at most."""
+def bank_shown(bank: UserMemoryResponse, titles: Titles, rows: int, now: float) -> Iterator[RenderableType]:
+    """A user's memory, laid open: `rows` memories and forgotten items at most, seen at `now` (seconds)."""
     yield from headline(bank)
     yield heading("How diverse is the taste?")
     yield from diversity(bank, titles)
@@ -106,6 +110,7 @@ def bank_shown(bank: UserMemoryResponse, titles: Titles, rows: int) -> Iterator[
     yield from how_many(bank)
     yield heading("The memories")
     yield from memories(bank, titles, rows)
+    yield from habits(bank, titles, rows, now)
     yield heading("What was forgotten")
     yield from forgotten(bank, titles, rows)
 
@@ -223,6 +228,21 @@ def memories(bank: UserMemoryResponse, titles: Titles, rows: int) -> Iterator[Re
     yield note(_what_goes(bank))
 
 
+def habits(bank: UserMemoryResponse, titles: Titles, rows: int, now: float) -> Iterator[RenderableType]:
+    """What was taken more than once, the most often first: how often, and when; nothing where data has no times."""
+    again = [entry for entry in bank.entries if entry.mean_gap_s is not None]
+    shown = sorted(again, key=lambda one: (-one.frequency, -one.timestamp))[:rows]
+    if not shown:
+        return
+    yield heading("How often, and when?")
+    for entry in shown:
+        since = now - entry.timestamp
+        told = habit_kept(entry.frequency, entry.mean_gap_s, since, entry.usual_hour, entry.usual_day)
+        yield Text.assemble((titles[entry.item_id], "bold"), f": {told}")
+    if more := len(again) - len(shown):
+        yield note(f"and {counted(more, 'memory', 'memories')} taken less often, not shown (--memories)")
+
+
 def _worth_table(with_ids: bool, first: str, *rest: str) -> Table:
     names = ("id", "title") if with_ids else ("item",)
     cluster = (first,) if first else ()
@@ -312,10 +332,11 @@ def _honestly(bank: UserMemoryResponse) -> Iterator[str]:
 @dataclass(frozen=True)
 class Lists:
     """What is recommended: `asked` as the caller wants to see it; `usual` without anything that they varied (None: they
-    varied nothing). `varied`: these fields of the request.
+    varied nothing). `varied`: these fields of the request. `at`: when they were asked for, seconds.
     """
 
     asked: RecommendResponse
+    at: float
     usual: RecommendResponse | None = None
     varied: Mapping[str, Any] = field(default_factory=dict)
 
@@ -325,7 +346,7 @@ class Lists:
         return [self.asked] if self.usual is None else [self.asked, self.usual]
 
 
-def lists_shown(lists: Lists, titles: Titles) -> Iterator[RenderableType]:
+def lists_shown(lists: Lists, titles: Titles, bank: UserMemoryResponse | None = None) -> Iterator[RenderableType]:
     """Recommendations, where they come from, and what would be otherwise."""
     yield heading("What is recommended" if lists.usual is None else "What if?")
     if lists.usual is not None:
@@ -333,7 +354,7 @@ def lists_shown(lists: Lists, titles: Titles) -> Iterator[RenderableType]:
     if any(answer["memory"]["degraded"] for answer in lists.answers):
         yield alarm("DEGRADED: memories could not be asked, or only in part. With all of them the list may be another.")
     yield from _origin(lists)
-    yield _items_table(lists, titles)
+    yield _items_table(lists, titles, _since(bank, lists.at))
     if lists.usual is not None:
         yield from _no_longer(lists.asked, lists.usual, titles)
     if _explained(lists):
@@ -418,8 +439,13 @@ def _figures(answer: RecommendResponse) -> dict[str, str]:
     }
 
 
-def _items_table(lists: Lists, titles: Titles) -> RenderableType:
-    """The items in order; below each the memories that speak for it."""
+def _since(bank: UserMemoryResponse | None, at: float) -> dict[str, float]:
+    """How long before a time each item of a bank was taken last."""
+    return {} if bank is None else {entry.item_id: at - entry.timestamp for entry in bank.entries}
+
+
+def _items_table(lists: Lists, titles: Titles, since: Mapping[str, float]) -> RenderableType:
+    """The items in order; below each the memories that speak for it, and what is usual where it is the item's own."""
     items = lists.asked["items"]
     if not items:
         return Text("Nothing is left to recommend.")
@@ -434,6 +460,8 @@ def _items_table(lists: Lists, titles: Titles) -> RenderableType:
         table.add_row(f"{rank}", *movement, title, f"{score:.2f}", percent(math.exp(min(score, 0))), *parts)
         for reason in item.get("because", ()):
             table.add_row("", *("" for _ in moved), _speaks(reason, titles), "", "", "", *_does(reason))
+            if "habit" in reason and reason["item_id"] == item["item_id"]:
+                table.add_row("", *("" for _ in moved), _usual(reason["habit"], since.get(reason["item_id"], 0.0)))
     return table
 
 
@@ -480,6 +508,13 @@ def _split(item: Recommended, length: float) -> Iterator[Text]:
 
 def _speaks(reason: Because, titles: Titles) -> Text:
     return Text.assemble((f"  {WHOSE[reason['scope']]:<7}", "dim"), titles[reason["item_id"]])
+
+
+def _usual(habit: Habit, since: float) -> RenderableType:
+    """A habit; the model looks no further back than `since_s`, it may be longer ago (`since`)."""
+    since_s = None if habit["since_s"] is None else max(habit["since_s"], since)
+    told = habit_now(habit["count"], since_s, habit["at_this_hour"], habit["on_this_day"])
+    return Padding(Text(told, "dim", no_wrap=False, overflow="fold"), (0, 0, 0, 4))
 
 
 def _does(reason: Because) -> Iterator[Text]:

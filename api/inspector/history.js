@@ -1,6 +1,7 @@
 // What was taken, in order; what was forgotten, and why; the bank as a table.
 
 import { colour, count, day, h, moment, name, s, two, withTip } from "./dom.js";
+import { habitKept } from "./habit.js";
 
 const WIDTH = 1200, HIGH = 58, LABELS = 16;
 const ROWS = 12;
@@ -31,15 +32,15 @@ function marks(log) {
   return found.filter(({ n }) => n <= Math.max(log.length, 30) - room * 0.8 || n === 0);
 }
 
-/** Panel on pruning. */
-export function forgotten(bank, titles) {
+/** Panel on pruning. `takenToo`: whether what was taken may be recommended again. */
+export function forgotten(bank, titles, takenToo = false) {
   const { entries, pruned_items: gone, threshold } = bank;
   if (!bank.pruned) {
     return h("div", {}, h("p", { class: "lead" }, `Nothing yet: ${entries.length} of ${bank.capacity} places are taken. When the bank is full the memories of least quality go.`), strip(entries, [], null));
   }
   const lowest = Math.min(...entries.map((entry) => entry.quality));
   return h("div", {},
-    h("p", { class: "lead" }, h("strong", {}, count(bank.pruned, "memory", "memories")), ` had to go: a bank holds ${bank.capacity}. Whenever a new one came to a full bank, those of a quality below the adaptive threshold went, or the lowest. What was pruned still counts as taken and is not recommended again.`),
+    h("p", { class: "lead" }, h("strong", {}, count(bank.pruned, "memory", "memories")), ` had to go: a bank holds ${bank.capacity}. Whenever a new one came to a full bank, those of a quality below the adaptive threshold went, or the lowest. What was pruned still counts as taken${takenToo ? "" : " and is not recommended again"}.`),
     strip(entries, gone, threshold),
     gone.length > 0 && h("p", { class: "hint" }, `The latest ${Math.min(ROWS, gone.length)} of the ${gone.length} that the log still names, at what they would be worth today (weakest kept: ${two(lowest)}). Ratings and retrievals are forgotten with them, so both are left out.`),
     gone.length > 0 && h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Forgotten memories" }, h("table", {},
@@ -78,5 +79,5 @@ export function table(bank, titles) {
     h("thead", {}, h("tr", {}, columns.map((text, n) => h("th", { scope: "col", class: n ? "number" : null }, text)))),
     h("tbody", {}, bank.entries.toSorted((a, b) => b.quality - a.quality).map((entry) => h("tr", {},
       h("th", { scope: "row" }, name(titles.get(entry.item_id).title)),
-      [two(entry.quality), part(entry, "frequency"), part(entry, "recency"), part(entry, "access"), part(entry, "rating"), entry.frequency, day(entry.timestamp), entry.access].map((text) => h("td", { class: "number" }, text))))))));
+      [two(entry.quality), part(entry, "frequency"), part(entry, "recency"), part(entry, "access"), part(entry, "rating"), habitKept(entry) ?? entry.frequency, day(entry.timestamp), entry.access].map((text) => h("td", { class: "number" }, text))))))));
 }

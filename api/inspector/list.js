@@ -1,6 +1,7 @@
 // Recommendations, the memories that speak for each, and "what if": the same question asked otherwise.
 
 import { count, h, name, percent, refill, signed, two } from "./dom.js";
+import { habitNow } from "./habit.js";
 
 const OPERATORS = { any: "is", none: "is not", gte: "at least", lte: "at most" };
 
@@ -12,7 +13,9 @@ export class List {
     this.element = h("div", { class: "recommendations" });
   }
 
-  draw(answer, titles, before) {
+  /** `since(item_id)`: how long before the request it was taken last, where that is known. */
+  draw(answer, titles, before, since = () => undefined) {
+    this.since = since;
     const ranks = before && new Map(before.items.map((item, n) => [item.item_id, n]));
     const gone = before ? before.items.filter((item) => !answer.items.some((one) => one.item_id === item.item_id)) : [];
     refill(this.element,
@@ -36,20 +39,23 @@ export class List {
         ranks && moved(ranks.get(item.item_id), n),
         h("span", { class: "chance", title: `log P = ${item.score.toFixed(3)}` }, percent(p)), act),
       h("span", { class: "track", "aria-hidden": "true" }, h("span", { style: { width: `${(100 * p) / largest}%` } })),
-      reasons.length > 0 && h("p", { class: "because" }, h("span", { class: "hint" }, "speak for it: "), reasons.map((one, m) => this.reason(one, titles, `${n}-${m}`))),
+      reasons.length > 0 && h("p", { class: "because" }, h("span", { class: "hint" }, "speak for it: "), reasons.map((one, m) => this.reason(one, titles, `${n}-${m}`, item.item_id))),
       item.parts && numbers(item, answer));
   }
 
-  reason(one, titles, where) {
+  /** A habit speaks for its own item only: elsewhere it is told on the side. */
+  reason(one, titles, where, speaksFor) {
     const title = titles.get(one.item_id).title, by = signed(raised(one));
     if (one.scope === "collective") {
       return h("span", { class: "reason collective", title: `a memory of other users; whose is never said. ${attention(one)}` }, h("span", { class: "unseen" }, "another user's "), name(title), ` ${by}`);
     }
     const on = (pointed) => () => this.pointed(one.item_id, pointed);
+    const habit = one.habit ? habitNow(one.habit, this.since(one.item_id)) : "", itself = habit !== "" && one.item_id === speaksFor;
     return h("button", {
-      type: "button", class: "reason own", title: attention(one), "data-focus": `reason-${where}`, "aria-label": `${title}, own memory, ${by}; show it in the picture`,
+      type: "button", class: itself ? "reason own habit" : "reason own", title: habit && !itself ? `taken ${habit}. ${attention(one)}` : attention(one), "data-focus": `reason-${where}`,
+      "aria-label": `${title}, own memory${habit ? `, taken ${habit}: ` : ", "}${by}; show it in the picture`,
       on: { click: () => this.visited(one.item_id), pointerenter: on(true), pointerleave: on(false), focus: on(true), blur: on(false) },
-    }, name(title), ` ${by}`);
+    }, name(title), itself ? `, ${habit}: ${by}` : ` ${by}`);
   }
 }
 
@@ -102,6 +108,7 @@ export class WhatIf {
   constructor(changed) {
     this.changed = changed;
     this.ignored = new Set();
+    this.takenToo = false;
     this.conditions = [];
     this.titles = new Map();
     this.own = box("own memories", true, changed);
@@ -110,6 +117,7 @@ export class WhatIf {
     this.auto = box("as the entropy says", true, () => { this.k.disabled = this.auto.firstChild.checked; changed(); });
     this.k = h("input", { type: "range", min: 1, max: 40, value: 10, disabled: true, "aria-label": "K, own memories asked", on: { input: () => this.label(), change: changed } });
     this.kValue = h("output", {}, "10");
+    this.at = h("input", { type: "datetime-local", min: "1970-01-01T00:00", max: "9999-12-31T23:59", "aria-describedby": "as-of-hint", on: { change: changed } });
     this.left = h("p", { class: "chips" });
     this.filters = h("div", { class: "filters" });
     this.reset = h("button", { type: "button", class: "small", on: { click: () => { this.clear(); changed(); } } }, "Back to the default");
@@ -118,6 +126,7 @@ export class WhatIf {
       h("fieldset", {}, h("legend", {}, "Whose memories"), this.own, this.collective),
       h("fieldset", {}, h("legend", {}, "K"), this.auto, this.k, this.kValue),
       h("fieldset", {}, h("legend", {}, "Items"), this.seen, this.filters),
+      h("fieldset", {}, h("legend", {}, "Time"), h("label", { class: "box" }, "Ask as of", this.at), h("span", { class: "hint", id: "as-of-hint" }, "UTC; empty: now")),
       h("fieldset", {}, h("legend", {}, "Memories left out"), this.left),
       this.reset);
     this.tell();
@@ -129,15 +138,27 @@ export class WhatIf {
     this.tell();
   }
 
+  /** `takenToo`: whether lists hold what was taken already, unless they are asked not to. */
+  usually(takenToo) {
+    if (takenToo === this.takenToo) return;
+    this.takenToo = this.seen.firstChild.checked = takenToo;
+  }
+
   request() {
     const scopes = [this.own.firstChild.checked && "own", this.collective.firstChild.checked && "collective"].filter(Boolean);
     return {
       ...(scopes.length < 2 && { scopes }),
       ...(!this.auto.firstChild.checked && { k: Number(this.k.value) }),
-      ...(this.seen.firstChild.checked && { exclude_seen: false }),
+      ...(this.seen.firstChild.checked !== this.takenToo && { exclude_seen: this.takenToo }),
       ...(this.ignored.size && { ignore_memories: [...this.ignored] }),
       ...(this.conditions.length && { filter: filter(this.conditions) }),
+      ...(this.moment !== null && { timestamp: this.moment }),
     };
+  }
+
+  /** Seconds that are asked for; null: now, or a time that is not typed to its end. */
+  get moment() {
+    return this.at.value && this.at.validity.valid ? Date.parse(`${this.at.value}Z`) / 1000 : null;
   }
 
   toggle(item) {
@@ -150,8 +171,9 @@ export class WhatIf {
   clear() {
     this.ignored.clear();
     this.conditions = [];
-    for (const [one, on] of [[this.own, true], [this.collective, true], [this.seen, false], [this.auto, true]]) one.firstChild.checked = on;
+    for (const [one, on] of [[this.own, true], [this.collective, true], [this.seen, this.takenToo], [this.auto, true]]) one.firstChild.checked = on;
     this.k.disabled = true;
+    this.at.value = "";
     this.tell();
   }
 

@@ -51,20 +51,27 @@ export class Person {
     Object.assign(this, { model, catalogue });
     const shown = bank ?? nobody(model), titles = await client.items(named(shown, usual, other));
     if (turn !== this.turn) return null;
-    this.draw(shown, titles, usual, other, bank !== null);
+    this.draw(shown, titles, usual, other, bank !== null, otherwise.timestamp);
     return { bank: shown, answer: usual, titles };
   }
 
-  draw(bank, titles, usual, other, isKnown) {
+  /** Whether people come back to what they took, as the model that answers has learned. */
+  get takenToo() {
+    return this.model.config.rules?.exclude_seen === false;
+  }
+
+  draw(bank, titles, usual, other, isKnown, at = Date.now() / 1000) {
     const answer = other ?? usual, used = (answer.memory.memories ?? []).filter((one) => one.scope === "own");
     refill(this.headline, headline(this.user, bank, answer, isKnown));
     this.picture.draw(bank, titles, used, this.whatIf.ignored);
     this.diversity.draw(bank, titles, this.model.config.rules?.clusters);
+    this.whatIf.usually(this.takenToo);
     this.whatIf.offer(attributesOf([...titles.values(), ...this.catalogue]));
     this.whatIf.tell(titles, Math.max(bank.k, 1), bank.capacity);
-    this.list.draw(answer, titles, other && usual);
+    const taken = new Map(bank.entries.map((entry) => [entry.item_id, entry.timestamp]));
+    this.list.draw(answer, titles, other && usual, (item) => (taken.has(item) ? at - taken.get(item) : undefined));
     refill(this.order, bank.log.length ? [timeline(bank, titles), table(bank, titles)] : h("p", { class: "hint" }, "Nothing yet."));
-    refill(this.gone, forgotten(bank, titles));
+    refill(this.gone, forgotten(bank, titles, this.takenToo));
     this.element.classList.remove("waiting");
     if (other) announce("The list was asked for anew.");
   }

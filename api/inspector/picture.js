@@ -1,6 +1,7 @@
 // The bank as a picture: a memory is a dot where it was made, and the user's present state is the cross.
 
 import { colour, day, h, name, percent, refill, s, two, withTip } from "./dom.js";
+import { habitKept } from "./habit.js";
 
 const WIDTH = 600, HEIGHT = 520, EDGE = 34;
 const LEAST_SPAN = 0.3;
@@ -43,7 +44,7 @@ export class Picture {
 
   dot(entry, item, [x, y], attention, ignored) {
     const out = ignored.has(entry.item_id);
-    const said = `${item.title}: quality ${two(entry.quality)}, of ${day(entry.timestamp)}${attention ? `, retrieved, attention ${percent(attention.weight)}` : ""}${out ? ", left out" : ""}`;
+    const said = `${item.title}: quality ${two(entry.quality)}, of ${day(entry.timestamp)}${habitKept(entry) ? `, ${taken(entry)}` : ""}${attention ? `, retrieved, attention ${percent(attention.weight)}` : ""}${out ? ", left out" : ""}`;
     const marks = ["dot", attention && "used", out && "out"].filter(Boolean).join(" ");
     const dot = s("g", { class: marks, role: "option", tabindex: "-1", "data-item": entry.item_id, "data-focus": entry.item_id, "aria-label": said, "aria-selected": attention ? "true" : "false", style: { transform: `translate(${two(x)}px, ${two(y)}px)` }, on: { click: () => this.chosen(entry.item_id) } },
       s("circle", { r: two(radius(entry.quality)), "fill-opacity": two(0.3 + 0.7 * entry.recency), style: { fill: colour(entry.cluster) } }),
@@ -82,6 +83,7 @@ export class Picture {
   }
 }
 
+const taken = (entry) => `taken ${habitKept(entry) ?? `${entry.frequency}×`}`;
 const radius = (quality) => 2.5 + 15 * quality;
 
 function about(entry, item, attention, out) {
@@ -89,7 +91,7 @@ function about(entry, item, attention, out) {
   return [
     h("p", {}, h("strong", {}, name(item.title))),
     h("p", {}, `quality ${two(entry.quality)}`, parts && ` = ${Object.entries(parts).filter(([, value]) => value > 0.004).map(([term, value]) => `${term} ${two(value)}`).join(" + ")}`),
-    h("p", {}, `${day(entry.timestamp)} · taken ${entry.frequency}× · retrieved ${entry.access}×${entry.rating === null ? "" : ` · rated ${entry.rating}`}`),
+    h("p", {}, `${day(entry.timestamp)} · ${taken(entry)} · retrieved ${entry.access}×${entry.rating === null ? "" : ` · rated ${entry.rating}`}`),
     attention && h("p", {}, `retrieved for this list: similarity ${two(attention.similarity)}, attention ${percent(attention.weight)}`),
     h("p", { class: "hint" }, out ? "left out; choose it to count it again" : "choose it to see the list without it"),
   ];

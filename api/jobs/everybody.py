@@ -2,15 +2,16 @@
 
 The slots are divided into files once and for all; a file holds its users in the order of their ids, and appears in one
 step when it is complete. So a run that was broken off goes on with the files that are missing, and how many workers
-there are changes nothing. The answers are those of `POST /recommend` (the same use case, not over HTTP); they do not
-count as uses of memories. Users who come or write meanwhile are in it or not, as in any walk through a store that goes
-on.
+there are changes nothing. The answers are those of `POST /recommend` (the same use case, not over HTTP), all for the
+same time; they do not count as uses of memories. Users who come or write meanwhile are in it or not, as in any walk
+through a store that goes on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +28,7 @@ from api.lifecycle import Models
 from api.memory.client import MemoryClient, Remembered
 from api.memory.group import MemoryGroup
 from api.recommend import recommend
-from api.schemas import RecommendRequest, RecommendResponse
+from api.schemas import RecommendRequest, RecommendResponse, refused_time
 from memory_service.schemas import RetrieveRequest
 from memory_service.slots import slot_of
 from model.files import replace_file
@@ -54,11 +55,14 @@ SCHEMA = pa.schema(
 
 
 class About(msgspec.Struct, frozen=True):
-    """What a folder of recommendations holds: of which model, of what length, in how many files."""
+    """What a folder of recommendations holds: of which model, of what length, for what time (seconds UTC), in how many
+    files. exclude_seen None: as the model's data says.
+    """
 
     model_version: str
     top_n: int
-    exclude_seen: bool
+    exclude_seen: bool | None
+    timestamp: float
     files: int
 
 
@@ -77,21 +81,31 @@ def recommend_all(
     out: Path,
     top_n: int = 10,
     *,
-    exclude_seen: bool = True,
+    exclude_seen: bool | None = None,
+    timestamp: float | None = None,
     token: str | None = None,
     where: Runner = HERE,
 ) -> Written:
-    """Write recommendations for everybody to the folder `out`, with progress on the terminal. `url`, `token`: of the
-    memory service. A folder that is incomplete is completed.
+    """Write recommendations for everybody to the folder `out`, with progress on the terminal. A folder that is
+    incomplete is completed.
+
+    Args:
+        url, token: of the memory service.
+        exclude_seen: whether what a user had is left out; None: as the model's data says.
+        timestamp: seconds UTC, the time that all are answered for; None: now, or that of the folder to be completed.
 
     Raises:
-        CheckpointError. BulkError: `out` holds others, another model serves, or the service cannot be reached or
-            answers without all of its memories.
+        CheckpointError. BulkError: `out` holds others, another model serves, the service cannot be reached or answers
+            without all of its memories, or the timestamp is none.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    now = time.time()
+    if timestamp is not None and (refusal := refused_time(timestamp, now)):
+        raise BulkError(refusal[1])
     serving, users = asyncio.run(_serving(run, url, token))
-    about = _agreed(out, About(serving, top_n, exclude_seen, _files_for(users)))
+    wanted = About(serving, top_n, exclude_seen, now if timestamp is None else timestamp, _files_for(users))
+    about = _agreed(out, wanted, at_any_time=timestamp is None)
     job = Recommending(run.absolute(), url, out.absolute(), about, token)
     before = sum(job.path(slots).exists() for slots in job.files())
     columns = (TextColumn("recommend"), BarColumn(), MofNCompleteColumn(), TextColumn("users"))
@@ -119,13 +133,16 @@ def _files_for(users: int) -> int:
     return files
 
 
-def _agreed(out: Path, about: About) -> About:
-    """What the folder holds or is to hold from now on. Raises BulkError where that is something else."""
+def _agreed(out: Path, about: About, *, at_any_time: bool) -> About:
+    """What the folder holds or is to hold from now on. Raises BulkError where that is something else; `at_any_time`:
+    for whatever time it is.
+    """
     note = out / ABOUT
     try:
         if note.exists():
             found = msgspec.json.decode(note.read_bytes(), type=About)
-            if msgspec.structs.replace(found, files=about.files) != about:
+            timestamp = about.timestamp if at_any_time else found.timestamp
+            if msgspec.structs.replace(found, files=about.files, timestamp=timestamp) != about:
                 raise BulkError(f"{out} holds other recommendations ({found}); choose another --out")
             return found
         out.mkdir(parents=True, exist_ok=True)
@@ -203,9 +220,8 @@ class Recommending:
         batches = [users[at : at + BATCH] for at in range(0, len(users), BATCH)]
         ahead = [asyncio.create_task(self._batch(models, batch)) for batch in batches[:1]]
         try:
-            for following in [*batches[1:], None]:
-                if following is not None:
-                    ahead.append(asyncio.create_task(self._batch(models, following)))
+            for n in range(len(batches)):
+                ahead += (asyncio.create_task(self._batch(models, batch)) for batch in batches[n + 1 : n + 2])
                 yield await ahead.pop(0)
         finally:
             for task in ahead:
@@ -223,7 +239,10 @@ class Recommending:
         raise BulkError("the service answers without all of its memories (Redis away, or models change); try later")
 
     def _request(self, user: str) -> RecommendRequest:
-        return RecommendRequest(user_id=user, top_n=self.about.top_n, exclude_seen=self.about.exclude_seen)
+        about = self.about
+        return RecommendRequest(
+            user_id=user, top_n=about.top_n, exclude_seen=about.exclude_seen, timestamp=about.timestamp
+        )
 
 
 class _Onlooker(MemoryGroup):
