@@ -206,7 +206,7 @@ def _habits(url: str, user: str, titles: dict[str, Any], asked: dict[str, Any]) 
     for column in ("taken most often", "how often", "every", "last"):
         table.add_column(column)
     for entry in sorted(entries, key=lambda one: -one["frequency"])[:HABITS_SHOWN]:
-        gap, ago = entry["mean_gap_s"], asked.get("timestamp", entry["time"]) - entry["time"]
+        gap, ago = entry["mean_gap_s"], asked.get("timestamp", entry["timestamp"]) - entry["timestamp"]
         every = "" if gap is None else f"{max(1, round(gap / DAY_S))} days"
         title = str(titles.get(entry["item_id"], entry["item_id"]))
         table.add_row(title, f"{entry['frequency']} times", every, f"{round(ago / DAY_S)} days ago")
@@ -225,14 +225,14 @@ def _newcomer(url: str, titles: dict[str, Any], tastes: tuple[str, ...]) -> None
 
 
 def _what_next(where: Tour, user: str) -> None:
-    run = where.run
+    run, item = where.run, "50" if where.name == "ml-100k" else "corn-chips"
     console.rule("What next")
     console.print(
         f"Serve it again:   .venv/bin/ramrec serve --run {run}\n"
         "Recommend:        curl -s localhost:8000/recommend -H 'Content-Type: application/json' "
         f'-d \'{{"user_id": "{user}", "top_n": 5}}\'\n'
         "Remember:         curl -s localhost:8000/memories -H 'Content-Type: application/json' "
-        '-d \'{"interactions": [{"user_id": "me", "item_id": "50", "rating": 5}]}\'\n'
+        f'-d \'{{"interactions": [{{"user_id": "me", "item_id": "{item}", "rating": 5}}]}}\'\n'
         f"Look into memory: http://localhost:8000 in a browser, or .venv/bin/ramrec inspect {user}\n"
         "Forget a user:    curl -s -X DELETE localhost:8000/users/me/memory\n"
         f"Measure:          .venv/bin/ramrec evaluate --run {run} --dataset {where.data}\n"
