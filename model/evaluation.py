@@ -220,11 +220,13 @@ def rank_test_items(recommender: Recommender, dataset: Dataset, variants: Sequen
     state = trajectory(dataset, recommender.encoder)
     protocols = PROTOCOLS[:1] if recommender.config.rules.repeat_share >= REPEATS_MATTER else PROTOCOLS
     ranks: dict[tuple[str, str, str], NDArray[np.int64]] = {}
-    for store in STORES if dataset.has_times else STORES[:2]:
+    possible = STORES if dataset.has_times else STORES[:2]
+    wanted = [one for one in possible if any(one in variant.stores for variant in variants)] or [STORES[0]]
+    for store in wanted:
         asked = ask_test(recommender, dataset, store, state)
         for variant in variants:
             label = store if store in variant.stores else "none"
-            if label in variant.stores and (label != "none" or store == STORES[0]):
+            if label in variant.stores and (label != "none" or store == wanted[0]):
                 found = memory_ranks(
                     recommender.fusion,
                     recommender.table,

@@ -1,8 +1,9 @@
 """What the memory is worth where people come back to things: `make bench-quality`, or this module alone.
 
-Check-ins (Foursquare NYC) and groceries (TaFeng, Complete Journey): leave-one-out, and the whole last basket as the
-next-basket literature has it (`groceries-types`: `ramrec data groceries --items type --households 500`); what pruning by quality and what adaptive K are worth; own frequency and TIFU-KNN beside
-it. Trained seeds and finished stages are kept in the run folder and reused. Writes habits.json and habits.md.
+Check-ins (Foursquare NYC) and groceries (TaFeng; Complete Journey by type: `ramrec data groceries --items type
+--households 500`): leave-one-out, and the whole last basket as the next-basket literature has it; what pruning by
+quality (seed 0) and adaptive K are worth; own frequency and TIFU-KNN beside it. Trained seeds and finished studies are
+kept in the run folder and reused. Writes habits.json and habits.md.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ SEEDS = {"foursquare-nyc": 3, "tafeng": 2, "groceries-types": 3, "tafeng-baskets
 CAPACITIES = (10, 25)
 VARIANTS = [one for one in MAIN_VARIANTS if one.name in ("encoder", BASELINE, "own", "memory", "shuffled")]
 VARIANTS += [one for one in FIXED_VARIANTS if one.name.startswith("own-")]
+VARIANTS = [replace(one, stores=one.stores[:1]) for one in VARIANTS]  # store `train`, or none
 COLUMNS = ("entropy", "k", "collective_k", "bank_size", "repeat", "basket")
 
 
@@ -88,7 +91,7 @@ def study(name: str, data: Path, runs: Path, seeds: int) -> dict[str, Any]:
         "kept": [{part: getattr(one, part) for part in ("repeats", "attention", "copying")} for one in kept],
         "memory_over_encoder": _over(found, ("memory", "unmasked", "train"), ("encoder", "unmasked", "none")),
         "best_fixed_k": _best_fixed(found),
-        "evictions": evictions(recommenders, dataset, capacities=CAPACITIES),
+        "evictions": evictions(recommenders[:1], dataset, capacities=CAPACITIES),
         "others": next_basket.baselines(dataset) if LOGS[name][2] == "last-basket" else _counter(dataset),
     }
 
@@ -133,12 +136,16 @@ def main() -> None:
         tested(trained(name, dataset, int(seed), asked.runs), dataset, asked.runs / f"{name}-seed{seed}")
         return
     seeds = SEEDS | {name: int(count) for name, _, count in (one.partition("=") for one in asked.seeds)}
-    logs = {}
+    logs: dict[str, Any] = {}
     for name in LOGS:
         if not (asked.data / LOGS[name][0]).exists() or not seeds[name]:
             print(f"{name}: left out ({asked.data / LOGS[name][0]})", flush=True)
             continue
-        logs[name] = study(name, asked.data, asked.runs, seeds[name])
+        file = asked.runs / f"{name}-{seeds[name]}-seeds.json"
+        if not file.exists():
+            found = study(name, asked.data, asked.runs, seeds[name])
+            file.write_text(json.dumps(found))
+        logs[name] = json.loads(file.read_text())
     about = measured_with() | {"command": " ".join(["python -m benchmarks.quality.habits", *sys.argv[1:]])}
     (HERE / "habits.json").write_text(json.dumps({"logs": logs, "about": about}, indent=1) + "\n")
     (HERE / "habits.md").write_text(table(logs))
