@@ -82,7 +82,7 @@ def study(name: str, data: Path, runs: Path, seeds: int) -> dict[str, Any]:
     dataset = read_dataset(data / LOGS[name][0], config_of(name, 0).dataset)
     recommenders = [trained(name, dataset, seed, runs) for seed in range(seeds)]
     found = [tested(one, dataset, runs / f"{name}-seed{seed}") for seed, one in enumerate(recommenders)]
-    told = report(found, name)
+    told, baskets = report(found, name), LOGS[name][2] == "last-basket"
     kept = [one.config.fusion for one in recommenders]
     return {
         **told,
@@ -91,8 +91,8 @@ def study(name: str, data: Path, runs: Path, seeds: int) -> dict[str, Any]:
         "kept": [{part: getattr(one, part) for part in ("repeats", "attention", "copying")} for one in kept],
         "memory_over_encoder": _over(found, ("memory", "unmasked", "train"), ("encoder", "unmasked", "none")),
         "best_fixed_k": _best_fixed(found),
-        "evictions": evictions(recommenders[:1], dataset, capacities=CAPACITIES),
-        "others": next_basket.baselines(dataset) if LOGS[name][2] == "last-basket" else _counter(dataset),
+        "evictions": [] if baskets else evictions(recommenders[:1], dataset, capacities=CAPACITIES),
+        "others": next_basket.baselines(dataset) if baskets else _counter(dataset),
     }
 
 
@@ -171,7 +171,8 @@ def table(logs: dict[str, Any]) -> str:
             figures = " | ".join(f"{found[one]:.4f}" if one in found else "" for one in shown)
             lines.append(f"| {other} | {figures} | |")
         lines += ["", f"mean own K {log['k']['mean']:.1f}, best fixed K {log['best_fixed_k']['k']}", ""]
-        lines += ["| capacity | eviction | NDCG@10 | quality over it |", "|---|---|---|---|"]
+        if log["evictions"]:
+            lines += ["| capacity | eviction | NDCG@10 | quality over it |", "|---|---|---|---|"]
         for one in log["evictions"]:
             over = one["quality_over_it"]
             interval = f"{over['gain']:+.1%} [{over['low']:+.1%}, {over['high']:+.1%}]"
