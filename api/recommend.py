@@ -39,18 +39,23 @@ NO_STATE: NDArray[np.float32] = np.zeros(0, np.float32)
 
 @dataclass
 class Asked:
-    """A request on its way: its time (seconds), the model's items of its sequence, its state (d,) float32 or None, and
-    what memory knows of the user; seen: catalogue numbers.
+    """A request on its way, its time given: the model's items of its sequence, its state (d,) float32 or None, and what
+    memory knows of the user; seen: catalogue numbers.
     """
 
     request: RecommendRequest
-    at: float
     sequence: NDArray[np.int64] = field(default_factory=lambda: NO_ITEMS)
     unknown_items: list[str] = field(default_factory=list)
     state: NDArray[np.float32] | None = None
     seen: Ints = field(default_factory=lambda: NO_ITEMS)
     known: bool = False
     version: int = 0
+
+    @property
+    def at(self) -> float:
+        """The time of the request, seconds."""
+        assert self.request.timestamp is not None  # see `received`
+        return self.request.timestamp
 
     def wants(self, scope: Scope) -> bool:
         """Whether memories of a scope are to be used."""
@@ -74,31 +79,31 @@ async def recommend(models: Models, requests: Sequence[RecommendRequest]) -> lis
     """Answer a batch of requests, each user by the model that the user's record belongs to, as of the time that a
     request names; where it names none, as of now.
     """
-    now = time.time()
+    received(requests)
     with span("recommend"):
         for _ in range(MODEL_TRIES):
             try:
-                return await _recommend(models, models.serving, requests, now)
+                return await _recommend(models, models.serving, requests)
             except ModelGone:
                 with suppress(MemoryUnavailable):
                     await models.follow()
-        return await _recommend(models, models.serving, requests, now, last=True)
+        return await _recommend(models, models.serving, requests, last=True)
 
 
 async def _recommend(
-    models: Models, engine: Engine, requests: Sequence[RecommendRequest], now: float, last: bool = False
+    models: Models, engine: Engine, requests: Sequence[RecommendRequest], last: bool = False
 ) -> list[RecommendResponse]:
     """Answer with one model, except for users who have moved to another. `last`: what is still not right then is
     answered without memory.
     """
-    asked = [_resolve(engine, request, now) for request in requests]
+    asked = [_resolve(engine, request) for request in requests]
     await _encode_sequences(engine, asked)
     retrieved, degraded, moved = await _remember(models, engine, asked, last)
     if not moved:
         return await _answers(engine, asked, retrieved, degraded)
     answers: dict[int, RecommendResponse] = {}
     for other, rows in moved.items():
-        elsewhere = await _recommend(models, other, [requests[row] for row in rows], now, last)
+        elsewhere = await _recommend(models, other, [requests[row] for row in rows], last)
         answers |= zip(rows, elsewhere, strict=True)
     stay = [row for row in range(len(asked)) if row not in answers]
     if stay:
@@ -116,15 +121,14 @@ async def _answers(
     return _responses(engine, asked, retrieved, indices, ranked, degraded)
 
 
-def _resolve(engine: Engine, request: RecommendRequest, now: float) -> Asked:
-    at = now if request.timestamp is None else request.timestamp
+def _resolve(engine: Engine, request: RecommendRequest) -> Asked:
     if request.sequence is None and request.candidates is None:
-        return Asked(request, at)
+        return Asked(request)
     index_of = engine.recommender.index_of
     sequence = [index_of.get(item, 0) for item in request.sequence or ()]
     unknown = [item for item in (*(request.sequence or ()), *(request.candidates or ())) if item not in index_of]
     known = np.array([index for index in sequence if index], np.int64)
-    return Asked(request, at, known, list(dict.fromkeys(unknown)))
+    return Asked(request, known, list(dict.fromkeys(unknown)))
 
 
 async def _encode_sequences(engine: Engine, asked: Sequence[Asked]) -> None:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.dataset import Dataset, pad_windows, split_of
+from model.dataset import Dataset, pad_windows, training_part
 from model.encoder import SequenceEncoder
 from model.losses import contrastive_loss
 from model.rules import Ints
@@ -23,7 +23,7 @@ class ContrastiveViews:
     def __init__(self, dataset: Dataset, users: NDArray[np.bool_], window: int) -> None:
         owner = dataset.owners()
         event = np.arange(len(dataset))
-        inside = users[owner] & (event < split_of(dataset).train_end[owner]) & (dataset.positions() > 0)
+        inside = users[owner] & training_part(dataset) & (dataset.positions() > 0)
         order = np.argsort(dataset.items[inside], kind="stable")
         self._events = event[inside][order]
         self._edges = np.searchsorted(dataset.items[self._events], np.arange(dataset.item_count + 2))

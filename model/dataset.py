@@ -100,6 +100,10 @@ class Dataset:
         first[self.offsets[:-1][self.lengths() > 0]] = True
         return first
 
+    def basket_starts(self) -> NDArray[np.int64]:
+        """(N,) the first event at the time of each event: of its basket, or itself."""
+        return np.maximum.accumulate(np.where(self.opens(), np.arange(len(self)), 0))
+
     def positions(self) -> NDArray[np.int64]:
         """Position of each event in its user's sequence, (N,)."""
         return np.arange(len(self)) - self.offsets[self.owners()]
@@ -188,6 +192,11 @@ def k_core(user: Ints, item: Ints, core: int) -> NDArray[np.bool_]:
 def split_of(dataset: Dataset) -> Split:
     """What is kept from training, as `Dataset.holdout` says."""
     return leave_one_out(dataset) if dataset.holdout == "leave-one-out" else last_basket(dataset)
+
+
+def training_part(dataset: Dataset) -> Bools:
+    """(N,) which events are trained on."""
+    return np.arange(len(dataset)) < split_of(dataset).train_end[dataset.owners()]
 
 
 def leave_one_out(dataset: Dataset) -> Split:

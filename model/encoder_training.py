@@ -138,7 +138,7 @@ def training_batches(
     """
     begin, length = _training_windows(dataset, users, config.encoder.window, rng)
     batches = length_batches(length + rng.random(len(length)), config.training.batch_tokens)
-    basket = np.maximum.accumulate(np.where(dataset.opens(), np.arange(len(dataset)), 0))
+    basket = dataset.basket_starts()
     for batch in rng.permutation(len(batches)):
         first, size = begin[batches[batch]], length[batches[batch]]
         targets = pad_windows(dataset.items, first, size)

@@ -33,6 +33,7 @@ from model.replay import (
     adaptive,
     collective,
     fixed,
+    own_memories,
     replay,
     trajectory,
 )
@@ -90,8 +91,7 @@ def no_memory(asked: Asked) -> Retrieved:
 
 def own_only(asked: Asked) -> Retrieved:
     """Adaptive K of the own scope."""
-    chosen = adaptive(asked.questions)
-    return chosen.first(chosen.k, np.zeros_like(chosen.collective_k))
+    return own_memories(asked.questions)
 
 
 def collective_only(asked: Asked) -> Retrieved:

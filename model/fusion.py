@@ -212,7 +212,7 @@ class RepeatHead(nn.Module):
         self.layers = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), last)
         self.seen = nn.Parameter(torch.zeros(()))
         self.present = nn.Parameter(torch.zeros(()))
-        self.dropout, self.looks_at_log_p = config.dropout, config.repeat_log_p
+        self.dropout = config.dropout
 
     def forward(self, memories: MemoryTokens, log_p: Tensor) -> Tensor:
         """(B, own) from the model's log-probabilities of the items (B, own); 0 where there is no memory, or its item is
@@ -228,7 +228,7 @@ class RepeatHead(nn.Module):
         shape = log_p.shape
         context = [
             memories.features[:, : memories.own, 0],
-            log_p / LOG_P_SCALE if self.looks_at_log_p else torch.zeros_like(log_p),
+            log_p / LOG_P_SCALE,
             memories.entropy[:, None].expand(shape),
             torch.log1p(memories.size)[:, None].expand(shape) / LOG_P_SCALE,
         ]
@@ -326,13 +326,16 @@ class MemoryFusion(nn.Module):
         """What own memories add to the logits of their items, (B, own). log_p (B, own): the model's own."""
         if not self.config.repeats or memories.habits.shape[2] != len(HABITS):
             return log_p.new_zeros(log_p.shape)
-        added: Tensor = self.repeats(memories, log_p.detach())
+        added: Tensor = self.repeats(memories, self.looked_at(log_p))
         return added
+
+    def looked_at(self, log_p: Tensor) -> Tensor:
+        """The model's log-probabilities as the repeat head sees them: 0 where it is not to look (`repeat_log_p`)."""
+        return log_p.detach() if self.config.repeat_log_p else torch.zeros_like(log_p)
 
     def at_once(self, memories: MemoryTokens) -> Tensor:
         """What is added to the logits of the items that are taken at this very time, (B, P); 0 for padding."""
-        bias = self.repeats.present if self.config.repeats else self.repeats.present.detach() * 0
-        return bias * (memories.present > 0)
+        return self.repeats.present * ((memories.present > 0) & self.config.repeats)
 
     def copying(self, memories: MemoryTokens, logits: Tensor, log_z: Tensor, seen: Tensor) -> Copying:
         """What is copied. logits (B, items + 1) and log_z (B, 1): the model's own; seen (B, items + 1) bool: items that

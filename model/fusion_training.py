@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from model import rules as rule
 from model.bank import Retrieved
 from model.config import Config, TrainingConfig
 from model.dataset import Dataset, Targets, split_of
@@ -25,7 +24,7 @@ from model.marks import mark
 from model.metrics import ndcg, ranks, summary
 from model.optimisation import Epoch, Progress, Report, adamw, advance, decayed, snapshot, step
 from model.recommender import predict
-from model.replay import MemorySpace, Replay, adaptive, collective, fixed, replay
+from model.replay import MemorySpace, Replay, adaptive, collective, own_memories, replay
 from model.rules import Floats, Ints
 
 UNKNOWN_SHARE = 0.02
@@ -71,7 +70,7 @@ def fit_fusion(
         _fit_repeats(fit, fusion, samples, unseen, recent)
     else:
         keep(fusion, repeats=False)
-    rank_loss = partial(_rank_loss, settings.rank_temperature)
+    rank_loss = _rank_loss(settings.rank_temperature)
     stage = Stage("fusion", adaptive, rank_loss, settings.fusion_max_epochs)
     fit(stage, fusion, _memory_optimizer(fusion, settings), samples)
     _leave_out(fit, fusion)
@@ -82,7 +81,6 @@ def fit_fusion(
 def keep(fusion: MemoryFusion, **parts: bool) -> None:
     """Say which parts of the fusion there are (`FusionConfig`)."""
     fusion.config = fusion.config.model_copy(update=parts)
-    fusion.repeats.looks_at_log_p = fusion.config.repeat_log_p
 
 
 def _calibrate(fit: _Fit, fusion: MemoryFusion, samples: Replay) -> None:
@@ -94,7 +92,7 @@ def _calibrate(fit: _Fit, fusion: MemoryFusion, samples: Replay) -> None:
         advance(progress, fit.validated(fusion, _no_memory), fusion, best)
     fusion.load_state_dict(best)
     optimizer = adamw(fusion.calibration(), settings.fusion_calibration_rate, 0.0)
-    rank_loss = partial(_rank_loss, settings.rank_temperature)
+    rank_loss = _rank_loss(settings.rank_temperature)
     fit(Stage("calibration", _no_memory, rank_loss, settings.fusion_max_epochs), fusion, optimizer, samples)
 
 
@@ -111,7 +109,7 @@ def _fit_repeats(fit: _Fit, fusion: MemoryFusion, samples: Replay, unseen: Repla
     _standardise(fit, fusion, samples)
     fusion.repeats.present.data.fill_(_basket_bias(fit, samples))
     fresh, best, best_figure = snapshot(fusion), snapshot(fusion), -1.0
-    for name, loss in (("likelihood", _likelihood), ("rank", partial(_rank_loss, settings.repeat_temperature))):
+    for name, loss in (("likelihood", functional.cross_entropy), ("rank", _rank_loss(settings.repeat_temperature))):
         fusion.load_state_dict(fresh)
         optimizer = _repeats_optimizer(fusion, settings)
         stage = Stage(f"repeats by {name}", own_memories, loss, settings.repeat_max_epochs, decays=True)
@@ -137,12 +135,8 @@ def _basket_bias(fit: _Fit, samples: Replay) -> float:
     return likely_bias(fit.dataset, fit.table, samples, in_basket) if any(map(len, in_basket)) else 0.0
 
 
-def _likelihood(scores: Tensor, target: Tensor) -> Tensor:
-    return functional.cross_entropy(scores, target)
-
-
-def _rank_loss(temperature: float, scores: Tensor, target: Tensor) -> Tensor:
-    return smooth_ndcg_loss(scores, target, temperature)
+def _rank_loss(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
+    return partial(smooth_ndcg_loss, temperature=temperature)
 
 
 @torch.inference_mode()
@@ -151,7 +145,7 @@ def _standardise(fit: _Fit, fusion: MemoryFusion, samples: Replay) -> None:
     memories = MemoryTokens.of(own_memories(some), len(fit.table) - 1)
     item = memories.item[:, : memories.own]
     logits = torch.from_numpy(some.state[:, : fit.table.shape[1]]) @ fit.table.T
-    log_p = torch.log_softmax(logits, dim=1).gather(1, item)
+    log_p = fusion.looked_at(torch.log_softmax(logits, dim=1).gather(1, item))
     fusion.repeats.standardise(fusion.repeats.inputs(memories, log_p)[memories.valid[:, : memories.own]])
 
 
@@ -275,13 +269,6 @@ class _Fit:
 
 def _no_memory(asked: Replay) -> Retrieved:
     return Retrieved.nothing(asked.retrieved.entropy, asked.retrieved.bank_size)
-
-
-def own_memories(asked: Replay) -> Retrieved:
-    """Adaptive K of the own scope, nothing of others."""
-    rules, retrieved = asked.rules, asked.retrieved
-    own = rule.own_k(retrieved.entropy, retrieved.bank_size, rules)
-    return fixed(retrieved, own, 0)
 
 
 def _memory_optimizer(fusion: MemoryFusion, settings: TrainingConfig) -> torch.optim.Optimizer:

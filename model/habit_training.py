@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from model import rules as rule
 from model.config import RulesConfig, TrainingConfig
-from model.dataset import Dataset, Targets, split_of
+from model.dataset import Dataset, Targets, split_of, training_part
 from model.habits import DAY_S, FEATURES, HOUR_S
 from model.replay import MemorySpace, Replay, replay
 from model.rules import Bools, Floats
@@ -42,20 +42,13 @@ def measured_rules(dataset: Dataset, rules: RulesConfig) -> RulesConfig:
     return rules.model_copy(update=found | ({"longest_gap_s": longest} if longest > 0 else {}))
 
 
-def training_part(dataset: Dataset) -> Bools:
-    """(N,) which events are trained on."""
-    return np.arange(len(dataset)) < split_of(dataset).train_end[dataset.owners()]
-
-
 def recent_targets(dataset: Dataset, settings: TrainingConfig, most: int) -> Targets:
     """The newest training events of each user (`repeat_positions` of them), at most `most`, chosen by the seed."""
-    split, position = split_of(dataset), dataset.positions()
-    owner, event = dataset.owners(), np.arange(len(dataset))
-    near = (event < split.train_end[owner]) & (event >= split.train_end[owner] - settings.repeat_positions)
-    before = event
-    if dataset.holdout == "last-basket":  # everything of a basket is asked before its first event
-        before = np.maximum.accumulate(np.where(dataset.opens(), event, 0))
-    chosen = event[near & (position[before] >= EARLIEST)]
+    event, end = np.arange(len(dataset)), split_of(dataset).train_end[dataset.owners()]
+    near = (event < end) & (event >= end - settings.repeat_positions)
+    # where whole baskets are to be found, all of a basket is asked before its first event
+    before = dataset.basket_starts() if dataset.holdout == "last-basket" else event
+    chosen = event[near & (dataset.positions()[before] >= EARLIEST)]
     return some_of(Targets(chosen, before[chosen]), most, settings.seed)
 
 
@@ -74,18 +67,17 @@ def fit_rules(dataset: Dataset, state: Floats, space: MemorySpace, settings: Tra
         return rules
     asked = replay(dataset, state, space, targets, k=rules.capacity, habits=True).replay
     hit = asked.retrieved.own.valid & (asked.retrieved.own.item == dataset.items[asked.event][:, None])
-    rules = rules.model_copy(update=_quality(dataset, asked, rules))
+    rules = rules.model_copy(update=_quality(asked, hit, rules))
     return rules.model_copy(update={"activation": _activation(asked, hit, settings.seed)})
 
 
-def _quality(dataset: Dataset, asked: Replay, rules: RulesConfig) -> dict[str, float]:
+def _quality(asked: Replay, hit: Bools, rules: RulesConfig) -> dict[str, float]:
     """Weights of frequency and recency and the half-life under which the best entries of a bank, as many as KEPT_PARTS
     say, hold most of what users take next; the other weights keep their shares.
     """
     own = asked.retrieved.own
     told = dict(zip(FEATURES, np.moveaxis(asked.retrieved.habits, -1, 0), strict=True))
     frequency = np.exp(told["log_count"])
-    wanted = own.valid & (own.item == dataset.items[asked.event][:, None])
     age_s = (np.expm1(2 * told["log_hours_since"]) - np.expm1(2 * told["log_hours_idle"])) * HOUR_S
     timed = rules.time_unit == "seconds"
     best, found = -1.0, {}
@@ -96,7 +88,7 @@ def _quality(dataset: Dataset, asked: Replay, rules: RulesConfig) -> dict[str, f
             weights = {"weight_frequency": share * both, "weight_recency": (1 - share) * both}
             tried = rules.model_copy(update=weights)
             worth = rule.quality(frequency, recency, np.zeros_like(own.item), np.full(recency.shape, np.nan), tried)
-            kept = _kept(np.where(own.valid, worth, -np.inf), wanted)
+            kept = _kept(np.where(own.valid, worth, -np.inf), hit)
             if kept > best:
                 best = kept
                 found = {name: round(float(weight), 4) for name, weight in weights.items()}
@@ -104,12 +96,12 @@ def _quality(dataset: Dataset, asked: Replay, rules: RulesConfig) -> dict[str, f
     return found
 
 
-def _kept(worth: Floats, wanted: Bools) -> float:
-    """How often what is wanted is among the worthiest entries of its bank, summed over KEPT_PARTS; of equals it counts
-    as the last.
+def _kept(worth: Floats, hit: Bools) -> float:
+    """How often what is taken next (`hit`) is among the worthiest entries of its bank, summed over KEPT_PARTS; of
+    equals it counts as the last.
     """
-    there = wanted.any(axis=1)
-    least = np.max(np.where(wanted, worth, -np.inf), axis=1, keepdims=True)
+    there = hit.any(axis=1)
+    least = np.max(np.where(hit, worth, -np.inf), axis=1, keepdims=True)
     rank = (worth >= np.where(np.isfinite(least), least, np.inf)).sum(axis=1)
     return float(sum((there & (rank <= part)).mean() for part in KEPT_PARTS))
 

@@ -74,6 +74,12 @@ def adaptive(asked: Replay) -> Retrieved:
     return fixed(retrieved, own, rule.collective_k(retrieved.entropy, rules))
 
 
+def own_memories(asked: Replay) -> Retrieved:
+    """As `adaptive`, nothing of others."""
+    rules, retrieved = asked.rules, asked.retrieved
+    return fixed(retrieved, rule.own_k(retrieved.entropy, retrieved.bank_size, rules), 0)
+
+
 def fixed(retrieved: Retrieved, k: Ints | int, collective_k: Ints | int) -> Retrieved:
     """Only the best k memories of each scope; k (B,) or one number."""
     shape = retrieved.bank_size.shape

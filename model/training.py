@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from model.checkpoint import Checkpoint, save_checkpoint
 from model.config import Config, TrainingConfig
-from model.dataset import Dataset, split_of
+from model.dataset import Dataset, training_part
 from model.distributed import ALONE, Peers
 from model.encoder import SequenceEncoder, encode_states
 from model.encoder_training import fit_encoder
@@ -100,8 +100,7 @@ def hold_out(users: int, config: TrainingConfig) -> NDArray[np.bool_]:
 
 def popularity(dataset: Dataset) -> NDArray[np.float32]:
     """Share of the training interactions that each item has, (items + 1,)."""
-    in_training = np.arange(len(dataset)) < split_of(dataset).train_end[dataset.owners()]
-    counts = np.bincount(dataset.items[in_training], minlength=dataset.item_count + 1)
+    counts = np.bincount(dataset.items[training_part(dataset)], minlength=dataset.item_count + 1)
     return np.asarray(counts / counts.sum(), np.float32)
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+from api.commands.drawing import DAY_S, ago
 from api.commands.supervisor import DIRECT, end, wait_until_ready
 from model.errors import RamrecError
 
@@ -30,7 +31,6 @@ HOUSEHOLDS = 500
 """Households of the groceries that the tour looks at."""
 HABITS_SHOWN = 8
 WITHOUT_OWN = {"scopes": ["collective"]}
-DAY_S = 86400.0
 
 console = Console(highlight=False)
 
@@ -206,10 +206,10 @@ def _habits(url: str, user: str, titles: dict[str, Any], asked: dict[str, Any]) 
     for column in ("taken most often", "how often", "every", "last"):
         table.add_column(column)
     for entry in sorted(entries, key=lambda one: -one["frequency"])[:HABITS_SHOWN]:
-        gap, ago = entry["mean_gap_s"], asked.get("timestamp", entry["timestamp"]) - entry["timestamp"]
+        gap, since = entry["mean_gap_s"], asked.get("timestamp", entry["timestamp"]) - entry["timestamp"]
         every = "" if gap is None else f"{max(1, round(gap / DAY_S))} days"
         title = str(titles.get(entry["item_id"], entry["item_id"]))
-        table.add_row(title, f"{entry['frequency']} times", every, f"{round(ago / DAY_S)} days ago")
+        table.add_row(title, f"{entry['frequency']} times", every, ago(since))
     console.print(table)
 
 

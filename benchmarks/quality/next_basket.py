@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.dataset import Dataset, Targets, split_of
+from model.dataset import Dataset, Targets, split_of, training_part
 from model.metrics import basket_summary, ndcg, ranks
 
 ROWS = 512
@@ -82,7 +82,7 @@ def _chunks(*columns: NDArray[Any]) -> Iterator[list[NDArray[Any]]]:
 
 def popularity_vectors(dataset: Dataset, asked: Asked) -> NDArray[np.float32]:
     """(users, items + 1): every item's share of the training events."""
-    training = np.arange(len(dataset)) < split_of(dataset).train_end[dataset.owners()]
+    training = training_part(dataset)
     counts = np.bincount(dataset.items[training], minlength=dataset.item_count + 1) / training.sum()
     counts[0] = -np.inf
     return np.broadcast_to(counts.astype(np.float32), (dataset.users, len(counts)))
