@@ -280,9 +280,9 @@ def test_a_log_without_repeats_leaves_everything_about_them_out(tmp_path):
 # ------------------------------------------------------------------------------------------- the repeat head
 
 
-def repeat_head(**config: object) -> RepeatHead:
+def repeat_head() -> RepeatHead:
     torch.manual_seed(0)
-    head = RepeatHead(FusionConfig(**config)).eval()
+    head = RepeatHead(FusionConfig()).eval()
     with torch.no_grad():
         head.layers[-1].weight.normal_()
         head.layers[-1].bias.fill_(3.0)
@@ -303,10 +303,17 @@ def test_the_repeat_head_adds_nothing_for_padding_and_items_that_the_model_does_
     assert there.any(axis=1).tolist()[-1] is False
 
 
+def with_head(fusion):
+    fusion.repeats.load_state_dict(repeat_head().state_dict())
+    return fusion.eval()
+
+
 @torch.inference_mode()
 def test_the_repeat_head_looks_at_the_models_own_probability_only_where_it_may():
     tokens, unsure, sure = MemoryTokens.of(random_memories(4, 5, 30), 30), torch.full((4, 5), -9.0), torch.zeros(4, 5)
-    looking, blind = repeat_head(), repeat_head(repeat_log_p=False)
+    looking, blind = (
+        with_head(MemoryFusion(FusionConfig(repeat_log_p=looks), 32)).coming_back for looks in (True, False)
+    )
     assert not torch.equal(looking(tokens, unsure), looking(tokens, sure))
     assert torch.equal(blind(tokens, unsure), blind(tokens, sure))
 
