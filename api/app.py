@@ -21,7 +21,7 @@ from api.ingest import Intake
 from api.keys import KeyRing
 from api.lifecycle import Models
 from api.limits import Limits
-from api.memory.group import MemoryGroup
+from api.memory.replicas import MemoryReplicas
 from api.metrics import Metrics
 from api.middleware import BodyLimit, Gate
 from api.openapi import document, operation_id
@@ -73,7 +73,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     torch.set_num_threads(settings.torch_threads)
     metrics: Metrics = app.state.metrics
     token = settings.memory_token.get_secret_value() if settings.memory_token else None
-    memory = MemoryGroup(settings.memory_url, settings.memory_timeout_s, token)
+    memory = MemoryReplicas(settings.memory_url, settings.memory_timeout_s, token)
     engine = Engine(app.state.recommender, memory, metrics)
     models = Models(engine, settings.run, lambda serving: setattr(app.state, "engine", serving))
     batcher: MicroBatcher[face.RecommendRequest, face.RecommendResponse] = MicroBatcher(
@@ -84,10 +84,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         metrics.waited,
         settings.patience_s,
         settings.batch_lanes,
+        lambda request: memory.replica_of(request.user_id),
     )
     app.state.limits = Limits(memory.quota)
     app.state.models, app.state.batcher, app.state.intake = models, batcher, Intake(settings.ingest_limit)
-    batcher.start()
     with suppress(MemoryUnavailable):
         await models.sync()  # before any request: what is hidden stays so from the first answer on
     refresh = asyncio.get_running_loop().create_task(_refresh(models))

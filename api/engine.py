@@ -14,7 +14,7 @@ import numpy as np
 from api.catalogue import CatalogueMirror
 from api.filters import Filter
 from api.memory.client import MemoryClient
-from api.memory.group import MemoryGroup
+from api.memory.replicas import MemoryReplicas
 from api.metrics import Metrics
 from api.problems import MemoryUnavailable
 from memory_service.schemas import Job, RekeyRequest, StaleUser, UserRekey
@@ -35,7 +35,7 @@ class Engine:
     def __init__(
         self,
         recommender: Recommender,
-        memory: MemoryClient | MemoryGroup,
+        memory: MemoryClient | MemoryReplicas,
         metrics: Metrics,
         thread: ThreadPoolExecutor | None = None,
     ) -> None:

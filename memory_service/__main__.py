@@ -56,10 +56,10 @@ def main() -> int:
 
 
 class Server(uvicorn.Server):
-    """Answers on until the rest of the group has taken over."""
+    """Answers on until callers ask the other replicas."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Leave the group, then stop."""
+        """Leave, then stop."""
         app: Any = self.config.app
         if not self.force_exit:
             await app.state.service.leave(app.state.settings.leave_s)

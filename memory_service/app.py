@@ -3,7 +3,7 @@
     POST /v1/retrieve, /v1/plan, /v1/write, /v1/rekey, /v1/quota
     GET, DELETE /v1/user?user_id=      a bank laid open; forget
     GET /v1/users?prefix=&limit=
-    GET /v1/group                      who owns which users, where there are several replicas
+    GET /v1/replicas                   which replicas are there
     GET /v1/catalogue?since=&revision=, POST /v1/catalogue
     GET, POST /v1/model                which models are loaded; want another one, or cut over to it
     GET /v1/walk?cursor=&limit=&first_slot=&last_slot=     users of some slots, step by step
@@ -42,7 +42,7 @@ from memory_service.recall import recall
 from memory_service.record import RecordError
 from memory_service.replica import on_cuda
 from memory_service.service import MemoryService
-from memory_service.settings import MemorySettings
+from memory_service.settings import MemorySettings, reached_at
 from memory_service.store import Store
 from memory_service.telemetry import NO_NATIVE_TELEMETRY
 from memory_service.wire import BadRequest
@@ -92,8 +92,8 @@ def create_app(settings: MemorySettings, tracer: Any = None) -> FastAPI:
         collective,
         replicate,
         settings.run.resolve(),
-        settings.advertise,
-        settings.group_patience_s,
+        settings.advertise or reached_at(settings),
+        settings.patience_s,
     )
     app = FastAPI(
         title="RAMRec memory service",

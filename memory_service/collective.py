@@ -1,26 +1,23 @@
 """The collective scope as the service keeps it: whose entries are in the index, and at which stamp.
 
-Filled from Redis at start, a batch of users at a time between other calls, kept in step by every record that this
-process writes or reads anew, and compared with Redis again now and then: what other processes wrote or forgot, and what
-expired. Slots are this process's own; they never leave it. In a group of replicas only the users of this one's `Part`
-are here; how many hold an item elsewhere is told by the others.
+Filled from Redis at start, a batch of users at a time between other calls, and kept in step by every record that this
+process writes or reads anew and by what Redis tells of changes (`memory_service.feed`): what other processes wrote or
+forgot, and what expired. Slots are this process's own; they never leave it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from memory_service.replica import Replicate, ReplicatedCollectiveIndex
-from memory_service.slots import Part, range_of
 from model.bank import Entries
 from model.checkpoint import Checkpoint
 from model.collective import CollectiveIndex
 from model.events import Stacked, UserRecord
-from model.rules import Bools, Floats, Ints
+from model.rules import Floats, Ints
 
 Read = Callable[[list[str]], Awaitable[dict[str, UserRecord]]]
 Stamps = Callable[[list[str]], Awaitable[list[int]]]
@@ -33,13 +30,10 @@ class CollectiveScope:
     An entry is given away only where, the asker not counted, at least `users` sharing users hold its item.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, users: int = 1, replicate: Replicate | None = None, part: Part | None = None
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, users: int = 1, replicate: Replicate | None = None) -> None:
         rules = checkpoint.config.rules
         self.model_version = checkpoint.version
-        self._least, self._part = users, part
-        self._range: NDArray[np.int16] = np.zeros(0, np.int16)  # of the user in each slot
+        self._least = users
         layout = (checkpoint.index_centroids, rules.capacity, rules.collective_probes)
         self._index = ReplicatedCollectiveIndex(*layout, replicate) if replicate else CollectiveIndex(*layout)
         self._slot: dict[str, int] = {}
@@ -82,13 +76,7 @@ class CollectiveScope:
             await self.look_at(left[at : at + COMPARE_USERS], stamps, read, loaded)
 
     async def look_at(self, names: list[str], stamps: Stamps, read: Read, loaded: Collection[str]) -> None:
-        """Bring some users to what Redis has; those of other replicas are left alone. Others who look wait: a few
-        milliseconds, where it is some hundred users.
-        """
-        if self._part is not None:
-            names = [name for name in names if self._part.keeps(name)]
-        if not names:
-            return
+        """Bring some users to what Redis has. Others who look wait, a few milliseconds for some hundred users."""
         async with self._looking:
             self._touched.clear()
             found = dict(zip(names, await stamps(names), strict=True))
@@ -104,8 +92,6 @@ class CollectiveScope:
         shares and is of a `loaded` other model leaves the entries as they were before it moved there.
         """
         new = [(name, record) for name, record in records if self._stamp.get(name) != record.stamp]
-        if self._part is not None:
-            new = [(name, record) for name, record in new if self._part.keeps(name)]
         for name, record in new:
             if not self._shares(record):
                 if not record.share or record.model_version not in loaded:
@@ -122,7 +108,7 @@ class CollectiveScope:
         rows = [
             row
             for row, (name, record) in enumerate(zip(names, stacked.records, strict=True))
-            if self._stamp.get(name, 0) >> 32 <= record.version and (self._part is None or self._part.keeps(name))
+            if self._stamp.get(name, 0) >> 32 <= record.version
         ]
         if all(self._shares(stacked.records[row]) for row in rows):
             if rows:
@@ -132,8 +118,6 @@ class CollectiveScope:
 
     def _put(self, names: list[str], stacked: Stacked) -> None:
         slots = np.array([self._claim(name) for name in names])
-        if self._part is not None:
-            self._place(self._part, slots, np.array([range_of(name) for name in names]))
         self._index.put(slots, stacked.banks, stacked.entries)
         for name, record in zip(names, stacked.records, strict=True):
             self._note(name, record)
@@ -154,67 +138,10 @@ class CollectiveScope:
             self._index.drop(np.array([slot]))
             self._free.append(slot)
 
-    def search(
-        self,
-        queries: Floats,
-        askers: list[str],
-        k: Ints,
-        ranges: Bools | None = None,
-        held: Sequence[Ints] | None = None,
-    ) -> Entries:
-        """The k most similar entries of others for each query (B, d); askers (B): whose own are left out; k (B,).
-
-        ranges: (RANGES,) whose entries are searched, None: all that are here. held: items of askers who are elsewhere.
-        """
+    def search(self, queries: Floats, askers: list[str], k: Ints) -> Entries:
+        """The k most similar entries of others for each query (B, d); askers (B): whose own are left out; k (B,)."""
         slots = np.array([self._slot.get(user, -1) for user in askers], np.int64)
-        return self._index.search(queries, slots, k, self._least, self._passing(ranges), held)
-
-    def _passing(self, ranges: Bools | None) -> Bools | None:
-        """(S,) by slot; None where nobody is left out."""
-        if self._part is None or ranges is None or ranges[self._part.kept].all():
-            return None
-        return np.asarray(ranges[self._range])
-
-    # -------------------------------------------------------------------------------------------- parts
-
-    async def let_go(self) -> None:
-        """Take out users who are not to be here any more, some at a time between other calls."""
-        if self._part is not None:
-            names = [name for name in list(self._stamp) if not self._part.keeps(name)]
-            for at in range(0, len(names), COMPARE_USERS):
-                for name in names[at : at + COMPARE_USERS]:
-                    if not self._part.keeps(name):  # by now it may be wanted again
-                        self.drop(name)
-                await asyncio.sleep(0)
-
-    def count(self) -> None:
-        """Count those as holders whose ranges are counted here now, and no others."""
-        if self._part is not None:
-            slots = np.array(list(self._slot.values()), np.int64)
-            counts = self._part.counted[self._range[slots]]
-            for counted in (True, False):
-                self._index.count(slots[counts == counted], counted)
-
-    @property
-    def enough(self) -> int:
-        """A count of holders that a higher one does not differ from: the asker may be one of them."""
-        return self._least + 1
-
-    def holders(self) -> NDArray[np.uint8]:
-        """How many users counted here hold each item number (the index), at most `enough`."""
-        return self._index.holders(self.enough)
-
-    def count_elsewhere(self, counts: Sequence[NDArray[np.uint8]]) -> None:
-        """How many hold each item number at each of the other replicas."""
-        total = np.zeros(max([1, *map(len, counts)]), np.int32)
-        for some in counts:
-            total[: len(some)] += some
-        self._index.elsewhere = total
-
-    def held(self, user_id: str) -> NDArray[np.uint32]:
-        """Item numbers for which a user is counted here."""
-        counts = self._part is None or self._part.counted[range_of(user_id)]
-        return self._index.held(self._slot.get(user_id, -1) if counts else -1)
+        return self._index.search(queries, slots, k, self._least)
 
     def _shares(self, record: UserRecord) -> bool:
         return record.share and record.model_version == self.model_version
@@ -225,13 +152,3 @@ class CollectiveScope:
             slot = self._free.pop() if self._free else len(self._slot)
             self._slot[user_id] = slot
         return slot
-
-    def _place(self, part: Part, slots: Ints, ranges: Ints) -> None:
-        """Slots' users are of these ranges."""
-        most = int(slots.max()) + 1
-        if most > len(self._range):
-            self._range = np.pad(self._range, (0, max(most - len(self._range), len(self._range))))
-        self._range[slots] = ranges
-        self._index.grow(most)
-        for counted in (True, False):
-            self._index.count(slots[part.counted[ranges] == counted], counted)

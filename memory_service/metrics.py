@@ -44,14 +44,11 @@ class Metrics:
             "ramrec_memory_redis_unreplicated_writes",
             "Batches of writes kept by a primary alone, which had no replica to confirm them",
         )
-        self.members = Gauge(
-            "ramrec_memory_group_members", "Replicas in the group as this one sees it; 0: alone", registry=self.registry
+        self.replicas = Gauge(
+            "ramrec_memory_replicas", "Replicas that are there, as this one sees it", registry=self.registry
         )
-        self.ranges = Gauge(
-            "ramrec_memory_group_ranges",
-            "Of 1,024 ranges of users: owned here, held here, loaded here, and changing hands anywhere",
-            ["state"],
-            registry=self.registry,
+        self.lapses = Total(
+            "ramrec_memory_lapses", "Times that this replica was silent for so long that it counted as gone"
         )
         self.resident = Gauge("ramrec_memory_resident_users", "Banks in memory", registry=self.registry)
         self.collective = Gauge(
@@ -90,7 +87,11 @@ class Metrics:
         self.collective_k = Distribution(
             "ramrec_memory_collective_k", "Others' entries wanted for users asked about", K
         )
-        for one in (self.pruned, self.unreplicated, self.bank_size, self.entropy, self.k, self.collective_k):
+        totals, spreads = (
+            (self.pruned, self.unreplicated, self.lapses),
+            (self.bank_size, self.entropy, self.k, self.collective_k),
+        )
+        for one in (*totals, *spreads):
             self.registry.register(one)
 
 

@@ -19,12 +19,12 @@ from memory_service.metrics import Metrics
 from memory_service.schemas import (
     CONTENT_TYPE,
     Forgotten,
-    GroupReply,
     ModelRequest,
     PlanRequest,
     QuotaRequest,
     RegisterRequest,
     RekeyRequest,
+    ReplicasReply,
     RetrieveRequest,
     UserPage,
     Users,
@@ -52,7 +52,7 @@ def add(app: FastAPI) -> None:
     app.get("/v1/user")(inspect)
     app.delete("/v1/user")(forget)
     app.get("/v1/users")(users)
-    app.get("/v1/group")(group)
+    app.get("/v1/replicas")(replicas)
     app.get("/v1/catalogue")(catalogue)
     app.post("/v1/catalogue")(register)
     app.get("/v1/model")(model)
@@ -68,8 +68,6 @@ async def retrieve(request: Request) -> Response:
     """Memories of a batch of users."""
     asked = await _body(request, RetrieveRequest)
     reply = await _service(request).retrieve(asked)
-    if asked.held:  # the rest of a question that the users' owners have answered, and counted
-        return _answer(reply)
     seen: Metrics = request.app.state.metrics
     seen.users.inc(len(asked.users))
     seen.entropy.observe(np.frombuffer(reply.entropy, "<f4"))
@@ -112,15 +110,15 @@ async def inspect(user_id: str, request: Request) -> Response:
 async def forget(user_id: str, request: Request, here: bool = False) -> Response:
     """Forget a user; `here`: another replica has done so, and this one lets go."""
     if here:
-        await _service(request).drop(user_id)
+        _service(request).let_go(user_id)
         return _answer(Forgotten(False))
     return _answer(await _service(request).forget(user_id))
 
 
-async def group(request: Request) -> Response:
-    """The group of replicas."""
-    found = _service(request).group
-    return _answer(GroupReply("", [], b"", None) if found is None else found.described())
+async def replicas(request: Request) -> Response:
+    """Which replicas are there."""
+    presence = _service(request).presence
+    return _answer(ReplicasReply(presence.url, await presence.look()))
 
 
 async def users(request: Request, prefix: str = "", limit: int = 100) -> Response:
@@ -214,10 +212,8 @@ async def metrics(request: Request) -> Response:
     shown.pruned.value = service.pruned
     shown.primaries_lost.set(service.store.link.lost)
     shown.unreplicated.value = service.store.link.unreplicated
-    if service.group is not None:
-        shown.members.set(len(service.group.table.members))
-        for state, count in service.group.counts().items():
-            shown.ranges.labels(state).set(count)
+    shown.replicas.set(len(service.presence.replicas))
+    shown.lapses.value = service.presence.lapses
     shown.model.clear()
     shown.model.labels("serving", service.model_version).set(1)
     shown.model.labels("wanted", service.models.wanted.model_version).set(1)

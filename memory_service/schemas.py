@@ -13,7 +13,6 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from memory_service.slots import Written
 from model.bank import Entries
 from model.events import EncodeJob
 
@@ -85,8 +84,6 @@ class RetrieveRequest(msgspec.Struct):
     they never do). `alone`: rows that want no memories of others. `now` (f8, B): the times of the requests in seconds,
     at which a model that looks at habits retrieves by them, too; none: by similarity alone.
     A user "" is nobody: only the query counts. `entropy` (f4, B) is that of users of whom nothing is known.
-    In a group of replicas: `ranges` (bits) are those whose users' memories are searched for others, none: all that are
-    here. `tell_held` asks which items each user is counted for here; `held` (u4, one a row) says so of users elsewhere.
     """
 
     model_version: str
@@ -98,9 +95,6 @@ class RetrieveRequest(msgspec.Struct):
     uncounted: list[int] = []
     alone: list[int] = []
     entropy: bytes = b""
-    ranges: bytes = b""
-    tell_held: bool = False
-    held: list[bytes] = []
     now: bytes = b""
 
 
@@ -119,7 +113,7 @@ class RetrieveReply(msgspec.Struct):
     `without`: for rows that ignore some of what the user had, the job that makes the state without it, which is to be
     sent as the row's query; a job without items: nothing is left that a state could be made of.
     `moved`: rows of users whose records are of another model that is loaded too, which this call does not answer: ask
-    again for that model. `held`: where it was asked for, items that each user is counted for (u4).
+    again for that model.
     Of a model that looks at habits, asked with `now`: `habits`, what the own entries tell (f4,
     `model.habits.FEATURES` of one after another, in the order of `own`), and the items of each bank that were taken at
     that very time (present_count i4, present u4 ragged); else empty.
@@ -141,7 +135,6 @@ class RetrieveReply(msgspec.Struct):
     stale: list[StaleUser]
     without: dict[int, Job] = {}
     moved: dict[int, str] = {}
-    held: list[bytes] = []
     habits: bytes = b""
     present_count: bytes = b""
     present: bytes = b""
@@ -338,9 +331,10 @@ class UserMemory(msgspec.Struct):
 
 
 class Forgotten(msgspec.Struct):
-    """Whether anything was known about the user before."""
+    """Whether anything was known about the user before; `replicas` are the others, by URL, that are to let go, too."""
 
     existed: bool
+    replicas: list[str] = []
 
 
 class Item(msgspec.Struct):
@@ -434,15 +428,11 @@ class StalePage(msgspec.Struct):
     users: list[StaleUser]
 
 
-class GroupReply(msgspec.Struct):
-    """The group of replicas as one of them, `me`, sees it: `table` says who owns what (None: it stands alone); who is
-    alive; which ranges this one has loaded (bits).
-    """
+class ReplicasReply(msgspec.Struct):
+    """The replicas that are there, by URL, and whether everything is loaded at each; `me` answers."""
 
     me: str
-    alive: list[str]
-    loaded: bytes
-    table: Written | None
+    replicas: dict[str, bool]
 
 
 class UserPage(msgspec.Struct):

@@ -1,9 +1,11 @@
 """The use cases of the memory service: retrieve, plan, write, re-key, forget, inspect. State and order; the semantics
 are `model.bank`'s and `model.events`'.
 
-Resident banks are a cache: before every answer the versions in Redis are compared, in one round trip for the whole
-batch, and what changed is loaded. So any replica may serve any user, and an acknowledged write is seen by the next
-retrieval. Everything runs on one event loop; nothing awaits between a search and the use of what it found.
+A replica is a cache of Redis, and there may be any number of them. Before every answer the versions of the users'
+records are compared, in one round trip for the whole batch, and what changed is loaded: any replica may serve any user,
+and an acknowledged write is seen by the next retrieval. Others' memories are kept in step by what Redis tells of
+changes (`memory_service.feed`). Everything runs on one event loop; nothing awaits between a search and the use of what
+it found.
 """
 
 from __future__ import annotations
@@ -25,11 +27,11 @@ from memory_service import wire
 from memory_service.catalogue import Catalogue
 from memory_service.ending import end
 from memory_service.feed import Feed
-from memory_service.group import Group
 from memory_service.inspection import user_memory
 from memory_service.link import ShardUnavailable, StoreUnavailable
 from memory_service.merging import Merged
 from memory_service.models import ModelMismatch, Models
+from memory_service.presence import Presence
 from memory_service.replica import Replicate
 from memory_service.residents import NOBODY
 from memory_service.schemas import (
@@ -54,13 +56,12 @@ from memory_service.schemas import (
     WriteReply,
     WriteRequest,
 )
-from memory_service.slots import ALL_SLOTS, Part, range_of
+from memory_service.slots import ALL_SLOTS
 from memory_service.space import Space
 from memory_service.store import Store, Tombstone
 from memory_service.wire import BadRequest, Prepared
 from model.checkpoint import Checkpoint
 from model.events import Plan, Stacked, UserRecord, apply_stacked, plan, without
-from model.rules import Bools
 
 LOAD_USERS = 500
 """Users read and indexed at a time at start; other calls are answered in between."""
@@ -68,6 +69,8 @@ USERS_PER_CALL = 2048
 """Users that one call may name."""
 RECENT_USERS = 2048
 """Records kept as a whole between the plan of a write and the write itself."""
+LISTEN_S = 5.0
+"""How long a start waits until changes are heard of."""
 RETRY_S = 0.25
 """How often a lost Redis is looked for."""
 User = TypeVar("User", UserEvents, UserWrite)
@@ -95,7 +98,9 @@ class Asked(Generic[User]):
 
 
 class MemoryService:
-    """All banks behind one Redis."""
+    """All banks behind one Redis. This replica is reached at `url`; it is taken for gone once it was silent for
+    `patience_s`.
+    """
 
     def __init__(
         self,
@@ -105,25 +110,20 @@ class MemoryService:
         collective: int = 1,
         replicate: Replicate | None = None,
         run: Path = Path(),
-        advertise: str | None = None,
+        url: str = "",
         patience_s: float = 5.0,
     ) -> None:
-        part = Part() if advertise else None
-
         def space_of(checkpoint: Checkpoint) -> Space:
-            return Space(checkpoint, self.catalogue, resident_users, collective, replicate, part)
+            return Space(checkpoint, self.catalogue, resident_users, collective, replicate)
 
         self.store = store
         self.catalogue = Catalogue(store)
         self.models = Models(store, self.catalogue, checkpoint, run, space_of, self._complete)
         self.pruned = 0
         """Entries that writes through this process pushed out of full banks."""
-        self.group: Group | None = None
-        """The replicas that this one belongs to; none: it stands alone."""
-        self._together: list[asyncio.Task[None]] = []
-        self._feed = Feed(store.link, self._changed, self._missed)
-        if advertise and part:
-            self.group = Group(store, advertise, part, patience_s, lambda: self.models.spaces, self._load)
+        self.presence = Presence(store, url, patience_s, self.compare)
+        self._feed = Feed(store.link, self._look_at, self._missed)
+        self._kept_up: list[asyncio.Task[None]] = []
         self._comparing = asyncio.Lock()
         self._recent: OrderedDict[str, Known] = OrderedDict()
         self._outage: asyncio.Task[None] | None = None
@@ -153,60 +153,45 @@ class MemoryService:
             StoreUnavailable. CheckpointError: the model that Redis says serves cannot be loaded.
         """
         await self.models.start()
-        if self.group is not None:
-            await self._join(self.group)
+        if not self._kept_up:  # heard of first, hearing second, loading third: nothing is missed
+            await self.presence.beat()
+            self._kept_up = [_watched(self._feed.run()), _watched(self.presence.run())]
+        with suppress(TimeoutError):  # a Redis that lets nobody listen: `compare` now and then must do
+            await asyncio.wait_for(self._feed.listening.wait(), LISTEN_S)
         await self.compare()
+        self.presence.is_ready = True
+        await self.presence.beat()
 
-    async def _join(self, group: Group) -> None:
-        """Take part in a group: hear what changes from now on, and load what is to be held here."""
-        if not self._together:
-            self._begin(self._feed.run())
-            await self._feed.listening.wait()
-            self._begin(group.run())
-        await group.joined.wait()
-
-    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        task.add_done_callback(_report)
-        self._together.append(task)
-
-    async def _load(self, ranges: Bools) -> None:
-        """Bring all users of these ranges into the collective scopes."""
-        async for names in self.store.all_users(LOAD_USERS):
-            await self._look_at([name for name in names if ranges[range_of(name)]])
-
-    async def _changed(self, users: set[str]) -> None:
+    async def _look_at(self, users: set[str]) -> None:
         """Other replicas, or time, did something to these users; or we did."""
-        if self.group is not None:
-            mine = [name for name in users if self.group.part.keeps(name)]
-            for at in range(0, len(mine), LOAD_USERS):
-                await self._look_at(mine[at : at + LOAD_USERS])
+        names = list(users)
+        for at in range(0, len(names), LOAD_USERS):
+            for space in list(self.models.spaces.values()):
+                if space.collective is not None:
+                    read = partial(self._read, space)
+                    some = names[at : at + LOAD_USERS]
+                    await space.collective.look_at(some, self.store.stamps, read, self.models.spaces)
 
     async def _missed(self) -> None:
         """Changes may have gone unheard."""
-        if self.group is not None and self.group.joined.is_set():
+        if self.presence.is_ready:
             await self.compare()
 
-    async def _look_at(self, names: list[str]) -> None:
-        for space in list(self.models.spaces.values()):
-            if space.collective is not None:
-                read = partial(self._read, space)
-                await space.collective.look_at(names, self.store.stamps, read, self.models.spaces)
-
-    async def leave(self, limit_s: float) -> None:
-        """Hand over to the rest of the group before this process ends."""
-        if self.group is not None and self.group.joined.is_set():
-            await self.group.leave(limit_s)
+    async def leave(self, linger_s: float) -> None:
+        """Let others take over before this process ends."""
+        await self.presence.leave(linger_s)
 
     async def compare(self) -> None:
         """Bring the collective scope to what is in Redis: all of it at start, later what other processes wrote or
         forgot, and what expired. Raises StoreUnavailable.
         """
+        lapses = self.presence.lapses
         for space in list(self.models.spaces.values()):
             if space is self.serving:
                 await self._complete(space)
             else:  # complete once it serves
                 await self._compare(space)
+        self.presence.caught_up(lapses)
 
     async def _complete(self, space: Space) -> None:
         await self._compare(space)
@@ -220,7 +205,7 @@ class MemoryService:
 
     async def close(self) -> None:
         """Stop looking for Redis and close all connections to it."""
-        await end([*self._together, self._outage])
+        await end([*self._kept_up, self._outage])
         await self.store.close()
 
     # ----------------------------------------------------------------------------------------- retrieve
@@ -231,7 +216,8 @@ class MemoryService:
         self._check_users(request.users)
         if not request.users:
             raise BadRequest("no users")
-        degraded = not space.complete or self._misses(space, request)
+        others = space.collective is not None and self.presence.is_current
+        degraded = not space.complete or (space.collective is not None and not others)
         altered = await self._altered(space, request) if request.ignore else {}
         try:
             damaged = await self._refresh(space, request.users)
@@ -244,7 +230,7 @@ class MemoryService:
             slots = space.residents.find(users)
             stale = space.residents.stale[slots]
             model_of = {row: space.residents.model_of[int(slots[row])] for row in np.flatnonzero(stale).tolist()}
-            reply = space.answer(request, np.where(stale, NOBODY, slots), degraded)
+            reply = space.answer(request, np.where(stale, NOBODY, slots), degraded, others=others)
         reply.without = {row: wire.state_job(record) for row, record in altered.items() if record is not None}
         if model_of:
             await self._follow_to(model_of.values())
@@ -252,10 +238,6 @@ class MemoryService:
             reply.moved = {row: model for row, model in model_of.items() if model in followed}
             reply.stale = await self._jobs(space, [users[row] for row in model_of if row not in reply.moved])
         return reply
-
-    def _misses(self, space: Space, request: RetrieveRequest) -> bool:
-        """Whether some of those whose memories are asked for are not loaded here (yet)."""
-        return self.group is not None and space.collective is not None and self.group.misses(wire.ranges(request))
 
     async def _altered(self, space: Space, request: RetrieveRequest) -> dict[int, UserRecord | None]:
         """Rows that ignore something of what the user had, and the record without it; None where Redis cannot tell."""
@@ -469,15 +451,13 @@ class MemoryService:
         """Remove everything about a user; a tombstone keeps late retries from bringing them back."""
         with self._reaching():
             existed = await self.store.forget(user_id, time.time())
-        await self.drop(user_id)
-        return Forgotten(existed)
+            replicas = await self.presence.look()  # after the deletion: who joins later reads Redis as it is now
+        self.let_go(user_id)
+        return Forgotten(existed, [one for one in replicas if one != self.presence.url])
 
-    async def drop(self, user_id: str) -> None:
-        """Let go of a user whom another replica has forgotten. Raises StoreUnavailable: it may still be counted."""
+    def let_go(self, user_id: str) -> None:
+        """Nothing is kept of a user whom another replica has forgotten."""
         self._remove([user_id])
-        if self.group is not None:
-            with self._reaching():
-                await self.group.exchange()
 
     # ------------------------------------------------------------------------------------------ inspect
 
@@ -691,10 +671,16 @@ class MemoryService:
                 self._found()
 
 
-def _report(task: asyncio.Task[None]) -> None:
-    """Nobody waits for this task: what ends it must not go unseen."""
-    if not task.cancelled() and task.exception() is not None:
-        log.error("no longer taking part in the group", exc_info=task.exception())
+def _watched(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """A task that nobody waits for: what ends it must not go unseen."""
+
+    def report(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            log.error("no longer kept in step with Redis", exc_info=task.exception())
+
+    task = asyncio.create_task(work)
+    task.add_done_callback(report)
+    return task
 
 
 def _is_for(record: UserRecord, space: Space) -> bool:

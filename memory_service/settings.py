@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
+from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, Self
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -89,12 +91,18 @@ class MemorySettings(RedisSettings):
     advertise: str | None = Field(
         None,
         pattern="^https?://",
-        description="URL under which the api reaches this replica: it takes part in a group; none: it stands alone",
+        description="URL under which the api reaches this replica; none: host and port, or where it listens on all "
+        "addresses, the one from which it reaches Redis",
     )
-    group_patience_s: float = Field(
-        5.0, ge=1, description="a replica of the group that is silent for so long is taken for gone"
+    patience_s: float = Field(
+        5.0,
+        ge=1,
+        description="a replica that Redis has not heard of for so long is taken for gone, and gives nothing of others' "
+        "memories any more",
     )
-    leave_s: float = Field(20.0, ge=0, description="how long a replica that stops waits for others to take over")
+    leave_s: float = Field(
+        2.0, ge=0, description="how long a replica that stops goes on answering, until callers ask the others"
+    )
     resident_users: int = Field(
         200_000, ge=1, description="banks kept in memory between calls; the least recently used go first"
     )
@@ -106,7 +114,7 @@ class MemorySettings(RedisSettings):
         2, ge=1, description="others who must hold an item before memories of it are given to anybody"
     )
     compare_s: float = Field(
-        60.0, gt=0, description="how often the collective scope is compared with what other processes did to Redis"
+        600.0, gt=0, description="how often all of the collective scope is compared with Redis, whose news may get lost"
     )
     recall_s: float = Field(
         600.0, ge=0, description="how often the recall of the collective scope is measured; 0: never"
@@ -137,3 +145,25 @@ def with_password(url: str, password: str) -> str:
         return url if named or not mark else f"{scheme}://:{quote(password, safe='')}@{rest}"
 
     return ",".join(map(one, url.split(",")))
+
+
+def reached_at(settings: MemorySettings) -> str:
+    """The URL of a service: of one that listens on all addresses, that from which it reaches Redis."""
+    host = settings.host
+    with suppress(ValueError):  # a name
+        host = _own_address(settings.redis_url or "") if ip_address(host).is_unspecified else host
+    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+
+
+def _own_address(redis_url: str) -> str:
+    """Our address on the way to Redis; the name of this machine where that cannot be told. Nothing is sent."""
+    first = urlsplit(redis_url.split(",")[0].strip())
+    if first.hostname is None:
+        return "127.0.0.1"
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(first.hostname, first.port or 6379, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError:
+        return socket.gethostname()

@@ -18,7 +18,6 @@ from memory_service.collective import CollectiveScope
 from memory_service.replica import Replicate
 from memory_service.residents import NOBODY, Found, Residents, Wish
 from memory_service.schemas import RetrieveReply, RetrieveRequest, UserRekey, UserWrite
-from memory_service.slots import Part
 from memory_service.wire import STATE, UNIT, Prepared, column
 from model import rules as rule
 from model.bank import Entries
@@ -41,7 +40,6 @@ class Space:
         resident_users: int,
         collective: int = 1,
         replicate: Replicate | None = None,
-        part: Part | None = None,
     ) -> None:
         self.model_version = checkpoint.version
         self.rules = checkpoint.config.rules
@@ -49,7 +47,7 @@ class Space:
         self.new = UserRecord.new(self.dim, self.rules)
         """The record of a user of whom nothing is known."""
         self.residents = Residents(resident_users, self.dim, self.rules, self.model_version, replicate)
-        self.collective = CollectiveScope(checkpoint, collective, replicate, part) if collective else None
+        self.collective = CollectiveScope(checkpoint, collective, replicate) if collective else None
         self.complete = self.collective is None
         """Whether others' memories are all here."""
         self._centroids = checkpoint.index_centroids
@@ -77,18 +75,19 @@ class Space:
 
     # ----------------------------------------------------------------------------------------- retrieve
 
-    def answer(self, request: RetrieveRequest, slots: NDArray[np.int64], degraded: bool) -> RetrieveReply:
-        """Everything about the residents in `slots`, one for each user of the request."""
+    def answer(
+        self, request: RetrieveRequest, slots: NDArray[np.int64], degraded: bool, *, others: bool
+    ) -> RetrieveReply:
+        """Everything about the residents in `slots`, one for each user of the request; `others`: whether memories of
+        others may be given.
+        """
         banks = self.residents
         entropy = self._entropy(request, slots)
         queries = wire.queries(request, rule.unit(banks.state[slots]))
         found = banks.search(Wish(slots, queries, wire.asked_k(request), wire.asked_at(request)))
         self._count(request, slots, found)
-        collective_k, others = self._others(request, queries, entropy)
-        reply = wire.retrieve_reply(self._catalogue.size, degraded, banks, slots, entropy, found, collective_k, others)
-        if request.tell_held and self.collective is not None:
-            reply.held = [self.collective.held(user).astype("<u4").tobytes() for user in request.users]
-        return reply
+        collective_k, theirs = self._others(request, queries, entropy, others)
+        return wire.retrieve_reply(self._catalogue.size, degraded, banks, slots, entropy, found, collective_k, theirs)
 
     def _entropy(self, request: RetrieveRequest, slots: Ints) -> NDArray[np.float32]:
         """(B,) diversity of each bank; where there is none, what the caller says."""
@@ -98,15 +97,14 @@ class Space:
         given = column(request.entropy, "<f4", len(diversity), "entropy")
         return np.where(self.residents.size[slots] > 0, diversity, np.clip(given, 0, 1)).astype(np.float32)
 
-    def _others(self, request: RetrieveRequest, queries: Floats, entropy: Floats) -> tuple[Ints, Entries]:
+    def _others(self, request: RetrieveRequest, queries: Floats, entropy: Floats, given: bool) -> tuple[Ints, Entries]:
         """Collective K and memories. Nobody can be asked about without a state or a query."""
         k = rule.collective_k(entropy, self.rules)
         k[~queries.any(axis=1)] = 0
         k[wire.rows(request.alone, len(k), "alone")] = 0
         if self.collective is None:
             return np.zeros_like(k), Entries.empty(len(k))
-        held = wire.held(request) if request.held else None
-        return k, self.collective.search(queries, request.users, k, wire.ranges(request), held)
+        return k, self.collective.search(queries, request.users, k) if given else Entries.empty(len(k))
 
     def _count(self, request: RetrieveRequest, slots: Ints, found: Found) -> None:
         """Remember which memories were retrieved, until the user's next write."""

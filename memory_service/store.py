@@ -13,9 +13,8 @@
     ramrec:catalogue:{items}:hidden   set of hidden item ids
     ramrec:catalogue:{items}:revision counts changes of metadata and hidden flags of items that were there before
     ramrec:catalogue:{items}:changes  list of the numbers of the items changed, one a revision, newest first, 10,000
-    ramrec:group:{members}:table      who owns which slots (`memory_service.group`)
-    ramrec:group:{members}:alive      sorted set of replicas by the time (ms) until which they count as there
-    ramrec:group:{members}:holders:MODEL:URL   stream: how many users a replica counts for each item
+    ramrec:replicas                   sorted set of the memory service's replicas, `+URL` or, where not everything is
+                                      loaded yet, `-URL`, by the time (ms) until which they count as there
 
 In a Redis Cluster the braces say which part of a key its slot comes from: a user's slot follows from the user id, and
 all of the catalogue is in one. How Redis is reached, and what can go wrong there: `memory_service.link`.
@@ -42,22 +41,18 @@ from model.events import UserRecord
 
 TOMBSTONE_S = 30 * 86400
 TOMBSTONE = struct.Struct("<dQ")
-TOLD_S = 300
-"""How long what a replica told the others is kept: it tells all of it anew far more often."""
 QUOTA_S = 60
 """How long a count of granted requests is kept: longer than clocks differ."""
 COMMIT_USERS = 64
 """Records that one script call stores: Redis serves nobody else meanwhile, about half a millisecond."""
 log = logging.getLogger(__name__)
 
-MODEL_KEY, SECRET = "ramrec:model", "ramrec:secret"
+MODEL_KEY, SECRET, REPLICAS = "ramrec:model", "ramrec:secret", "ramrec:replicas"
 NO_STAMP = bytes(STAMP.size)
 CATALOGUE = NUMBERS, IDS, ABOUT, HIDDEN, REVISION, CHANGES = [
     f"ramrec:catalogue:{{items}}:{name}" for name in ("number", "id", "about", "hidden", "revision", "changes")
 ]
 CHANGES_KEPT = 10_000
-GROUP = "ramrec:group:{members}"
-TABLE, ALIVE = f"{GROUP}:table", f"{GROUP}:alive"
 
 STAMPS = """
 local found = {}
@@ -154,11 +149,15 @@ return granted
 BEAT = """
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
-redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[1])
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
-return {redis.call('GET', KEYS[2]) or '', redis.call('ZRANGE', KEYS[1], 0, -1)}
+local was_there = 0
+if #ARGV > 0 then
+  was_there = redis.call('ZREM', KEYS[1], '+' .. ARGV[1], '-' .. ARGV[1])
+  redis.call('ZADD', KEYS[1], now + ARGV[3], ARGV[2] .. ARGV[1])
+end
+return {was_there, redis.call('ZRANGE', KEYS[1], 0, -1)}
 """
-"""A replica is there for a while; the table, and who else is there. By the clock of Redis."""
+"""A replica (none: nobody) is there for a while; whether it was before, and all who are. By the clock of Redis."""
 
 
 SCRIPTS = (STAMPS, COMMIT, FORGET, REGISTER, CHANGED, SWAP, QUOTA, BEAT)
@@ -439,35 +438,21 @@ class Store:
         """Compare-and-set of a small value; `before` is empty where there is none."""
         return bool((await self.link.send([_script(SWAP, [key], [before, after])], durable=True))[0])
 
-    # -------------------------------------------------------------------------------------------- group
+    # ----------------------------------------------------------------------------------------- replicas
 
-    async def beat(self, me: str, for_ms: int) -> tuple[bytes, frozenset[str]]:
-        """Count as there for a while: the table (empty where there is none yet), and all who are there."""
-        table, alive = (await self.link.send([_script(BEAT, [ALIVE, TABLE], [me, for_ms])]))[0]
-        return table, frozenset(one.decode() for one in alive)
+    async def beat(self, url: str, is_ready: bool, for_ms: int) -> tuple[bool, dict[str, bool]]:
+        """Count a replica as there for a while: whether it still was, and all who are there (see `replicas`)."""
+        script = _script(BEAT, [REPLICAS], [url, "+" if is_ready else "-", for_ms])
+        was_there, found = (await self.link.send([script]))[0]
+        return bool(was_there), _replicas(found)
 
-    async def silence(self, me: str) -> None:
-        """Count as there no longer."""
-        await self.link.send([("ZREM", ALIVE, me)])
+    async def replicas(self) -> dict[str, bool]:
+        """Who is there, by URL, and whether everything is loaded there."""
+        return _replicas((await self.link.send([_script(BEAT, [REPLICAS], [])]))[0][1])
 
-    async def swap_table(self, before: bytes, after: bytes) -> bool:
-        """Change the table, unless another did meanwhile."""
-        return await self.swap(TABLE, before, after)
-
-    async def tell_holders(self, model: str, me: str, fields: dict[bytes, bytes], *, anew: bool) -> None:
-        """Tell the others how many hold which items; `anew`: nothing told before counts."""
-        key = f"{GROUP}:holders:{model}:{me}"
-        said = [part for pair in fields.items() for part in pair]
-        before: list[Command] = [("DEL", key)] if anew else []
-        await self.link.send([*before, ("XADD", key, "*", *said), ("EXPIRE", key, TOLD_S)])
-
-    async def hear_holders(
-        self, model: str, of: Sequence[tuple[str, str]]
-    ) -> list[list[tuple[str, dict[bytes, bytes]]]]:
-        """What replicas told after a message each ("": from the first on): (message, fields) in order."""
-        keys = [(f"{GROUP}:holders:{model}:{one}", f"({at}" if at else "-") for one, at in of]
-        found = await self.link.send([("XRANGE", key, start, "+") for key, start in keys])
-        return [[(at.decode(), fields) for at, fields in messages] for messages in found]
+    async def silence(self, url: str) -> None:
+        """Count a replica as there no longer."""
+        await self.link.send([("ZREM", REPLICAS, f"+{url}", f"-{url}")])
 
     # ------------------------------------------------------------------------------------------- quotas
 
@@ -531,6 +516,10 @@ def _mget(keys: list[bytes]) -> Command:
 
 def _script(text: str, keys: Sequence[bytes | str], args: Sequence[bytes | str | int]) -> Command:
     return ("EVALSHA", SHA[text], len(keys), *keys, *args)
+
+
+def _replicas(found: Sequence[bytes]) -> dict[str, bool]:
+    return {one[1:].decode(): one[:1] == b"+" for one in found}
 
 
 def _tombstone(data: bytes | None) -> Tombstone | None:

@@ -20,11 +20,10 @@ from memory_service.schemas import (
     UserPlan,
     UserWritten,
 )
-from memory_service.slots import unpack
 from memory_service.store import Tombstone
 from model.bank import Entries
 from model.events import EncodeJob, Event, Plan, UserRecord, event_identity, rekey_job
-from model.rules import Bools, Floats, Ints
+from model.rules import Floats, Ints
 
 UNIT = 1.01
 """No number of a vector of unit length exceeds it, however it was rounded."""
@@ -97,23 +96,6 @@ def ignored(request: RetrieveRequest) -> dict[int, list[int]]:
     """Row → numbers of items that the user is taken not to have had."""
     rows(list(request.ignore), len(request.users), "ignore")
     return {row: items for row, items in request.ignore.items() if items}
-
-
-def ranges(request: RetrieveRequest) -> Bools | None:
-    """Ranges whose users' memories are searched for others; None: all that are here. Raises BadRequest."""
-    if not request.ranges:
-        return None
-    try:
-        return unpack(request.ranges)
-    except ValueError as error:
-        raise BadRequest(str(error)) from error
-
-
-def held(request: RetrieveRequest) -> list[NDArray[np.uint32]]:
-    """Items of each row. Raises BadRequest where they are not as many rows."""
-    if len(request.held) != len(request.users):
-        raise BadRequest(f"held has {len(request.held)} rows of {len(request.users)}")
-    return [column(items, "<u4", len(items) // 4, "held") for items in request.held]
 
 
 def retrieve_reply(

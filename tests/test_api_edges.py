@@ -145,7 +145,6 @@ def batcher(work=_doubled, limit=8, patience_s=60.0) -> MicroBatcher:
 def test_callers_get_their_own_answers(go):
     async def scene():
         batches = batcher()
-        batches.start()
         answers = await asyncio.gather(*(batches.submit([n, 10 * n]) for n in range(4)))
         await batches.stop()
         return answers
@@ -160,7 +159,6 @@ def test_requests_beyond_the_limit_are_refused_at_once_and_none_of_theirs_is_don
         await asyncio.sleep(0)
         with pytest.raises(Overloaded):
             await batches.submit([3, 4])
-        batches.start()
         answers = await waiting
         await batches.stop()
         return answers
@@ -188,7 +186,6 @@ def test_no_work_is_done_for_those_who_left(go):
         stays = asyncio.ensure_future(batches.submit([3], still_there))
         await asyncio.sleep(0)
         cancelled.cancel()
-        batches.start()
         outcomes = await asyncio.gather(left, cancelled, stays, return_exceptions=True)
         await batches.stop()
         return outcomes
@@ -207,7 +204,6 @@ def test_an_error_reaches_all_of_its_batch_and_the_next_batch_is_answered(go):
 
     async def scene():
         batches = batcher(picky)
-        batches.start()
         first = await asyncio.gather(*(batches.submit([n]) for n in (13, 1)), return_exceptions=True)
         second = await batches.submit([2])
         await batches.stop()

@@ -23,10 +23,8 @@ class Recorder:
         return [2 * ask for ask in asks]
 
 
-def batcher(work, size=4, limit=6, lanes=1) -> MicroBatcher[int, int]:
-    made: MicroBatcher[int, int] = MicroBatcher(work, size, 0.0, limit, lambda seconds: None, 60.0, lanes)
-    made.start()
-    return made
+def batcher(work, size=4, limit=6, lanes=1, kind_of=lambda ask: None) -> MicroBatcher[int, int]:
+    return MicroBatcher(work, size, 0.0, limit, lambda seconds: None, 60.0, lanes, kind_of)
 
 
 async def ask(made: MicroBatcher[int, int], number: int) -> int:
@@ -103,6 +101,30 @@ def test_an_error_reaches_every_caller_of_its_batch_and_no_other():
             with pytest.raises(ValueError, match="unlucky"):
                 await one
         assert await ask(made, 5) == 10
+        await made.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_holds_one_kind_and_one_that_hangs_holds_up_no_other():
+    async def scenario():
+        work, hung = Recorder(), asyncio.Event()
+
+        async def answer(asks):
+            if asks[0] % 2:
+                work.batches.append(list(asks))
+                await hung.wait()
+                return asks
+            return await work(asks)
+
+        made = batcher(answer, limit=20, lanes=2, kind_of=lambda ask: ask % 2)
+        work.free.set()
+        asked = asyncio.create_task(made.submit([1, 2, 3, 4, 5, 6]))
+        assert await made.submit([8, 10]) == [16, 20]
+        hung.set()
+        assert await asked == [1, 4, 3, 8, 5, 12]
+        assert [1, 3, 5] in work.batches
+        assert all(len({ask % 2 for ask in batch}) == 1 for batch in work.batches)
         await made.stop()
 
     asyncio.run(scenario())

@@ -24,8 +24,8 @@ from memory_service.app import create_app as create_memory
 from memory_service.settings import MemorySettings
 from memory_service.slots import slot_of
 from tests.conftest import MONDAY, served
-from tests.groups import Group
 from tests.redis_cluster import until
+from tests.replicas import Replicas
 from tests.test_backfill import remembered
 from tests.test_lifecycle import version
 
@@ -248,10 +248,10 @@ def test_over_a_redis_cluster_and_a_group_of_replicas_it_is_all_the_same(
     known_url, memory_url, run, other, tmp_path, stack, cluster, valkey_cluster
 ):
     valkey_cluster.flush()
-    group = Group(run, valkey_cluster.url, stack, collective_users=2)
-    group.add(), group.add()
-    group.settle()
-    api = group.api()
+    replicas = Replicas(run, valkey_cluster.url, stack, collective_users=2)
+    replicas.add(), replicas.add()
+    replicas.settle()
+    api = replicas.api()
     make_known(str(api.base_url))
     until(
         lambda: lists_over_http(str(api.base_url)) == lists_over_http(known_url)

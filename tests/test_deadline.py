@@ -97,7 +97,6 @@ def test_what_waits_past_its_deadline_is_not_worked_on(go):
         late = asyncio.create_task(batcher.submit(["late"]))
         CALL.set(Call("fine", time.monotonic() + 60))
         fine = asyncio.create_task(batcher.submit(["fine"]))
-        batcher.start()
         assert await fine == ["fine"]
         with pytest.raises(DeadlineExceeded):
             await late
@@ -116,7 +115,6 @@ def test_the_caller_who_set_a_deadline_does_not_wait_for_the_batch(go):
             return asks
 
         batcher = MicroBatcher(work, 8, 0.0, 256, lambda waited: None)
-        batcher.start()
         patient = asyncio.create_task(batcher.submit(["patient"]))
         await asyncio.sleep(0)
         CALL.set(Call("hasty", time.monotonic(), timed=True))

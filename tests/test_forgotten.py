@@ -84,6 +84,8 @@ def in_redis(raw: redis.Redis) -> bytes:
                 parts += raw.lrange(key, 0, -1)
             case b"set":
                 parts += raw.smembers(key)
+            case b"zset":
+                parts += raw.zrange(key, 0, -1)
             case other:
                 pytest.fail(f"{key} is a {other}: look into it here too")
     return b"\0".join(parts)

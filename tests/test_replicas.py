@@ -222,14 +222,14 @@ class Replica:
 
     def __init__(self, url: str, checkpoint: Checkpoint, resident_users: int = 100) -> None:
         store = Store(url, checkpoint.config.rules, 10)
-        self.service = MemoryService(store, checkpoint, resident_users)
+        self.service = MemoryService(store, checkpoint, resident_users, url=f"replica {id(self)}", patience_s=3600)
 
     async def started(self) -> Replica:
         await self.service.start()
         return self
 
     async def close(self) -> None:
-        await self.service.store.close()
+        await self.service.close()
 
     async def plan(self, user: str, events: list[EventIn], received_at: float) -> UserPlan:
         asked = PlanRequest(self.service.model_version, received_at, [UserEvents(user, events)])

@@ -26,7 +26,7 @@ from api.jobs.bulk import HERE, BulkError, Report, Runner, divided
 from api.jobs.workers import PAUSE_S, TIMEOUT_S, TRIES, connected, patiently
 from api.lifecycle import Models
 from api.memory.client import MemoryClient, Remembered
-from api.memory.group import MemoryGroup
+from api.memory.replicas import MemoryReplicas
 from api.recommend import recommend
 from api.schemas import RecommendRequest, RecommendResponse, refused_time
 from memory_service.schemas import RetrieveRequest
@@ -118,7 +118,7 @@ def recommend_all(
 
 async def _serving(run: Path, url: str, token: str | None) -> tuple[str, int]:
     """The model that serves, which must be that of the folder, and about how many users there are."""
-    async with connected(run, MemoryGroup(url, TIMEOUT_S, token)) as engine:
+    async with connected(run, MemoryReplicas(url, TIMEOUT_S, token)) as engine:
         state = await patiently(engine.memory.model)
         if state.serving != engine.version:
             raise BulkError(f"the service serves model {state.serving}, this folder holds {engine.version}")
@@ -245,14 +245,14 @@ class Recommending:
         )
 
 
-class _Onlooker(MemoryGroup):
+class _Onlooker(MemoryReplicas):
     """Memories are asked for, and this does not count as a use of them."""
 
     async def retrieve(self, request: RetrieveRequest) -> Remembered:
         return await super().retrieve(msgspec.structs.replace(request, uncounted=list(range(len(request.users)))))
 
 
-async def _users(memory: MemoryClient | MemoryGroup, slots: range) -> dict[int, set[str]]:
+async def _users(memory: MemoryClient | MemoryReplicas, slots: range) -> dict[int, set[str]]:
     """Ids of the users of some slots, by slot."""
     found: dict[int, set[str]] = {slot: set() for slot in slots}
     cursor = 0

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from api.engine import Engine
 from api.jobs.bulk import HERE, BulkError, Job, Report, Runner, shares
 from api.jobs.workers import PAUSE_S, TIMEOUT_S, Reply, connected, patiently
-from api.memory.group import MemoryGroup
+from api.memory.replicas import MemoryReplicas
 from memory_service.schemas import ModelReply, ModelRequest
 from memory_service.slots import ALL_SLOTS
 
@@ -68,7 +68,7 @@ class Moving:
 
     async def call(self, work: Callable[[Engine], Awaitable[Reply]]) -> Reply:
         """Work with the model beside the memory service."""
-        async with connected(self.run, MemoryGroup(self.url, TIMEOUT_S, self.token)) as engine:
+        async with connected(self.run, MemoryReplicas(self.url, TIMEOUT_S, self.token)) as engine:
             return await work(engine)
 
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from api.engine import Engine
 from api.jobs.bulk import BulkError
-from api.memory.group import MemoryGroup
+from api.memory.replicas import MemoryReplicas
 from api.metrics import Metrics
 from api.problems import ApiProblem, MemoryUnavailable, ModelGone
 from model.recommender import Recommender
@@ -25,7 +25,7 @@ loaded = lru_cache(maxsize=1)(Recommender.load)
 
 
 @asynccontextmanager
-async def connected(run: Path, memory: MemoryGroup) -> AsyncIterator[Engine]:
+async def connected(run: Path, memory: MemoryReplicas) -> AsyncIterator[Engine]:
     """The model of a folder beside the memory service. Raises CheckpointError, BulkError for what a service refuses."""
     engine = Engine(loaded(run), memory, Metrics())
     try:

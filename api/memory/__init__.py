@@ -1,1 +1,1 @@
-"""The memory service as the api sees it: one replica, or a group of them."""
+"""The memory service as the api sees it: any number of replicas."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import aiohttp
@@ -26,7 +26,6 @@ from memory_service.schemas import (
     CONTENT_TYPE,
     CatalogueReply,
     Forgotten,
-    GroupReply,
     Job,
     ModelReply,
     ModelRequest,
@@ -39,6 +38,7 @@ from memory_service.schemas import (
     RegisterRequest,
     RekeyReply,
     RekeyRequest,
+    ReplicasReply,
     RetrieveReply,
     RetrieveRequest,
     StalePage,
@@ -68,8 +68,7 @@ class Remembered:
 
     `known`: something is remembered; `states` (B, d) float32; `seen`: items each user had; `stale`: users to be
     keyed anew first; `without`: rows that ignore something of what the user had, and how the state without it is made;
-    `moved`: rows whose users must be asked about with another model, and which; `held`: items (u4) that each user is
-    counted for, where that was asked.
+    `moved`: rows whose users must be asked about with another model, and which.
     """
 
     retrieved: Retrieved
@@ -82,24 +81,6 @@ class Remembered:
     moved: dict[int, str]
     degraded: bool
     catalogue_size: int
-    held: list[bytes] = field(default_factory=list)
-
-    @classmethod
-    def nothing(cls, rows: int, width: int) -> Remembered:
-        """Of nobody anything is known."""
-        zero = np.zeros(rows, np.int64)
-        return cls(
-            retrieved=Retrieved.nothing(np.zeros(rows, np.float32)),
-            known=np.zeros(rows, bool),
-            versions=zero,
-            states=np.zeros((rows, width), np.float32),
-            seen=[],
-            stale=[],
-            without={},
-            moved={},
-            degraded=False,
-            catalogue_size=0,
-        )
 
 
 def unpack(reply: RetrieveReply) -> Remembered:
@@ -126,7 +107,6 @@ def unpack(reply: RetrieveReply) -> Remembered:
         moved=reply.moved,
         degraded=reply.degraded,
         catalogue_size=reply.catalogue_size,
-        held=reply.held,
     )
 
 
@@ -222,10 +202,10 @@ class MemoryClient:
         params = {"user_id": user_id} | ({"here": "true"} if here else {})
         return _there(await self._call("DELETE", "/v1/user", Forgotten, params=params))
 
-    async def group(self) -> GroupReply:
-        """Who owns which users, where there are several replicas. None where the service knows of no groups."""
+    async def replicas(self) -> ReplicasReply:
+        """Which replicas are there."""
         limit_s = min(LOOK_TIMEOUT_S, self._timeout_s)
-        return _there(await self._call("GET", "/v1/group", GroupReply, timeout_s=limit_s))
+        return _there(await self._call("GET", "/v1/replicas", ReplicasReply, timeout_s=limit_s))
 
     async def users(self, prefix: str, limit: int) -> Sequence[str]:
         """User ids with a prefix."""
