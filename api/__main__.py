@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from api.app import create_app
 from api.draining import DrainingServer
 from api.settings import ApiSettings
+from api.siblings import Worker
 from memory_service.telemetry import configure_logs, tracer_of
 from model.config import describe
 from model.errors import RamrecError
@@ -22,9 +23,12 @@ from model.errors import RamrecError
 def main() -> int:
     """Serve until told to stop. Exit code 2 with one line where something expected is missing."""
     try:
-        settings = ApiSettings(**_options())
+        options = _options()
+        place = options.pop("worker", None)
+        settings = ApiSettings(**options)
         configure_logs(settings.log_level)
-        app = create_app(settings, tracer_of("ramrec-api"))
+        worker = Worker(place) if place else None
+        app = create_app(settings, tracer_of("ramrec-api"), worker)
         config = uvicorn.Config(
             app,
             host=settings.host,
@@ -35,7 +39,7 @@ def main() -> int:
         )
         server = DrainingServer(config, app, settings.drain_s)
         gc.freeze()  # what was loaded stays: looking through it would stop all requests for a tenth of a second
-        server.run()
+        server.run(worker.listen(settings.host, settings.port) if worker else None)
         return 0 if server.started else 1
     except ValidationError as error:
         print(f"api: settings: {describe(error)}", file=sys.stderr)
@@ -55,6 +59,7 @@ def _options() -> dict[str, Any]:
     parser.add_argument("--keys", type=Path, help="file of API keys (`ramrec keys create`)")
     parser.add_argument("--open", action="store_const", const=True, help="listen beyond loopback without API keys")
     parser.add_argument("--memory-url", help="base URL of the memory service")
+    parser.add_argument("--worker", type=Path, help="place among the workers of `ramrec serve`, which share the port")
     return {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
 
 

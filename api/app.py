@@ -29,6 +29,7 @@ from api.problems import MemoryUnavailable, install
 from api.recommend import recommend
 from api.routes import direct, router
 from api.settings import ApiSettings
+from api.siblings import KEEP_S, Worker
 from memory_service.telemetry import NO_NATIVE_TELEMETRY
 from model.recommender import Recommender
 
@@ -36,8 +37,8 @@ REFRESH_S = 5.0
 """How often changes that other processes made, to the catalogue or to what model serves, are looked for."""
 
 
-def create_app(settings: ApiSettings, tracer: Any = None) -> FastAPI:
-    """The application, whose spans `tracer` makes.
+def create_app(settings: ApiSettings, tracer: Any = None, worker: Worker | None = None) -> FastAPI:
+    """The application, whose spans `tracer` makes; `worker`: this process among others behind the same port.
 
     Loads the model now, so that a broken checkpoint fails before any port is bound.
 
@@ -56,7 +57,7 @@ def create_app(settings: ApiSettings, tracer: Any = None) -> FastAPI:
     app.openapi = lambda: document(app, guarded=ring is not None)  # type: ignore[method-assign]
     app.state.settings, app.state.recommender = settings, recommender
     app.state.leaving = False
-    app.state.metrics = Metrics(settings.feedback_key.get_secret_value())
+    app.state.metrics = Metrics(settings.feedback_key.get_secret_value(), worker)
     app.include_router(direct)
     app.include_router(router)
     app.include_router(home.router)
@@ -90,11 +91,13 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.models, app.state.batcher, app.state.intake = models, batcher, Intake(settings.ingest_limit)
     with suppress(MemoryUnavailable):
         await models.sync()  # before any request: what is hidden stays so from the first answer on
-    refresh = asyncio.get_running_loop().create_task(_refresh(models))
+    loop = asyncio.get_running_loop()
+    tasks = [loop.create_task(_refresh(models)), loop.create_task(_keep_figures(models, metrics))]
     with _reloading(models):
         yield
-    refresh.cancel()
-    await asyncio.gather(refresh, return_exceptions=True)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
     await batcher.stop()
     await engine.close()
 
@@ -104,6 +107,20 @@ async def _refresh(models: Models) -> None:
         await asyncio.sleep(REFRESH_S)
         with suppress(MemoryUnavailable):
             await models.sync()
+
+
+async def _keep_figures(models: Models, metrics: Metrics) -> None:
+    """Tell the other workers what this one has counted, to the end."""
+    worker = metrics.worker
+    if worker is None:
+        return
+    try:
+        while True:
+            models.show(metrics)
+            worker.keep(metrics.registry)
+            await asyncio.sleep(KEEP_S)
+    finally:
+        worker.end(metrics.registry)
 
 
 @contextmanager

@@ -297,11 +297,32 @@ def serve(
     everybody: Annotated[
         bool, typer.Option("--open", envvar="RAMREC_API_OPEN", help="Listen beyond loopback without API keys.")
     ] = False,
+    workers: Annotated[
+        int,
+        typer.Option(min=1, max=256, envvar="RAMREC_API_WORKERS", help="Api processes, behind the one port."),
+    ] = 1,
+    memory_replicas: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=256,
+            envvar="RAMREC_MEMORY_REPLICAS",
+            help="Memory services, on the memory port and those after it; each answers for any user.",
+        ),
+    ] = 1,
 ) -> None:
-    """Serve a checkpoint: REST API and memory service as two processes, memories in an embedded Valkey."""
+    """Serve a checkpoint: REST API and memory service as processes of their own, memories in an embedded Valkey. A
+    process that ends is started anew as long as others of its kind go on.
+    """
     from api.commands.supervisor import serve as supervise
+    from memory_service.telemetry import configure_logs
 
-    sys.exit(supervise(run, host, port, memory_port, redis_url, memory_url, data_dir, keys, everybody))
+    configure_logs("info")
+    sys.exit(
+        supervise(
+            run, host, port, memory_port, redis_url, memory_url, data_dir, keys, everybody, workers, memory_replicas
+        )
+    )
 
 
 @memory_app.command("serve")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from api.engine import Engine
 from api.filters import Filter
+from api.metrics import Metrics
 from api.problems import ApiProblem, CheckpointRefused
 from memory_service.schemas import ModelReply, ModelRequest
 from model.checkpoint import CheckpointError, find_checkpoint
@@ -41,6 +42,10 @@ class Models:
     def stuck(self) -> bool:
         """Whether the memory service works with a model that cannot be loaded here."""
         return self._failed is not None
+
+    def show(self, metrics: Metrics) -> None:
+        """Have the metrics say which models are loaded now."""
+        metrics.works_with(self.serving.version, self.wanted.version, stuck=self.stuck)
 
     async def sync(self) -> None:
         """Follow the memory service, in its models and its catalogue. Raises MemoryUnavailable."""

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector
 
 from api.feedback import Feedback
 from api.schemas import MemoryUse
+from api.siblings import Worker
 
 STAGES = ("queue", "retrieve", "encode", "fuse", "score")
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
 class Metrics:
-    """Everything that `/metrics` shows."""
+    """Everything that `/metrics` shows. `worker`: this process among those whose figures are shown together."""
 
-    def __init__(self, feedback_key: str = "") -> None:
-        self.registry = CollectorRegistry()
+    def __init__(self, feedback_key: str = "", worker: Worker | None = None) -> None:
+        self.worker, self.registry = worker, CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.feedback = Feedback(feedback_key)
         self.registry.register(self.feedback)
@@ -74,6 +76,10 @@ class Metrics:
             buckets=(0, 1, 3, 5, 10, 20, 30, 50, 75, 100, 200, 500, 1000),
             registry=self.registry,
         )
+
+    def collect(self) -> Iterator[Metric]:
+        """What `/metrics` shows now: of all workers where there are others."""
+        yield from self.registry.collect() if self.worker is None else self.worker.collect(self.registry)
 
     def stage(self, name: str, begin: float) -> float:
         """A batch was done with a stage that began at `begin` (of `time.perf_counter`); the time now."""

@@ -329,7 +329,7 @@ async def ready(request: Request) -> JSONResponse:
 
 @router.get("/metrics", tags=["probes"], response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
-    """Prometheus metrics."""
+    """Prometheus metrics, of all workers of `ramrec serve` added up."""
     models: Models = request.app.state.models
-    request.app.state.metrics.works_with(models.serving.version, models.wanted.version, stuck=models.stuck)
-    return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    models.show(request.app.state.metrics)
+    return Response(generate_latest(request.app.state.metrics), media_type=CONTENT_TYPE_LATEST)

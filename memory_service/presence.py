@@ -62,7 +62,7 @@ class Presence:
         """Be heard once, and look who else is there. Raises StoreUnavailable."""
         begin = time.monotonic()
         was_there, self.replicas = await self._store.beat(self.url, self.is_ready, round(self._patience_s * 1000))
-        if self._was_heard and not was_there:
+        if self._was_heard and not was_there and not self._has_left:
             self.lapses += 1
             log.warning("this replica counted as gone for a while: what it holds is compared with Redis")
         self._was_heard, self._counts_until = True, -float("inf") if self._has_left else begin + self._patience_s

@@ -24,6 +24,8 @@ from model.errors import RamrecError
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 REQUEST_ID = "X-Request-Id"
+PROCESS = "RAMREC_PROCESS"
+"""Environment variable by which `ramrec serve` tells a process what it is called."""
 TIMEOUT = "X-Request-Timeout-Ms"
 TIMEOUT_LIMIT_MS = 60_000
 NO_NATIVE_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False}
@@ -117,7 +119,13 @@ def traceparent(sent: bytes | None) -> str | None:
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: time (UTC), level, logger, message, the request's id, and `fields` of the record."""
+    """One JSON object a line: time (UTC), level, logger, message, the process where `ramrec serve` runs several of its
+    kind, the request's id, and `fields` of the record.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._process = os.environ.get(PROCESS)
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
@@ -127,6 +135,8 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        if self._process:
+            line["process"] = self._process
         call = CALL.get()
         if call is not None:
             line["request_id"] = call.request_id

@@ -335,10 +335,11 @@ class Served:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def children(self) -> dict[str, int]:
-        """Process ids of api and memory service."""
+        """Process ids of api, memory service and Valkey."""
         pid = self.process.pid
         found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return {Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")[2].decode(): int(child) for child in found}
+        commands = {int(child): Path(f"/proc/{child}/cmdline").read_text().split("\0") for child in found}
+        return {words[2] if "-m" in words else "valkey": child for child, words in commands.items()}
 
     def end(self, number: signal.Signals) -> tuple[int, str]:
         """Exit code and stderr after a signal."""
@@ -364,7 +365,7 @@ def test_serve_comes_up_behind_a_proxy_setting_and_stops_cleanly(serving):
     with httpx2.Client(base_url=both.url, trust_env=False) as client:
         assert client.get("/health/ready").status_code == 200
     children = both.children()
-    assert set(children) == {"api", "memory_service"}
+    assert set(children) == {"api", "memory_service", "valkey"}
     assert both.end(signal.SIGTERM) == (0, "")
     assert not any(Path(f"/proc/{child}").exists() for child in children.values())
 

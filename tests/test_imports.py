@@ -30,6 +30,7 @@ ALLOWED = {
         "memory_service.settings",
         "memory_service.slots",
         "memory_service.telemetry",
+        "memory_service.embedded",  # `ramrec serve` starts all parts
     ),
 }
 

@@ -1,23 +1,36 @@
-"""`ramrec serve`: api and memory service as two child processes, started, watched and stopped together."""
+"""`ramrec serve`: an embedded Valkey, memory replicas and api workers as child processes, started, watched and stopped
+together.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
+import http.client
+import logging
 import os
 import secrets
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
-from memory_service.settings import user_data_dir
+from pydantic import ValidationError
+
+from api.siblings import bound, socket_of
+from memory_service.embedded import embedded_valkey, ending_with
+from memory_service.settings import MemorySettings, user_data_dir
+from memory_service.telemetry import PROCESS
 from model.checkpoint import load_checkpoint
+from model.config import describe
 from model.errors import RamrecError
 
 READY_TIMEOUT_S = 120.0
@@ -25,17 +38,29 @@ GRACE_S = 20.0
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """Banks on huge pages are searched a good twentieth faster; unknown to other C libraries, and harmless there."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-"""Two services on a few cores: threads that wait for each other inside NumPy or FAISS would only get in the way."""
+"""Services on a few cores: threads that wait for each other inside NumPy or FAISS would only get in the way."""
 POLL_S = 0.1
-PR_SET_PDEATHSIG = 1
+PAUSE_S, PAUSE_LIMIT_S = 0.5, 30.0
+"""Until a process that ended is started anew: doubled each time, up to the limit."""
+STEADY_S = 60.0
+"""Who lived so long begins with the shortest pause again."""
+LOOPBACK, LAST_PORT = "127.0.0.1", 65535
+REDIS_URL, ADVERTISE = "RAMREC_MEMORY_REDIS_URL", "RAMREC_MEMORY_ADVERTISE"
+UNIX = "unix:"
+ASK_S = 2.0
 NAMES = {"api": "the api", "memory_service": "the memory service", "api.cli": "ramrec serve"}
+ONE_OF_MANY = {"api": "api worker {}", "memory_service": "memory replica {}"}
 
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Our own processes are never asked through a proxy that the environment names."""
+log = logging.getLogger(__name__)
 
 
 class ServeError(RamrecError):
     """Serving cannot start, or one of its processes ended; says which."""
+
+
+# -------------------------------------------------------------------------------------------------- serving
 
 
 def serve(
@@ -48,6 +73,8 @@ def serve(
     data_dir: Path | None,
     keys: Path | None = None,
     everybody: bool = False,
+    workers: int = 1,
+    memory_replicas: int = 1,
 ) -> int:
     """Serve until Ctrl-C or SIGTERM. Returns the exit code. `everybody`: listen beyond loopback without API keys.
 
@@ -55,53 +82,82 @@ def serve(
     one. It travels in the environment, as the URL of Redis does: others can read the arguments of a process.
 
     Raises:
-        CheckpointError: no usable checkpoint. ServeError: a port is taken, or a process ended by itself.
+        CheckpointError: no usable checkpoint. EmbeddedError: the embedded Valkey cannot run. ServeError: a port is
+        taken, or the last process of a kind ended by itself.
     """
     load_checkpoint(run, with_weights=False)
-    shared = _environment(redis_url, memory_url)
-    if memory_url is None and port == memory_port:
-        raise ServeError(f"api and memory service cannot both listen on port {port}")
-    _check_port(host, port)
-    children: list[subprocess.Popen[bytes]] = []
+    ports = range(memory_port, memory_port + memory_replicas)
+    if memory_url is None:
+        _check_ports(ports, port)
+    elif memory_replicas > 1:
+        raise ServeError("--memory-replicas: the memory service at --memory-url is not ours to start")
+    guard = [*(["--keys", str(keys)] if keys else []), *(["--open"] if everybody else [])]
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(held(host, port))
+            _hear_signals()
+            kinds: list[list[Child]] = []
+            if memory_url is None:
+                told = _token() | stack.enter_context(_redis(run, redis_url, data_dir or data_dir_of(run)))
+                kinds.append(_replicas(run, ports, told))
+                memory_url = ",".join(_url(LOOPBACK, one) for one in ports)
+            else:
+                told = {}
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ramrec-")))
+            words = ["--run", str(run), "--host", host, "--port", str(port), "--memory-url", memory_url, *guard]
+            kinds.append(_workers(workers, words, folder, told))
+            stack.callback(_stop, kinds)
+            _run(kinds, _url(host, port))
+    except KeyboardInterrupt:
+        return 0
+
+
+def _hear_signals() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background jobs begin with it ignored
         signal.signal(number, signal.default_int_handler)
-    try:
-        if memory_url is None:
-            _check_port("127.0.0.1", memory_port)
-            memory_url = f"http://127.0.0.1:{memory_port}"
-            keep = [] if redis_url else ["--data-dir", str(data_dir or data_dir_of(run))]
-            children.append(_start("memory_service", run, memory_port, "127.0.0.1", keep, shared))
-        guard = [*(["--keys", str(keys)] if keys else []), *(["--open"] if everybody else [])]
-        children.append(_start("api", run, port, host, ["--memory-url", memory_url, *guard], shared))
-        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        wait_until_ready(children, url)
-        signal.signal(signal.SIGHUP, lambda *_: children[-1].send_signal(signal.SIGHUP))  # the api reads its run anew
-        print(
-            f"RAMRec serves on {url} (open it in a browser to look into memories; API: /docs, stop: Ctrl-C)", flush=True
-        )
-        while True:
-            _check_alive(children)
-            time.sleep(POLL_S)
-    except KeyboardInterrupt:
-        return 0
-    finally:
-        _stop(children)
 
 
-def _environment(redis_url: str | None, memory_url: str | None) -> dict[str, str]:
-    """What the children are told and nobody else may read."""
-    told = {} if redis_url is None else {"RAMREC_MEMORY_REDIS_URL": redis_url}
-    if memory_url is None:
-        token = os.environ.get("RAMREC_MEMORY_TOKEN") or secrets.token_urlsafe(32)
-        told |= {"RAMREC_MEMORY_TOKEN": token, "RAMREC_API_MEMORY_TOKEN": token}
-    return told
+def _run(kinds: Sequence[Sequence[Child]], url: str) -> NoReturn:
+    """Start all, and see to it that they go on. The last kind are the api workers, to whom a SIGHUP is handed on."""
+    everybody = [child for kind in kinds for child in kind]
+    for child in everybody:
+        child.start()
+    wait_until_ready([child.process for child in everybody], *(child.ready_at for child in everybody))
+    signal.signal(signal.SIGHUP, lambda *_: _hand_on(kinds[-1], signal.SIGHUP))
+    print(f"RAMRec serves on {url} (open it in a browser to look into memories; API: /docs, stop: Ctrl-C)", flush=True)
+    while True:
+        for kind in kinds:
+            tend(kind)
+        time.sleep(POLL_S)
+
+
+def _hand_on(children: Sequence[Child], number: signal.Signals) -> None:
+    for child in children:
+        child.process.send_signal(number)
+
+
+# ------------------------------------------------------------------------------------------- ports and Redis
 
 
 def data_dir_of(run: Path) -> Path:
     """Where the memories of a run are kept: in the user's data folder, one folder a run."""
     path = run.resolve()
     return user_data_dir() / f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _check_ports(ports: range, api_port: int) -> None:
+    """Memory replicas listen on loopback, on the memory port and those after it."""
+    if ports[-1] > LAST_PORT:
+        raise ServeError(f"{len(ports)} memory replicas need the ports {ports[0]} to {ports[-1]}, beyond {LAST_PORT}")
+    if api_port in ports:
+        raise ServeError(f"api and memory service cannot both listen on port {api_port}")
+    for port in ports:
+        _check_port(LOOPBACK, port)
 
 
 def _check_port(host: str, port: int) -> None:
@@ -113,77 +169,224 @@ def _check_port(host: str, port: int) -> None:
             raise ServeError(f"cannot listen on {host}:{port}: {error.strerror}") from error
 
 
-def _start(
-    module: str, run: Path, port: int, host: str, more: Sequence[str], told: Mapping[str, str]
-) -> subprocess.Popen[bytes]:
-    words = ["--run", str(run), "--host", host, "--port", str(port), *more]
-    # A session of its own: Ctrl-C reaches only us, and we stop the children in order.
-    return subprocess.Popen(
-        [sys.executable, "-m", module, *words],
-        start_new_session=True,
-        preexec_fn=_end_with(os.getpid()),
-        env={**HUGE_PAGES, **ONE_THREAD, **os.environ, **told},
-    )
+@contextmanager
+def held(host: str, port: int) -> Iterator[None]:
+    """Keep the port for our workers, also while none listens. Only they do: connections come to no socket of ours.
+
+    They let other processes of this user listen beside them, so that the port alone keeps no second `ramrec serve` out
+    that starts at the same time. A name in the kernel does, which goes with this process.
+    """
+    _check_port(host, port)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(socket.socket(socket.AF_UNIX)).bind(f"\0ramrec serve {host}:{port}")
+            for one in bound(host, port):
+                stack.enter_context(one)
+        except OSError as error:
+            raise ServeError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+        yield
 
 
-def _end_with(parent: int) -> Callable[[], None]:
-    """Have the kernel end a child when its parent is gone, even after kill -9 (Linux only)."""
-    libc = ctypes.CDLL(None)
+@contextmanager
+def _redis(run: Path, redis_url: str | None, data_dir: Path) -> Iterator[dict[str, str]]:
+    """What tells memory replicas where memories are kept: where the settings say, else in a Valkey of our own."""
+    named: dict[str, Any] = {} if redis_url is None else {"redis_url": redis_url}
+    try:
+        settings = MemorySettings(run=run, data_dir=data_dir, **named)
+    except ValidationError as error:
+        raise ServeError(f"settings of the memory service: {describe(error)}") from error
+    if settings.redis_url is not None:
+        yield {} if redis_url is None else {REDIS_URL: redis_url}
+        return
+    with embedded_valkey(settings.data_dir, settings.fsync) as url:
+        yield {REDIS_URL: url}
+
+
+def _token() -> dict[str, str]:
+    token = os.environ.get("RAMREC_MEMORY_TOKEN") or secrets.token_urlsafe(32)
+    return {"RAMREC_MEMORY_TOKEN": token, "RAMREC_API_MEMORY_TOKEN": token}
+
+
+# ------------------------------------------------------------------------------------------------- processes
+
+
+@dataclass
+class Child:
+    """A process of ours: what messages call it, its command, what it is told that nobody else may read, and where it
+    says whether it is ready.
+
+    `again_at`: of `time.monotonic`, when it is started anew; None while it runs.
+    """
+
+    name: str
+    command: Sequence[str]
+    told: Mapping[str, str]
+    ready_at: str
+    process: subprocess.Popen[bytes] = field(init=False)
+    again_at: float | None = field(init=False, default=None)
+    _pause_s: float = field(init=False, default=PAUSE_S)
+    _started_at: float = field(init=False)
+
+    def start(self) -> None:
+        """In a session of its own: Ctrl-C reaches only us, and we stop all in order."""
+        self.process = subprocess.Popen(
+            self.command,
+            start_new_session=True,
+            preexec_fn=_prepared(os.getpid()),
+            env={**HUGE_PAGES, **ONE_THREAD, **os.environ, **self.told},
+        )
+        self._started_at, self.again_at = time.monotonic(), None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether there is no such process now."""
+        return self.process.poll() is not None
+
+    def pause(self) -> None:
+        """Have it started anew, the later the more often it ended one time after another."""
+        now = time.monotonic()
+        if now - self._started_at >= STEADY_S:
+            self._pause_s = PAUSE_S
+        log.error("%s; it is started anew in %g s", _end_of(self.name, self.process), self._pause_s)
+        self.again_at = now + self._pause_s
+        self._pause_s = min(2 * self._pause_s, PAUSE_LIMIT_S)
+
+
+def _replicas(run: Path, ports: Sequence[int], told: Mapping[str, str]) -> list[Child]:
+    """Memory replicas, one a port."""
+    found = []
+    for number, port in enumerate(ports, 1):
+        words = ["--run", str(run), "--host", LOOPBACK, "--port", str(port)]
+        url = _url(LOOPBACK, port)
+        found.append(_child("memory_service", number, len(ports), words, {**told, ADVERTISE: url}, url))
+    return found
+
+
+def _workers(count: int, words: Sequence[str], folder: Path, told: Mapping[str, str]) -> list[Child]:
+    """Api workers, each with a place in the folder."""
+    found = []
+    for number in range(1, count + 1):
+        place = folder / str(number)
+        more = [*words, "--worker", str(place)]
+        found.append(_child("api", number, count, more, told, f"{UNIX}{socket_of(place)}"))
+    return found
+
+
+def _child(module: str, number: int, of: int, words: Sequence[str], told: Mapping[str, str], ready_at: str) -> Child:
+    name = NAMES[module] if of == 1 else ONE_OF_MANY[module].format(number)
+    named = {} if of == 1 else {PROCESS: name}
+    return Child(name, [sys.executable, "-m", module, *words], {**told, **named}, ready_at)
+
+
+def _prepared(parent: int) -> Callable[[], None]:
+    """What a child does first: a SIGHUP that comes before it can read its checkpoint anew must not end it."""
+    end_with_parent = ending_with(parent)
 
     def prepare() -> None:
-        if hasattr(libc, "prctl"):
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:
-                os.kill(os.getpid(), signal.SIGTERM)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        end_with_parent()
 
     return prepare
 
 
-def wait_until_ready(children: Sequence[subprocess.Popen[bytes]], url: str) -> None:
-    """Wait until an api answers that it is ready. Raises ServeError where a child ends or the time is up."""
-    deadline, reason = time.monotonic() + READY_TIMEOUT_S, "no answer"
-    while time.monotonic() < deadline:
-        _check_alive(children)
+def tend(kind: Sequence[Child]) -> None:
+    """Have those who ended started anew, while others of their kind live. Raises ServeError where none does."""
+    for child in kind:
+        if child.again_at is None:
+            if child.has_ended:
+                if all(other.has_ended for other in kind):
+                    raise ServeError(f"{_end_of(child.name, child.process)}; the rest was stopped")
+                child.pause()
+        elif time.monotonic() >= child.again_at:
+            child.start()
+
+
+def _end_of(name: str, process: subprocess.Popen[bytes]) -> str:
+    return f"{name} ended with exit code {process.returncode}"
+
+
+def _stop(kinds: Sequence[Sequence[Child]]) -> None:
+    """Stop the api first, so that it can finish what it accepted; then the memory service.
+
+    From here on further signals change nothing: it ends within two grace periods anyway.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    for kind in reversed(kinds):
+        _end_all([child.process for child in kind if hasattr(child, "process")], GRACE_S)
+
+
+def end(child: subprocess.Popen[bytes], grace_s: float) -> None:
+    """Ask a process to stop; kill it where it does not within the grace period."""
+    _end_all([child], grace_s)
+
+
+def _end_all(processes: Sequence[subprocess.Popen[bytes]], grace_s: float) -> None:
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + grace_s
+    for process in processes:
         try:
-            with DIRECT.open(f"{url}/health/ready", timeout=2):
-                return
-        except urllib.error.HTTPError as error:
-            reason = error.read().decode(errors="replace")
-        except OSError:
-            pass  # it does not listen yet
-        time.sleep(POLL_S)
-    raise ServeError(f"not ready within {READY_TIMEOUT_S:.0f} s: {url}/health/ready says {reason}")
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+# ------------------------------------------------------------------------------------------------- readiness
+
+
+def wait_until_ready(children: Sequence[subprocess.Popen[bytes]], *urls: str) -> None:
+    """Wait until services answer that they are ready, at `http://…` or at a socket (`unix:PATH`). Raises ServeError
+    where a child ends or the time is up.
+    """
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    for url in urls:
+        while True:
+            _check_alive(children)
+            complaint = _complaint(url)
+            if complaint is None:
+                break
+            if time.monotonic() >= deadline:
+                raise ServeError(f"not ready within {READY_TIMEOUT_S:.0f} s: {url}/health/ready says {complaint}")
+            time.sleep(POLL_S)
 
 
 def _check_alive(children: Sequence[subprocess.Popen[bytes]]) -> None:
     for child in children:
         if child.poll() is not None:
-            raise ServeError(f"{_name(child)} ended with exit code {child.returncode}; the rest was stopped")
+            module = str(child.args[2])  # type: ignore[index]
+            raise ServeError(f"{_end_of(NAMES.get(module, module), child)}; the rest was stopped")
 
 
-def _name(child: subprocess.Popen[bytes]) -> str:
-    module = child.args[2]  # type: ignore[index]
-    return NAMES.get(str(module), str(module))
+def _complaint(url: str) -> str | None:
+    """Why a service is not ready; None: it is."""
+    connection = _connection(url)
+    try:
+        connection.request("GET", "/health/ready")
+        answer = connection.getresponse()
+        return None if answer.status == http.HTTPStatus.OK else answer.read().decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        return "no answer"  # it does not listen yet
+    finally:
+        connection.close()
 
 
-def _stop(children: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Stop the api first, so that it can finish what it accepted; then the memory service.
-
-    From here on further signals change nothing: it ends within two grace periods anyway.
-    """
-    if children:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-    for child in reversed(children):
-        end(child, GRACE_S)
+def _connection(url: str) -> http.client.HTTPConnection:
+    if url.startswith(UNIX):
+        return _UnixConnection(url.removeprefix(UNIX))
+    parts = urlsplit(url)
+    return http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=ASK_S)
 
 
-def end(child: subprocess.Popen[bytes], grace_s: float) -> None:
-    """Ask a process to stop; kill it where it does not within the grace period."""
-    if child.poll() is None:
-        child.terminate()
-        try:
-            child.wait(grace_s)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a unix socket."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=ASK_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(ASK_S)
+        self.sock.connect(self._path)

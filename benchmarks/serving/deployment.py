@@ -12,49 +12,67 @@ import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import torch
 from prometheus_client.parser import text_string_to_metric_families
+from safetensors.numpy import load_file
 
 from api.commands.supervisor import DIRECT, end, wait_until_ready
 from benchmarks.ports import free_port
-from memory_service.embedded import running_valkey
-from model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from model.checkpoint import FORMAT, HEADER_FILE, ITEMS_FILE, WEIGHTS_FILE, Checkpoint, save_checkpoint
+from model.collective_training import layout_of, plane_of, sampled_keys
+from model.config import Config
 from model.dataset import Dataset
-from model.recommender import Recommender
-from model.training import collective_centroids
+from model.encoder import SequenceEncoder
 
 TICKS = os.sysconf("SC_CLK_TCK")
 GRACE_S = 60.0
 PARENT, SESSION, USER_TIME, SYSTEM_TIME = 4, 6, 14, 15
 """Fields of /proc/PID/stat."""
+REDIS_URL = "RAMREC_MEMORY_REDIS_URL="
 
 
 # ------------------------------------------------------------------------------------------------ checkpoint
 
 
-def present_layout(run: Path, dataset: Dataset, probes: int, work: Path) -> Path:
-    """A checkpoint with the weights of `run` and the collective index as training lays it out now, for so many probes.
+def present_layout(run: Path, dataset: Dataset, work: Path) -> Path:
+    """A checkpoint with the weights of `run` and the collective index as training lays it out now, for runs of format 2.
 
-    Kept in `work`; `run` itself where its index is that already.
+    Kept in `work`; `run` itself where it is of the present format.
     """
-    trained = load_checkpoint(run, with_weights=False)
-    if trained.config.rules.collective_probes == probes:
+    header = json.loads((run / HEADER_FILE).read_text())
+    if header["format"] == FORMAT:
         return run
-    out = work / f"run-{trained.version}"
-    if not out.exists():
-        save_checkpoint(out, _laid_out(Recommender.load(run), dataset, probes))
+    out = work / f"run-{header['version']}"
+    if not (out / HEADER_FILE).exists():
+        save_checkpoint(out, _laid_out(run, header, dataset))
     return out
 
 
-def _laid_out(recommender: Recommender, dataset: Dataset, probes: int) -> Checkpoint:
-    config = recommender.config
-    centroids = collective_centroids(dataset, recommender.encoder, config)
-    rules = config.rules.model_copy(update={"collective_probes": probes})
-    return replace(recommender.checkpoint, config=config.model_copy(update={"rules": rules}), index_centroids=centroids)
+def _laid_out(run: Path, header: dict[str, Any], dataset: Dataset) -> Checkpoint:
+    header["config"]["rules"].pop("collective_probes", None)
+    config, tensors = Config.model_validate(header["config"]), load_file(run / WEIGHTS_FILE)
+    encoder = SequenceEncoder(config.encoder, dataset.item_count)
+    named = ((name.removeprefix("encoder."), values) for name, values in tensors.items() if name.startswith("encoder."))
+    encoder.load_state_dict({name: torch.from_numpy(values) for name, values in named})
+    keys = sampled_keys(dataset, encoder, config)
+    layout = layout_of(dataset, encoder, keys)
+    return Checkpoint(
+        config=config,
+        item_ids=tuple(header["item_ids"]),
+        metadata=json.loads((run / ITEMS_FILE).read_text()),
+        weights={name: values for name, values in tensors.items() if name.startswith(("encoder.", "fusion."))},
+        item_clusters=tensors["item_clusters"],
+        popularity=tensors["popularity"],
+        key_span=layout.span,
+        key_plane=plane_of(keys),
+        item_near=layout.near,
+        item_nearness=layout.nearness,
+    )
 
 
 # ------------------------------------------------------------------------------------------------- processes
@@ -113,7 +131,6 @@ class Deployment:
     api: int
     memory: int
     valkey: int
-    data_dir: Path
 
     @classmethod
     def at(cls, url: str) -> Deployment:
@@ -126,18 +143,18 @@ class Deployment:
                 raise RuntimeError(f"no `python -m {module}` of a `ramrec serve` with port {port} on this machine")
             found[module] = pids[0]
             port = str(urlsplit(_option(commands[pids[0]], "--memory-url")).port)
-        children = [pid for pid in commands if _field(Path(f"/proc/{pid}"), PARENT) == found["memory_service"]]
-        if len(children) != 1:
-            raise RuntimeError("the memory service has no Valkey of its own")
-        data_dir = Path(_option(commands[found["memory_service"]], "--data-dir"))
-        return cls(url, found["api"], found["memory_service"], children[0], data_dir)
+        supervisor = _field(Path(f"/proc/{found['api']}"), PARENT)
+        children = {pid for pid in commands if _field(Path(f"/proc/{pid}"), PARENT) == supervisor}
+        others = children - set(found.values())
+        if len(others) != 1:
+            raise RuntimeError("this `ramrec serve` has no Valkey of its own")
+        return cls(url, found["api"], found["memory_service"], others.pop())
 
     @property
     def redis_url(self) -> str:
         """Where the memories are."""
-        url = running_valkey(self.data_dir)
-        assert url is not None
-        return url
+        told = Path(f"/proc/{self.memory}/environ").read_bytes().decode().split("\0")
+        return next(one for one in told if one.startswith(REDIS_URL)).removeprefix(REDIS_URL)
 
     def cpu_s(self) -> dict[str, float]:
         """CPU seconds so far; the api's event loop apart from its other threads, which are the model's."""
