@@ -41,7 +41,7 @@ def find(values: str, kind: str, name: str) -> dict:
 
 
 def workloads(values: str) -> list[dict]:
-    return [one for one in rendered(values) if one["kind"] in ("Deployment", "StatefulSet")]
+    return [one for one in rendered(values) if one["kind"] == "Deployment"]
 
 
 def container(workload: dict) -> dict:
@@ -103,12 +103,13 @@ def test_selectors_choose_the_pods_they_mean(values):
         name, spec = one["metadata"]["name"], one.get("spec", {})
         if one["kind"] == "Service":
             assert chosen(spec["selector"]) == {name}
-        elif one["kind"] in ("Deployment", "StatefulSet", "PodDisruptionBudget"):
+        elif one["kind"] in ("Deployment", "PodDisruptionBudget"):
             assert chosen(spec["selector"]["matchLabels"]) == {name}
         elif one["kind"] == "NetworkPolicy" and not name.endswith("redis"):
             assert chosen(spec["podSelector"]["matchLabels"]) == {name}
         elif one["kind"] == "HorizontalPodAutoscaler":
-            assert spec["scaleTargetRef"]["name"] in pods
+            assert spec["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": name}
+            assert name in pods
         elif one["kind"] == "ServiceMonitor":
             assert spec["endpoints"][0]["relabelings"][0]["replacement"] == f"ramrec-{name.rpartition('-')[2]}"
     for workload in workloads(values):
@@ -122,26 +123,24 @@ def test_the_services_are_told_what_they_understand_and_find_each_other(values):
     known |= {f"RAMREC_MEMORY_{name.upper()}" for name in MemorySettings.model_fields}
     for workload in workloads(values):
         assert {name for name in variables(workload) if name.startswith("RAMREC")} <= known
-    memory, api = find(values, "StatefulSet", "shop-ramrec-memory"), find(values, "Deployment", "shop-ramrec-api")
-    service = find(values, "Service", memory["spec"]["serviceName"])
-    assert service["spec"]["clusterIP"] == "None"
-    advertised = variables(memory)["RAMREC_MEMORY_ADVERTISE"]
-    pods = [f"shop-ramrec-memory-{n}" for n in range(memory["spec"]["replicas"])]
-    urls = [advertised.replace("$(POD_NAME)", pod) for pod in pods]
-    assert urls[0] == f"http://shop-ramrec-memory-0.{service['metadata']['name']}.rec.svc:8001"
-    assert variables(api)["RAMREC_API_MEMORY_URL"].split(",") == urls[:3]
-    names = [one["name"] for one in container(memory)["env"]]
-    assert names.index("POD_NAME") < names.index("RAMREC_MEMORY_ADVERTISE")  # or it would not be filled in
+    memory, api = (find(values, "Deployment", f"shop-ramrec-{part}") for part in ("memory", "api"))
+    service = find(values, "Service", "shop-ramrec-memory")
+    port = service["spec"]["ports"][0]
+    assert variables(api)["RAMREC_API_MEMORY_URL"] == f"http://{service['metadata']['name']}.rec.svc:{port['port']}"
+    listens = {one["name"]: one["containerPort"] for one in container(memory)["ports"]}
+    assert listens[port["targetPort"]] == MemorySettings.model_fields["port"].default == port["port"]
+    assert "RAMREC_MEMORY_ADVERTISE" not in variables(memory)  # the pod's address, which no other pod has
     assert variables(api).get("RAMREC_API_MEMORY_TOKEN") == variables(memory).get("RAMREC_MEMORY_TOKEN")
     assert ("RAMREC_API_OPEN" in variables(api)) != ("RAMREC_API_KEYS" in variables(api))
     assert ("RAMREC_MEMORY_OPEN" in variables(memory)) != ("RAMREC_MEMORY_TOKEN" in variables(memory))
 
 
 @pytest.mark.parametrize("values", SETS)
-def test_a_pod_that_ends_has_time_to_drain_and_to_hand_over(values):
+def test_a_pod_that_ends_has_time_to_drain_and_to_send_callers_to_others(values):
     for workload in workloads(values):
         drain = int(container(workload)["lifecycle"]["preStop"]["exec"]["command"][1])
-        leave = MemorySettings.model_fields["leave_s"].default if workload["kind"] == "StatefulSet" else 0
+        is_memory = workload["metadata"]["name"].endswith("memory")
+        leave = MemorySettings.model_fields["leave_s"].default if is_memory else 0
         open_calls = 10  # timeout_graceful_shutdown of both services
         assert workload["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] >= 2 * drain + leave + open_calls
 
@@ -156,13 +155,13 @@ def test_probes():
     assert container(find("fixed", "Deployment", "shop-ramrec-api"))["readinessProbe"]["httpGet"]["path"].endswith(
         "ready"
     )
-    memory = find("minimal", "StatefulSet", "shop-ramrec-memory")
+    memory = find("minimal", "Deployment", "shop-ramrec-memory")
     assert container(memory)["readinessProbe"]["httpGet"]["path"] == "/health/ready"
 
 
 def test_secrets_come_from_existing_secrets_only():
     assert not [one for one in rendered("full") if one["kind"] == "Secret"]
-    memory, api = find("full", "StatefulSet", "shop-ramrec-memory"), find("full", "Deployment", "shop-ramrec-api")
+    memory, api = (find("full", "Deployment", f"shop-ramrec-{part}") for part in ("memory", "api"))
     token = {"secretKeyRef": {"name": "ramrec-secrets", "key": "token"}}
     assert variables(memory)["RAMREC_MEMORY_TOKEN"] == token
     password = {"secretKeyRef": {"name": "redis-auth", "key": "redis-password"}}
@@ -199,11 +198,14 @@ def test_who_may_reach_whom():
     assert not [one for one in rendered("no-policies") if one["kind"] == "NetworkPolicy"]
 
 
-def test_autoscaling_or_a_number_of_replicas():
-    assert "replicas" not in find("full", "Deployment", "shop-ramrec-api")["spec"]
-    scaler = find("full", "HorizontalPodAutoscaler", "shop-ramrec-api")["spec"]
-    assert (scaler["minReplicas"], scaler["maxReplicas"]) == (2, 10)
-    assert find("fixed", "Deployment", "shop-ramrec-api")["spec"]["replicas"] == 3
+@pytest.mark.parametrize(("part", "bounds", "fixed"), [("api", (2, 10), 3), ("memory", (3, 40), 1)])
+def test_autoscaling_or_a_number_of_replicas(part, bounds, fixed):
+    assert "replicas" not in find("full", "Deployment", f"shop-ramrec-{part}")["spec"]
+    scaler = find("full", "HorizontalPodAutoscaler", f"shop-ramrec-{part}")["spec"]
+    assert (scaler["minReplicas"], scaler["maxReplicas"]) == bounds
+    assert scaler["metrics"][0]["resource"]["name"] == "cpu"
+    assert "cpu" in container(find("full", "Deployment", f"shop-ramrec-{part}"))["resources"]["requests"]  # its measure
+    assert find("fixed", "Deployment", f"shop-ramrec-{part}")["spec"]["replicas"] == fixed
     assert not [one for one in rendered("fixed") if one["kind"] == "HorizontalPodAutoscaler"]
 
 
@@ -258,5 +260,5 @@ def test_names_fit_whatever_the_release_is_called():
     for release in ("r", "my-ramrec", "x" * 53):
         done = helm("template", release, CHART, *given)
         for one in yaml.safe_load_all(done.stdout):
-            assert len(one["metadata"]["name"]) <= 63 - len("-0")
+            assert len(one["metadata"]["name"]) <= 63
             kubernetes_validate.validate(one, KUBERNETES[-1], strict=True)

@@ -215,8 +215,6 @@ class MemoryReplicas:
         """Replicas to ask about a user (None: whatever any can tell), the first first: those that are lost come last,
         and what we were told to begin with, where the addresses that replicas name themselves lead nowhere.
         """
-        if len(self._ready) < 2 and len(self._seeds) == 1 and not self._down:
-            return self._seeds
         of = crc32((self._preferred if user_id is None else user_id).encode())
         ranked = sorted(self._ready, key=lambda url: _mixed(self._salts[url] ^ of))
         order = list(dict.fromkeys([*ranked, *self._seeds]))

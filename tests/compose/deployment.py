@@ -66,13 +66,19 @@ class Project:
         return str(done.stdout)
 
     def inspect(self, service: str) -> dict[str, Any]:
-        """What the engine says of a service's container."""
+        """What the engine says of a service's first container."""
         found: list[dict[str, Any]] = json.loads(self.run("docker", "inspect", f"{self.name}-{service}-1"))
         return found[0]
 
-    def execute(self, service: str, script: str, fails: bool | None = False) -> str:
-        """A shell script in a service's container."""
-        return self.run("docker", "exec", f"{self.name}-{service}-1", "sh", "-c", script, fails=fails)
+    def execute(self, service: str, script: str, fails: bool | None = False, number: int = 1) -> str:
+        """A shell script in one of a service's containers."""
+        return self.run("docker", "exec", f"{self.name}-{service}-{number}", "sh", "-c", script, fails=fails)
+
+    def metric(self, name: str, number: int) -> float:
+        """What a replica of the profile `cluster`'s memory service shows."""
+        ask = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:8001/metrics').read().decode())"
+        shown = self.execute("memory-cluster", f'python -c "{ask}"', number=number)
+        return sum(float(line.split()[-1]) for line in shown.splitlines() if line.startswith(f"{name} "))
 
     def kill(self, service: str) -> None:
         """kill -9 of what the container's init has started; to the engine it is a crash."""

@@ -218,7 +218,7 @@ def test_the_cluster_profile_loses_nothing_while_its_parts_are_killed(project, m
     project.compose("up", "--detach", "--wait", "--no-build", "api-cluster")
     measure("up --wait of the profile cluster", time.monotonic() - begin, "s")
     with load(url, writers):
-        for service in ("node-1", "memory-1", "api-cluster"):
+        for service in ("node-1", "memory-cluster", "api-cluster"):
             acknowledges(50, writers)
             restarts = project.inspect(service)["RestartCount"]
             project.kill(service)
@@ -230,6 +230,32 @@ def test_the_cluster_profile_loses_nothing_while_its_parts_are_killed(project, m
     project.compose("--profile", "cluster", "down", "--timeout", "30")
     project.compose("up", "--detach", "--wait", "--no-build", "api-cluster")
     assert {user: remembered(url, user) for user in before} == before
+
+
+def test_memory_replicas_come_and_go_under_load_without_a_refusal(project, measure):
+    """Three by `--scale`, then two again: the api finds the new one by itself and leaves the one that stops alone."""
+    assert [project.metric("ramrec_memory_replicas", number) for number in (1, 2)] == [2, 2]
+    with load(project.cluster_url, CLUSTER_WRITERS):
+        acknowledges(20, CLUSTER_WRITERS)
+        refused = sum(writer.refused for writer in CLUSTER_WRITERS)
+        scale(project, 3)
+        wait_for(lambda: project.metric("ramrec_memory_replicas", 1) == 3)
+        wait_for(lambda: project.metric("ramrec_memory_users_retrieved_total", 3) > 0)
+        begin = time.monotonic()
+        scale(project, 2)
+        measure("stopping a memory replica of the cluster under load", time.monotonic() - begin, "s")
+        wait_for(lambda: project.metric("ramrec_memory_replicas", 1) == 2)
+        acknowledges(50, CLUSTER_WRITERS)
+        refused = sum(writer.refused for writer in CLUSTER_WRITERS) - refused
+    measure("calls refused while a memory replica of the cluster came and went", refused, "calls", at_most=0)
+    assert refused == 0
+    assert losses(project.cluster_url, CLUSTER_WRITERS) == {"missing": 0, "phantom": 0, "duplicates": 0}
+
+
+def scale(project, replicas):
+    """Have so many replicas of the cluster's memory service."""
+    many = f"memory-cluster={replicas}"
+    project.compose("up", "--detach", "--wait", "--no-build", "--no-recreate", "--scale", many, "api-cluster")
 
 
 def with_key(url, key, body):

@@ -23,16 +23,6 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{ .image.repository }}:{{ .image.tag | default .root.Chart.AppVersion }}
 {{- end }}
 
-{{- /* URLs of the memory replicas that the api begins with; it hears of the others from them. */ -}}
-{{- define "ramrec.seeds" -}}
-{{- $name := include "ramrec.name" . -}}
-{{- $urls := list -}}
-{{- range $n := until (int (min 3 .Values.memory.replicas)) -}}
-{{- $urls = append $urls (printf "http://%s-memory-%d.%s-memory.%s.svc:8001" $name $n $name $.Release.Namespace) -}}
-{{- end -}}
-{{ join "," $urls }}
-{{- end }}
-
 {{- define "ramrec.run" -}}
 /srv/checkpoint{{ with .Values.checkpoint.run }}/{{ . }}{{ end }}
 {{- end }}
