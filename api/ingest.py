@@ -83,7 +83,7 @@ def _by_user(interactions: Sequence[tuple[int, Interaction]]) -> dict[str, UserE
     users: dict[str, UserEvents] = {}
     for index, one in interactions:
         events = users.setdefault(one.user_id, UserEvents(one.user_id, [])).events
-        events.append(EventIn(index, one.item_id, one.timestamp, one.rating, one.event_id))
+        events.append(EventIn(index, one.item_id, one.timestamp, one.rating, one.event_id, one.basket_id))
     return users
 
 

@@ -323,8 +323,8 @@ class RecommendBatchResponse(TypedDict):
 
 
 class Interaction(_Face):
-    """Who took what, when (seconds UTC; absent: now). `event_id` makes retries harmless; `recommendation_id` names the
-    answer that led to it, for hit rate and click-through in `/metrics`.
+    """Who took what, when (seconds UTC; absent: now). `event_id` makes retries harmless; `basket_id` says what was
+    taken together; `recommendation_id` names the answer that led to it, for hit rate and click-through in `/metrics`.
     """
 
     user_id: Identifier
@@ -337,6 +337,10 @@ class Interaction(_Face):
     """What the user made of it, on the scale that the model was trained with."""
     event_id: Identifier | None = None
     """The same id again is a duplicate, whatever else it says."""
+    basket_id: Identifier | None = None
+    """Interactions of one user and basket happen at once, at the time of the first of them, also where they come in
+    several calls, as long as nothing newer came in between. An item counts once in a basket: again, it is a duplicate.
+    """
     recommendation_id: Identifier | None = None
     """The answer that led to it: it counts as a click in the metrics."""
 
@@ -345,7 +349,12 @@ class IngestRequest(_Face):
     """1 to 1000 interactions."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"interactions": [{"user_id": "me", "item_id": "50", "rating": 5}]}]}
+        json_schema_extra={
+            "examples": [
+                {"interactions": [{"user_id": "me", "item_id": "50", "rating": 5}]},
+                {"interactions": [{"user_id": "me", "item_id": item, "basket_id": "b-17"} for item in ("50", "172")]},
+            ]
+        }
     )
 
     interactions: Annotated[list[Interaction], Field(min_length=1, max_length=1000)]

@@ -1,8 +1,8 @@
-"""The binary record of one user, format 3. Little-endian throughout.
+"""The binary record of one user, format 4. Little-endian throughout.
 
 offset  size  field
 0       4     magic "RMRC"
-4       2     format (3)
+4       2     format (4)
 6       2     key dimension d
 8       8     record version
 16      4     CRC-32 of everything else: bytes 0 to 15, then 20 to the end
@@ -11,13 +11,15 @@ offset  size  field
 44      4     flags: 1 = share
 48      4     pruned entries so far
 52      4     occasions so far
-56      4 x 4 counts: entries n, log l, seen s, event ids i
-72            entry columns in the order of `model.bank.ENTRY_FIELDS`, n values each (of the sums, n rows)
+56      8     identity of the basket of the newest occasion (0: none)
+64      4 x 4 counts: entries n, log l, seen s, event ids i
+80            entry columns in the order of `model.bank.ENTRY_FIELDS`, n values each (of the sums, n rows)
               keys (n, d) fp16; log items u4 (l), log times f8 (l); seen u4 (s); event ids u8 (i); state f4 (d)
 
-Format 2 knew no habits: neither the occasions nor the entry columns HABITS; they are made from the log, as far as it
-reaches (`model.events.with_habits`). In format 1, moreover, the checksum began at offset 20, so that damage to the
-version went unnoticed. Records of older formats become records of the present one at the user's next write.
+Format 3 knew no baskets: the counts began at offset 56. Format 2, moreover, knew no habits: neither the occasions nor
+the entry columns HABITS; they are made from the log, as far as it reaches (`model.events.with_habits`). In format 1 the
+checksum began at offset 20, so that damage to the version went unnoticed. Records of older formats become records of
+the present one at the user's next write.
 """
 
 from __future__ import annotations
@@ -34,9 +36,10 @@ from model.config import RulesConfig
 from model.events import UserRecord, with_habits
 
 MAGIC = b"RMRC"
-FORMAT = 3
+FORMAT = 4
 FIXED = struct.Struct("<4sHHQI")
-REST, REST_TO_2 = struct.Struct("<16sQIIIIIII"), struct.Struct("<16sQIIIIII")
+REST = struct.Struct("<16sQIIIQIIII")
+REST_3, REST_TO_2 = struct.Struct("<16sQIIIIIII"), struct.Struct("<16sQIIIIII")
 STAMP = struct.Struct("<QI")
 """What stands at offset 8 of every record, readable on its own: version and checksum (`UserRecord.stamp`)."""
 SHARE = 1
@@ -58,7 +61,8 @@ def pack_record(record: UserRecord) -> bytes:
     banks, n = record.banks, record.size
     counts = (n, len(record.log_item), len(record.seen), len(record.event_ids))
     flags, pruned, occasions = SHARE if record.share else 0, int(banks.pruned[0]), int(banks.occasions[0])
-    head = REST.pack(record.model_version.encode("ascii"), record.events, flags, pruned, occasions, *counts)
+    about = (record.events, flags, pruned, occasions, record.basket)
+    head = REST.pack(record.model_version.encode("ascii"), *about, *counts)
     columns = [banks.fields[name][0, :n] for name in ENTRY_FIELDS]
     columns += [banks.key[0, :n], record.log_item, record.log_time, record.seen, record.event_ids, record.state]
     kinds = (*ENTRY_FIELDS.values(), KEY, *TAIL)
@@ -80,7 +84,7 @@ def unpack_record(data: bytes, rules: RulesConfig) -> UserRecord:
         RecordError: not a record, a format of a later version, or damaged.
     """
     form, dim, version, body = _checked(data)
-    (model_version, events, flags, pruned, occasions, n, *tail), at = _head(form, body)
+    (model_version, events, flags, pruned, occasions, basket, n, *tail), at = _head(form, body)
     names = [name for name in ENTRY_FIELDS if form >= 3 or name not in HABITS]
     kinds = (*(ENTRY_FIELDS[name] for name in names), KEY, *TAIL)
     columns = _columns(body, at, kinds, (*[n] * len(names), n * dim, tail[0], *tail, dim))
@@ -103,6 +107,7 @@ def unpack_record(data: bytes, rules: RulesConfig) -> UserRecord:
         seen=seen,
         event_ids=event_ids,
         state=state,
+        basket=basket,
     )
     return record if form >= 3 else with_habits(record)
 
@@ -131,12 +136,13 @@ def _checked(data: bytes) -> tuple[int, int, int, bytes]:
 
 
 def _head(form: int, body: bytes) -> tuple[tuple[Any, ...], int]:
-    """What a body begins with, in the order of format 3 (no occasions: 0), and where it ends."""
-    rest = REST if form >= 3 else REST_TO_2
+    """What a body begins with, in the order of format 4 (no occasions, no basket: 0), and where it ends."""
+    rest = REST if form >= 4 else REST_3 if form == 3 else REST_TO_2
     if len(body) < rest.size:
         raise RecordError("not a RAMRec record")
     head = rest.unpack_from(body)
-    return (head if form >= 3 else (*head[:4], 0, *head[4:])), rest.size
+    about, counts = head[:-4], head[-4:]
+    return (*about, *(0,) * (6 - len(about)), *counts), rest.size
 
 
 def _columns(body: bytes, at: int, kinds: tuple[np.dtype[Any], ...], counts: tuple[int, ...]) -> list[NDArray[Any]]:

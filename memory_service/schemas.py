@@ -141,13 +141,14 @@ class RetrieveReply(msgspec.Struct):
 
 
 class EventIn(msgspec.Struct):
-    """One interaction; `index` is its place in the caller's request."""
+    """One interaction; `index` is its place in the caller's request. Those of one user and basket happen at once."""
 
     index: int
     item_id: str
     timestamp: float | None = None
     rating: float | None = None
     event_id: str | None = None
+    basket_id: str | None = None
 
 
 class UserEvents(msgspec.Struct):

@@ -71,7 +71,9 @@ class EntryLine(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class UserLine(msgspec.Struct, forbid_unknown_fields=True):
-    """A record. keys: (n, d) fp16; state: (d,) f4; sums: (n, SUMS) f4. occasions: None where habits were not kept."""
+    """A record. keys: (n, d) fp16; state: (d,) f4; sums: (n, SUMS) f4. occasions: None where habits were not kept.
+    basket: the identity of the newest one (0: none).
+    """
 
     user_id: str
     version: int
@@ -87,6 +89,7 @@ class UserLine(msgspec.Struct, forbid_unknown_fields=True):
     state: bytes
     occasions: int | None = None
     sums: bytes = b""
+    basket: int = 0
 
 
 class Line(msgspec.Struct, forbid_unknown_fields=True):
@@ -226,6 +229,8 @@ def _check(number: int, user: UserLine) -> None:
         raise TransferError(f"line {number}: version, bank size or user_id out of range")
     if any(not 0 <= one < 2**64 for one in user.event_ids) or user.events < len(user.log):
         raise TransferError(f"line {number}: event counts or ids of {user.user_id!r} are out of range")
+    if not 0 <= user.basket < 2**64 or (user.basket and not user.log):
+        raise TransferError(f"line {number}: basket of {user.user_id!r} is out of range, or of no event in its log")
     if user.occasions is not None:
         _check_habits(number, user)
 
@@ -269,6 +274,7 @@ def _user_line(user_id: str, record: UserRecord, ids: list[str]) -> UserLine:
         state=record.state.astype("<f4").tobytes(),
         occasions=int(record.banks.occasions[0]),
         sums=fields["sums"][0, :n].tobytes(),
+        basket=record.basket,
     )
 
 
@@ -293,6 +299,7 @@ def _record(user: UserLine, number_of: dict[str, int], rules: RulesConfig) -> Us
         seen=_numbers(user.seen, number_of),
         event_ids=np.array(user.event_ids, "<u8"),
         state=state,
+        basket=user.basket,
     )
     return with_habits(record) if user.occasions is None else record
 

@@ -22,7 +22,7 @@ from memory_service.schemas import (
 )
 from memory_service.store import Tombstone
 from model.bank import Entries
-from model.events import EncodeJob, Event, Plan, UserRecord, event_identity, rekey_job
+from model.events import EncodeJob, Event, Plan, UserRecord, basket_identity, event_identity, rekey_job
 from model.rules import Floats, Ints
 
 UNIT = 1.01
@@ -154,6 +154,7 @@ def event(user_id: str, one: EventIn, number: int, received_at: float) -> Event:
         rating=float("nan") if one.rating is None else one.rating,
         event_id=event_identity(user_id, one.item_id, one.timestamp, one.event_id),
         timed=one.timestamp is not None,
+        basket=basket_identity(user_id, one.basket_id),
     )
 
 

@@ -36,6 +36,7 @@ class DatasetConfig(_Section):
     item_column: str = "item_id"
     time_column: str = "timestamp"
     rating_column: str = "rating"
+    basket_column: str = "basket_id"
     holdout: Holdout = Field(
         "leave-one-out",
         description="what is kept from training: each user's last two events, or the last two baskets (equal times)",

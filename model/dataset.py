@@ -5,7 +5,7 @@ Items are counted from 1 (0 is padding), users from 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,8 @@ class Dataset:
 
     The events of user u are `sequence(u)`, oldest first, ties in file order. `offsets` (users + 1,) int64.
     `items` (N,) int32: item i is `item_ids[i - 1]`. `times` (N,) float64 seconds, or the position in the
-    user's sequence where the source has none. `ratings` (N,) float32, NaN where there is none.
+    user's sequence where the source has none; those of a basket have the time of its first. `ratings` (N,) float32, NaN
+    where there is none.
     `metadata`: item id → attributes, also of items that the filter removed. `holdout`: what is kept from training, see
     `split_of`.
     """
@@ -151,7 +152,8 @@ class Targets:
 
 
 def read_dataset(path: str | Path, config: DatasetConfig | None = None) -> Dataset:
-    """Read interactions in any of the formats, filter them to the k-core and sort each user's by time.
+    """Read interactions in any of the formats, filter them to the k-core and sort each user's by time. Those of a
+    basket happen at once, when the first of them did, whether or not the filter leaves that one.
 
     Raises:
         DatasetError: unreadable, or nothing left; see `read_interactions`.
@@ -260,23 +262,42 @@ def length_batches(length: Floats | Ints, tokens: int) -> list[NDArray[np.int64]
 def _arrange(log: Interactions, keep: NDArray[np.bool_], holdout: Holdout) -> Dataset:
     user, user_ids = _renumber(log.user[keep], log.user_ids)
     item, item_ids = _renumber(log.item[keep], log.item_ids)
-    time = np.zeros(len(user)) if log.time is None else log.time[keep]
-    order = np.lexsort((time, user))  # stable: ties stay in file order
+    own = np.arange(len(log), dtype=np.float64) if log.time is None else log.time
+    time = _at_once(log, own)[keep]
+    order = np.lexsort((own[keep], time, user))  # stable: ties stay in file order
     offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(user_ids)))])
-    positions = np.arange(len(user)) - np.repeat(offsets[:-1], np.diff(offsets))
     ratings = np.full(len(user), np.nan, np.float32) if log.rating is None else log.rating[keep][order]
-    return Dataset(
+    arranged = Dataset(
         user_ids=user_ids,
         item_ids=item_ids,
         offsets=offsets.astype(np.int64),
         items=(item[order] + 1).astype(np.int32),
-        times=positions.astype(np.float64) if log.time is None else time[order],
+        times=time[order],
         ratings=ratings,
         has_times=log.time is not None,
         has_ratings=not bool(np.isnan(ratings).all()),
         metadata=log.metadata,
         holdout=holdout,
     )
+    return arranged if log.time is not None else replace(arranged, times=_positions(arranged))
+
+
+def _at_once(log: Interactions, own: Floats) -> NDArray[np.float64]:
+    """(N,) when each interaction happened, by their `own` times (N,): those of a user's basket with its first."""
+    time = np.array(own, np.float64)
+    if log.basket is not None:
+        within = np.flatnonzero(log.basket >= 0)
+        baskets = log.user[within] * len(log.basket_ids) + log.basket[within]
+        names, place = np.unique(baskets, return_inverse=True)
+        first = np.full(len(names), np.inf)
+        np.minimum.at(first, place, own[within])
+        time[within] = first[place]
+    return time
+
+
+def _positions(dataset: Dataset) -> NDArray[np.float64]:
+    """(N,) positions in the sequences in place of times: of a basket, that of its first event."""
+    return dataset.positions()[dataset.basket_starts()].astype(np.float64)
 
 
 def _renumber(codes: Ints, ids: tuple[str, ...]) -> tuple[NDArray[np.int64], tuple[str, ...]]:

@@ -37,7 +37,8 @@ class Event:
     """One interaction as the memory sees it.
 
     `item` is a catalogue number; `time` in seconds; `timed` says that the caller gave the time; `event_id` is the
-    64-bit identity of the event (0: none); `index` is its place in the caller's request.
+    64-bit identity of the event (0: none), `basket` that of the basket that it was taken in (0: none); `index` is its
+    place in the caller's request.
     """
 
     index: int
@@ -46,6 +47,7 @@ class Event:
     rating: float = float("nan")
     event_id: int = 0
     timed: bool = True
+    basket: int = 0
 
 
 def event_identity(user_id: str, item_id: str, timestamp: float | None, event_id: str | None) -> int:
@@ -53,8 +55,17 @@ def event_identity(user_id: str, item_id: str, timestamp: float | None, event_id
     if event_id is None and timestamp is None:
         return 0
     parts = ("id", event_id) if event_id is not None else ("at", item_id, repr(float(timestamp or 0.0)))
-    text = "\x1f".join((user_id, *(part or "" for part in parts)))
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") or 1
+    return _hashed(user_id, *parts)
+
+
+def basket_identity(user_id: str, basket_id: str | None) -> int:
+    """64-bit identity of a user's basket; 0 where there is no id, or an empty one."""
+    return _hashed(user_id, "basket", basket_id) if basket_id else 0
+
+
+def _hashed(*parts: str) -> int:
+    """64 bits of several texts, never 0."""
+    return int.from_bytes(blake2b("\x1f".join(parts).encode(), digest_size=8).digest(), "little") or 1
 
 
 def _no_items() -> NDArray[np.uint32]:
@@ -68,7 +79,8 @@ class UserRecord:
     `version` counts the writes, `events` all events ever accepted; log_item / log_time the newest `LOG_LIMIT` of
     them in order of time; `seen` every item the user had; `state` (d,) float32 the encoder's state after all
     events, made by model `model_version`; `share` whether the bank serves the collective scope; `checksum` that of the
-    stored bytes (0: not stored yet).
+    stored bytes (0: not stored yet); `basket` the identity of the basket that the newest time of the log is of (0: of
+    none).
     """
 
     banks: Banks
@@ -82,6 +94,7 @@ class UserRecord:
     seen: NDArray[np.uint32] = field(default_factory=_no_items)
     event_ids: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, "<u8"))
     state: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, "<f4"))
+    basket: int = 0
 
     @classmethod
     def new(cls, dim: int, rules: RulesConfig) -> UserRecord:
@@ -133,7 +146,7 @@ class Plan:
 
     `job` says which keys they need; `log_item` / `log_time` are the log with them merged in. For each accepted event,
     `opens`: whether the user did nothing else at its time so far; `ago`: how many of the user's occasions, as far as
-    the log reaches, came after it.
+    the log reaches, came after it. `basket`: that of the newest time of the log.
     """
 
     accepted: tuple[Event, ...]
@@ -144,27 +157,41 @@ class Plan:
     log_time: NDArray[np.float64]
     opens: Bools
     ago: Ints
+    basket: int
 
 
 def plan(record: UserRecord, events: Sequence[Event], forgotten_until: float = -np.inf) -> Plan:
     """Sort out a batch of events for one user. Pure: the same record and events give the same plan.
 
-    Events are taken in order of (time, arrival). Known event ids, and any timed event whose (item, time) stands in
-    log or bank, are duplicates; events up to `forgotten_until` are refused (the user asked to be forgotten).
+    Events are taken in order of (time, arrival), those of a basket at once (`_at_once`). Known event ids, and any timed
+    event whose (item, time) stands in log or bank, are duplicates; events up to `forgotten_until` are refused (the user
+    asked to be forgotten).
     """
     accepted: list[Event] = []
     duplicates: list[int] = []
-    forgotten: list[int] = []
+    forgotten = [event.index for event in events if event.time <= forgotten_until]
     known = _Known(record, len(events))
-    for event in sorted(events, key=lambda one: (one.time, one.index)) if len(events) > 1 else events:
-        if event.time <= forgotten_until:
-            forgotten.append(event.index)
-        elif event in known:
+    for event in _at_once(record, [event for event in events if event.time > forgotten_until]):
+        if event in known:
             duplicates.append(event.index)
         else:
             accepted.append(event)
             known.add(event)
     return _merge(record, accepted, sorted(duplicates), sorted(forgotten))
+
+
+def _at_once(record: UserRecord, events: list[Event]) -> list[Event]:
+    """Events in order of (time, arrival) once those of a basket have the time of its first: the newest of the log,
+    where that is of this basket, else the earliest among `events`. An item counts once in a basket, so these are timed.
+    """
+    ordered = sorted(events, key=lambda one: (one.time, one.index)) if len(events) > 1 else events
+    if not any(event.basket for event in ordered):
+        return ordered
+    first = {record.basket: float(record.log_time[-1])} if record.basket else {}
+    for event in ordered:
+        first.setdefault(event.basket, event.time)
+    moved = [replace(one, time=first[one.basket], timed=True) if one.basket else one for one in ordered]
+    return sorted(moved, key=lambda one: one.time)
 
 
 class _Known:
@@ -221,7 +248,17 @@ def _merge(record: UserRecord, accepted: list[Event], duplicates: list[int], for
         positions[:old], positions[old:] = UNKNOWN_POSITION, start + old + rank[len(log) :]
     job = EncodeJob(start + old, item, positions)
     opens, ago = _occasions(log, np.array([event.time for event in accepted], "<f8"))
-    return Plan(tuple(accepted), tuple(duplicates), tuple(forgotten), job, item, time, opens, ago)
+    basket = _newest_basket(record, accepted, time)
+    return Plan(tuple(accepted), tuple(duplicates), tuple(forgotten), job, item, time, opens, ago, basket)
+
+
+def _newest_basket(record: UserRecord, accepted: list[Event], log: Floats) -> int:
+    """The basket of the newest time of a `log` that has the accepted events in it; of several, the last to come."""
+    if not accepted:
+        return record.basket
+    here = [event.basket for event in accepted if event.basket and event.time == log[-1]]
+    stays = len(record.log_time) and record.log_time[-1] == log[-1]
+    return here[-1] if here else record.basket if stays else 0
 
 
 def _occasions(log: Floats, time: Floats) -> tuple[Bools, Ints]:
@@ -326,6 +363,7 @@ def _next_record(change: Change, banks: Banks) -> UserRecord:
         seen=_remember(record.seen, taken)[-SEEN_LIMIT:],
         event_ids=np.concatenate([record.event_ids, new_ids])[-EVENT_ID_LIMIT:],
         state=np.asarray(change.state, "<f4"),
+        basket=change.plan.basket,
     )
 
 

@@ -10,7 +10,7 @@ import csv
 import gzip
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -42,7 +42,8 @@ class Interactions:
 
     `user` and `item` (N,) int64 count from 0 into `user_ids` and `item_ids`, which stand in order of first
     appearance. `time` (N,) float64 seconds UTC or None; `rating` (N,) float32, NaN where there is none, or
-    None. `metadata`: item id → attributes.
+    None. `basket` (N,) int64 counts from 0 into `basket_ids`, −1 where an interaction is in none, or None.
+    `metadata`: item id → attributes.
     """
 
     user: NDArray[np.int64]
@@ -52,6 +53,8 @@ class Interactions:
     time: NDArray[np.float64] | None = None
     rating: NDArray[np.float32] | None = None
     metadata: Metadata = field(default_factory=dict)
+    basket: NDArray[np.int64] | None = None
+    basket_ids: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.user)
@@ -110,10 +113,15 @@ def from_table(table: Table, config: DatasetConfig) -> Interactions:
     item, item_ids = _codes(table, config.item_column)
     time = _times(table, config.time_column) if config.time_column in table.columns else None
     rating = _ratings(table, config.rating_column) if config.rating_column in table.columns else None
-    return Interactions(user, item, user_ids, item_ids, time, rating, table.metadata)
+    log = Interactions(user, item, user_ids, item_ids, time, rating, table.metadata)
+    if config.basket_column not in table.columns:
+        return log
+    basket, basket_ids = _codes(table, config.basket_column, may_lack=True)
+    return replace(log, basket=basket, basket_ids=basket_ids)
 
 
-def _codes(table: Table, column: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+def _codes(table: Table, column: str, *, may_lack: bool = False) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Codes (N,) of a column of ids, and the ids; −1 where there is none, if rows `may_lack` one."""
     import pyarrow as pa
 
     try:
@@ -123,12 +131,15 @@ def _codes(table: Table, column: str) -> tuple[NDArray[np.int64], tuple[str, ...
     encoded = texts.dictionary_encode().unify_dictionaries()
     if not len(encoded):
         return np.zeros(0, np.int64), ()
-    codes = np.concatenate([chunk.indices.to_numpy(zero_copy_only=False) for chunk in encoded.chunks])
+    parts = [chunk.indices.to_numpy(zero_copy_only=False) for chunk in encoded.chunks]
+    codes = np.concatenate(parts).astype(np.int64)
     ids = tuple(encoded.chunk(0).dictionary.to_pylist())
     for code, name in enumerate(ids):
-        if problem := id_problem(name):
+        if may_lack and not name.strip():
+            codes[codes == code] = -1
+        elif problem := id_problem(name):
             raise table.fault(int((codes == code).argmax()), column, problem)
-    return codes.astype(np.int64), ids
+    return codes, ids
 
 
 def id_problem(name: str) -> str:
@@ -239,10 +250,11 @@ def _moment(text: str) -> float:
 
 
 def wanted_columns(file: Path, place: str, names: Sequence[str], config: DatasetConfig) -> list[str]:
-    """The columns to read. Time and rating may be absent unless the config gives them a name of its own."""
+    """The columns to read. Time, rating and basket may be absent unless the config gives them a name of its own."""
     default = DatasetConfig()
-    optional = {default.time_column, default.rating_column}
-    columns = (config.user_column, config.item_column, config.time_column, config.rating_column)
+    optional = {default.time_column, default.rating_column, default.basket_column}
+    others = (config.time_column, config.rating_column, config.basket_column)
+    columns = (config.user_column, config.item_column, *others)
     _check_header(file, place, names, [column for column in columns if column not in optional])
     return [name for name in names if name in columns]
 

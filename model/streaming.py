@@ -7,7 +7,7 @@ cut by row number alone, so that a file gives the same ones every time.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
@@ -35,6 +35,7 @@ from model.interactions import (
     open_log,
     wanted_columns,
 )
+from model.rules import Ints
 
 PORTION = 131_072
 """Rows of a portion: about 40 MB."""
@@ -52,6 +53,7 @@ class LogLine(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     rating: float | None = None
     event_id: str | None = None
     recommendation_id: str | None = None
+    basket_id: str | None = None
 
 
 def portions(path: str | Path, config: DatasetConfig | None = None, size: int = PORTION) -> Iterator[list[LogLine]]:
@@ -102,13 +104,14 @@ def _json_lines(file: Path) -> Iterator[LogLine]:
             line = decode(text)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise DatasetError(f"{file}: line {number}: {error}") from None
+        line.basket_id = line.basket_id if line.basket_id and line.basket_id.strip() else None
         _check(file, number, line)
         yield line
 
 
 def _check(file: Path, number: int, line: LogLine) -> None:
     """Raise for what the types do not exclude."""
-    for column in ("user_id", "item_id", "event_id", "recommendation_id"):
+    for column in ("user_id", "item_id", "event_id", "recommendation_id", "basket_id"):
         name = getattr(line, column)
         if name is not None and (problem := id_problem(name)):
             raise DatasetError(f"{file}: line {number}, column '{column}': {problem}")
@@ -196,4 +199,12 @@ def _lines(log: Interactions) -> list[LogLine]:
     items = [log.item_ids[code] for code in log.item.tolist()]
     times = repeat(None) if log.time is None else log.time.tolist()
     ratings = repeat(None) if log.rating is None else [None if np.isnan(one) else one for one in log.rating.tolist()]
-    return [LogLine(*one) for one in zip(users, items, times, ratings, strict=False)]
+    baskets = repeat(None) if log.basket is None else _named(log.basket, log.basket_ids)
+    return [
+        LogLine(user, item, time, rating, basket_id=basket)
+        for user, item, time, rating, basket in zip(users, items, times, ratings, baskets, strict=False)
+    ]
+
+
+def _named(codes: Ints, ids: Sequence[str]) -> list[str | None]:
+    return [None if code < 0 else ids[code] for code in codes.tolist()]

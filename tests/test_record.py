@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import redis
 
-from memory_service.record import FORMAT, FORMATS, HABITS, RecordError, pack_record, unpack_record
+from memory_service.record import FORMAT, FORMATS, HABITS, REST, RecordError, pack_record, unpack_record
 from memory_service.slots import user_key
 from memory_service.transfer import UserLine, _user_line
 from model.checkpoint import load_checkpoint
@@ -28,10 +28,14 @@ def golden(form: int) -> tuple[bytes, UserLine]:
     return (GOLDEN / f"record-format{form}.bin").read_bytes(), about
 
 
-def without_habits(line: UserLine) -> UserLine:
-    """As it was before format 3."""
-    entries = [msgspec.structs.replace(entry, first_time=0.0, occasion=0) for entry in line.entries]
-    return msgspec.structs.replace(line, entries=entries, occasions=None, sums=b"")
+def as_of(form: int, line: UserLine) -> UserLine:
+    """What a record of that format has of it: no basket before format 4, no habits before format 3."""
+    if form < 4:
+        line = msgspec.structs.replace(line, basket=0)
+    if form < 3:
+        entries = [msgspec.structs.replace(entry, first_time=0.0, occasion=0) for entry in line.entries]
+        line = msgspec.structs.replace(line, entries=entries, occasions=None, sums=b"")
+    return line
 
 
 def assert_alike(line: UserLine, other: UserLine) -> None:
@@ -46,8 +50,10 @@ def test_records_of_every_format_are_read_whole(form):
     data, about = golden(form)
     assert int.from_bytes(data[4:6], "little") == form
     line = _user_line("user", unpack_record(data, RULES), ITEMS)
-    assert (line if form >= 3 else without_habits(line)) == about
-    assert_alike(line, golden(FORMAT)[1])  # habits, where there are none, are made from the log
+    assert as_of(form, line) == about
+    present = golden(FORMAT)[1]
+    assert present.basket > 0
+    assert_alike(line, as_of(max(form, 3), present))  # habits, where there are none, are made from the log
 
 
 def test_the_habits_are_those_that_the_log_tells():
@@ -68,13 +74,13 @@ def test_the_habits_are_those_that_the_log_tells():
         assert found == pytest.approx(wanted, abs=1e-5)
 
 
-@pytest.mark.parametrize("form", [1, 2])
+@pytest.mark.parametrize("form", [1, 2, 3])
 def test_an_older_record_is_written_anew_in_the_present_format(form):
     data, _ = golden(form)
     again = pack_record(unpack_record(data, RULES))
     assert int.from_bytes(again[4:6], "little") == FORMAT
     assert pack_record(unpack_record(again, RULES)) == again
-    assert_alike(_user_line("user", unpack_record(again, RULES), ITEMS), golden(FORMAT)[1])
+    assert_alike(_user_line("user", unpack_record(again, RULES), ITEMS), as_of(3, golden(FORMAT)[1]))
     assert len(again) == len(golden(FORMAT)[0])
 
 
@@ -101,7 +107,7 @@ def test_a_larger_bank_than_the_rules_allow_keeps_its_best_entries():
 
 def test_a_record_cut_short_is_none_even_with_a_fitting_checksum():
     start = golden(FORMAT)[0][:16]
-    for body in (b"", bytes(51), bytes(53)):
+    for body in (b"", bytes(REST.size - 1), bytes(REST.size + 1)):
         with pytest.raises(RecordError):
             unpack_record(start + crc32(body, crc32(start)).to_bytes(4, "little") + body, RULES)
 

@@ -14,7 +14,7 @@ from memory_service.slots import user_key
 from memory_service.transfer import TransferError, export_file, import_file
 from model.checkpoint import load_checkpoint
 from model.habits import SUMS
-from tests.test_memory_service import Caller, opened, took
+from tests.test_memory_service import NOW, Caller, opened, took
 from tests.test_serve import ramrec
 
 
@@ -71,6 +71,17 @@ def test_another_deployment_answers_alike_whatever_its_numbers(run, valkey_url, 
         assert json.loads(client.hget("ramrec:catalogue:{items}:about", "i2")) == {"title": "Zwei"}
 
 
+def test_a_basket_goes_on_elsewhere(run, valkey_url, elsewhere, caller, stack, tmp_path):
+    caller.remember("a", took(0, "i1", basket_id="b"), took(1, "i2", basket_id="b"))
+    caller.remember("b", took(0, "i1"))
+    export_file(valkey_url, tmp_path / "all.jsonl")
+    import_file(elsewhere, tmp_path / "all.jsonl", overwrite=False)
+    other = Caller(stack.enter_context(opened(run, elsewhere)), caller.model_version)
+    for user in ("a", "b"):
+        other.remember(user, took(5, "i3", basket_id="b"))
+    assert [[time - NOW for _, time in other.inspect(user).log] for user in ("a", "b")] == [[0, 0, 0], [0, 5]]
+
+
 @pytest.mark.usefixtures("filled")
 def test_from_one_server_into_a_cluster_and_back(valkey_url, valkey_cluster, elsewhere, tmp_path):
     valkey_cluster.flush()
@@ -88,7 +99,7 @@ def _before_habits(line: bytes) -> bytes:
     line = json.loads(line)
     if "user" in line:
         user = line["user"]
-        del user["occasions"], user["sums"]
+        del user["occasions"], user["sums"], user["basket"]
         for entry in user["entries"]:
             del entry["first_time"], entry["occasion"]
     return json.dumps(line).encode() + b"\n"
@@ -155,6 +166,8 @@ def _broken(line: bytes, **changes) -> bytes:
         ({"version": 0}, "out of range"),
         ({"user_id": ""}, "out of range"),
         ({"event_ids": [-1]}, "out of range"),
+        ({"basket": -1}, "basket .* out of range"),
+        ({"basket": 7, "log": []}, "basket .* of no event"),
         ({"sums": "AAAA"}, "do not fit"),
         ({"sums": ""}, "do not fit"),
         ({"occasions": -1}, "occasions"),
