@@ -26,6 +26,7 @@ from memory_service.schemas import RetrieveRequest
 from memory_service.telemetry import span
 from model import rules as rule
 from model.bank import Entries, Retrieved
+from model.collective import LAST
 from model.events import EncodeJob
 from model.recommender import NO_ITEMS, Query, Ranked
 from model.rules import Ints
@@ -35,18 +36,20 @@ TRIES = 3
 SCOPES: tuple[Scope, ...] = ("own", "collective")
 """Scopes that can be asked for."""
 NO_STATE: NDArray[np.float32] = np.zeros(0, np.float32)
+NOTHING_LAST: NDArray[np.uint32] = np.zeros(LAST, "<u4")
 
 
 @dataclass
 class Asked:
     """A request on its way, its time given: the model's items of its sequence, its state (d,) float32 or None, and what
-    memory knows of the user; seen: catalogue numbers.
+    memory knows of the user; last (LAST,), what the state was made of last, and seen: catalogue numbers.
     """
 
     request: RecommendRequest
     sequence: NDArray[np.int64] = field(default_factory=lambda: NO_ITEMS)
     unknown_items: list[str] = field(default_factory=list)
     state: NDArray[np.float32] | None = None
+    last: NDArray[np.uint32] = field(default_factory=lambda: NOTHING_LAST)
     seen: Ints = field(default_factory=lambda: NO_ITEMS)
     known: bool = False
     version: int = 0
@@ -128,7 +131,14 @@ def _resolve(engine: Engine, request: RecommendRequest) -> Asked:
     sequence = [index_of.get(item, 0) for item in request.sequence or ()]
     unknown = [item for item in (*(request.sequence or ()), *(request.candidates or ())) if item not in index_of]
     known = np.array([index for index in sequence if index], np.int64)
-    return Asked(request, known, list(dict.fromkeys(unknown)))
+    last = _newest(np.array(engine.catalogue.numbers(request.sequence or ()), "<u4"))
+    return Asked(request, known, list(dict.fromkeys(unknown)), last=last)
+
+
+def _newest(items: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """The last of a sequence, the newest first, (LAST,); 0 = nothing."""
+    last = items[: -LAST - 1 : -1]
+    return np.pad(last, (0, LAST - len(last)))
 
 
 async def _encode_sequences(engine: Engine, asked: Sequence[Asked]) -> None:
@@ -218,6 +228,7 @@ async def _ask_without(
             one.state = None if is_free else one.state
         for row, (_keys, state) in zip(rows, await engine.encode([jobs[row] for row in rows]), strict=True):
             asked[row].state = np.asarray(state, np.float32)
+            asked[row].last = _newest(jobs[row].unpack().items.astype("<u4"))
         remembered = await _ask(engine, asked, entropy)
         if remembered.without == jobs:
             break
@@ -232,6 +243,7 @@ def _retrieve_request(engine: Engine, asked: Sequence[Asked], entropy: NDArray[n
         users=[one.request.user_id or "" for one in asked],
         query_rows=np.array(with_query, "<u4").tobytes(),
         queries=b"".join(query.astype("<f4").tobytes() for query in queries),
+        last=b"".join(asked[row].last.tobytes() for row in with_query),
         k=np.array([one.request.k or 0 for one in asked], "<i4").tobytes(),
         ignore={
             row: engine.catalogue.numbers(one.request.ignore_memories)

@@ -31,6 +31,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from memory_service import routes
+from memory_service.collective import entries_that_fit
 from memory_service.doorkeeper import RETRY_AFTER_S, Doorkeeper, problem
 from memory_service.ending import end
 from memory_service.link import StoreUnavailable
@@ -94,6 +95,7 @@ def create_app(settings: MemorySettings, tracer: Any = None) -> FastAPI:
         settings.run.resolve(),
         settings.advertise or reached_at(settings),
         settings.patience_s,
+        settings.collective_entries or entries_that_fit(checkpoint),
     )
     app = FastAPI(
         title="RAMRec memory service",
@@ -163,8 +165,7 @@ async def _measure(app: FastAPI) -> None:
     every_s, rng, metrics = app.state.settings.recall_s, np.random.default_rng(), app.state.metrics
     await app.state.loaded.wait()
     while every_s > 0:
-        scope = app.state.service.serving.collective
-        if scope is not None and (found := await recall(scope.index, rng)) is not None:
+        if (found := await recall(app.state.service.serving, rng)) is not None:
             metrics.recall.set(found)
             metrics.measured_at.set_to_current_time()
         await asyncio.sleep(every_s)

@@ -32,6 +32,10 @@ class Catalogue:
         """Items known."""
         return len(self.ids)
 
+    def number_of(self, item_id: str) -> int:
+        """An item's number, 0 where it is not known here."""
+        return self._number_of.get(item_id, 0)
+
     async def start(self, checkpoint: Checkpoint) -> None:
         """Register a model's items, with the metadata that its dataset had, and learn all numbers."""
         about = checkpoint.metadata

@@ -8,11 +8,15 @@ forgot, and what expired. Slots are this process's own; they never leave it.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
+from contextlib import suppress
+from hashlib import blake2b
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from memory_service.replica import Replicate, ReplicatedCollectiveIndex
 from model.bank import Entries
 from model.checkpoint import Checkpoint
 from model.collective import CollectiveIndex
@@ -22,20 +26,25 @@ from model.rules import Floats, Ints
 Read = Callable[[list[str]], Awaitable[dict[str, UserRecord]]]
 Stamps = Callable[[list[str]], Awaitable[list[int]]]
 COMPARE_USERS = 500
+OF_MEMORY = 0.5
+"""Of the memory that there is, what others' entries may take where no limit is set."""
+SLACK = 1.5
+"""Bytes that lists and rows really take for one that is in use: they grow by doubling."""
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 class CollectiveScope:
     """All sharing users' entries of one model. One thread.
 
-    An entry is given away only where, the asker not counted, at least `users` sharing users hold its item.
+    An entry is given away only where, the asker not counted, at least `users` sharing users hold its item. At most
+    `limit` entries are kept, 0: all; beyond, a sample that is the same in every process of this limit.
     """
 
-    def __init__(self, checkpoint: Checkpoint, users: int = 1, replicate: Replicate | None = None) -> None:
-        rules = checkpoint.config.rules
+    def __init__(self, checkpoint: Checkpoint, users: int = 1, limit: int = 0) -> None:
         self.model_version = checkpoint.version
         self._least = users
-        layout = (checkpoint.index_centroids, rules.capacity, rules.collective_probes)
-        self._index = ReplicatedCollectiveIndex(*layout, replicate) if replicate else CollectiveIndex(*layout)
+        self._layout = checkpoint.layout
+        self._index = CollectiveIndex(self._layout, checkpoint.config.rules, limit)
         self._slot: dict[str, int] = {}
         self._stamp: dict[str, int] = {}
         self._free: list[int] = []
@@ -74,6 +83,7 @@ class CollectiveScope:
         left = sorted(missing)
         for at in range(0, len(left), COMPARE_USERS):
             await self.look_at(left[at : at + COMPARE_USERS], stamps, read, loaded)
+        self._index.compact()
 
     async def look_at(self, names: list[str], stamps: Stamps, read: Read, loaded: Collection[str]) -> None:
         """Bring some users to what Redis has. Others who look wait, a few milliseconds for some hundred users."""
@@ -118,7 +128,7 @@ class CollectiveScope:
 
     def _put(self, names: list[str], stacked: Stacked) -> None:
         slots = np.array([self._claim(name) for name in names])
-        self._index.put(slots, stacked.banks, stacked.entries)
+        self._index.put(slots, stacked.banks, stacked.entries, np.array([_whose(name) for name in names], np.uint64))
         for name, record in zip(names, stacked.records, strict=True):
             self._note(name, record)
 
@@ -138,10 +148,19 @@ class CollectiveScope:
             self._index.drop(np.array([slot]))
             self._free.append(slot)
 
-    def search(self, queries: Floats, askers: list[str], k: Ints) -> Entries:
-        """The k most similar entries of others for each query (B, d); askers (B): whose own are left out; k (B,)."""
-        slots = np.array([self._slot.get(user, -1) for user in askers], np.int64)
-        return self._index.search(queries, slots, k, self._least)
+    def search(self, queries: Floats, last: Ints, askers: list[str], k: Ints) -> Entries:
+        """The k most similar entries of others for each query (B, d), among those where the items `last` (B, L) lead;
+        askers (B): whose own are left out; k (B,).
+        """
+        return self._index.search(queries, last, self.slots(askers), k, self._least)
+
+    def slots(self, users: Iterable[str]) -> NDArray[np.int64]:
+        """The slot of each user's entries in the index, −1 where there are none."""
+        return np.array([self._slot.get(user, -1) for user in users], np.int64)
+
+    def know_items(self, numbers: Ints) -> None:
+        """Item numbers of the model's items (items + 1,), the first 0; what is 0 is not known yet."""
+        self._index.layout = self._layout.numbered(numbers)
 
     def _shares(self, record: UserRecord) -> bool:
         return record.share and record.model_version == self.model_version
@@ -152,3 +171,23 @@ class CollectiveScope:
             slot = self._free.pop() if self._free else len(self._slot)
             self._slot[user_id] = slot
         return slot
+
+
+def entries_that_fit(checkpoint: Checkpoint) -> int:
+    """How many entries of others there is memory for."""
+    room = OF_MEMORY * memory_bytes()
+    index = CollectiveIndex(checkpoint.layout, checkpoint.config.rules)
+    return int(room / (SLACK * index.entry_bytes))
+
+
+def memory_bytes() -> int:
+    """Memory of this machine, or as much of it as this process may use."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # no limit says "max"
+        there = min(there, int(CGROUP_LIMIT.read_text()))
+    return there
+
+
+def _whose(user_id: str) -> int:
+    """64 random bits, always the same ones for a user."""
+    return int.from_bytes(blake2b(user_id.encode(), digest_size=8).digest(), "little")

@@ -59,6 +59,7 @@ class Models:
             StoreUnavailable. CheckpointError: the model that serves cannot be loaded.
         """
         await self._catalogue.start(self._own)
+        self.serving.know_items()
         async with self._lock:
             state = await self._store.model()
             if state is None:

@@ -13,12 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memory_service.index import OwnIndex
-from model.collective import CollectiveIndex, empty_index
 from model.errors import RamrecError
 from model.rules import Floats, Ints
 
 RENEW = 0.05
-"""Share of lists or entries newer than the copy at which it is made anew."""
+"""Share of lists newer than the copy at which it is made anew."""
 Replicate = Callable[[Any], Any]
 """Makes a copy of a FAISS index that is searched as the index itself is."""
 
@@ -84,48 +83,3 @@ class ReplicatedOwnIndex(OwnIndex):
         self._index.ntotal = self._index.invlists.compute_ntotal()
         self._copy = self._replicate(self._index)
         self._changed[:] = False
-
-
-class ReplicatedCollectiveIndex(CollectiveIndex):
-    """A CollectiveIndex searched on a copy: entries put since are searched on the CPU, those gone since left out."""
-
-    def __init__(self, centroids: NDArray[np.float32], capacity: int, probes: int, replicate: Replicate) -> None:
-        super().__init__(centroids, capacity, probes)
-        self._replicate = replicate
-        self._copy: Any = None
-        self._new = empty_index(centroids, probes)
-        self._new_ids: set[int] = set()
-        self._gone: set[int] = set()
-
-    def _insert(self, ids: NDArray[np.int64], keys: NDArray[np.float32], lists: NDArray[np.int64]) -> None:
-        super()._insert(ids, keys, lists)
-        if self._copy is not None:
-            self._add_to(self._new, ids, keys, lists)
-            self._new_ids.update(ids.tolist())
-
-    def _delete(self, ids: NDArray[np.int64]) -> None:
-        super()._delete(ids)
-        if self._copy is not None:
-            new = self._new_ids.intersection(ids.tolist())
-            self._remove_from(self._new, np.array(sorted(new), np.int64))
-            self._new_ids -= new
-            self._gone.update(set(ids.tolist()) - new)
-
-    def _nearest(self, queries: NDArray[np.float32], fetch: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        if self._copy is None or len(self._new_ids) + len(self._gone) > RENEW * len(self):
-            self._renew()
-        similarity, ids = self._copy.search(queries, fetch)
-        if self._gone:
-            ids[np.isin(ids, np.array(list(self._gone), np.int64))] = -1
-        if self._new_ids:
-            newer, newer_ids = self._new.search(queries, fetch)
-            similarity = np.concatenate([similarity, newer], axis=1)
-            best = np.argsort(-similarity, axis=1, kind="stable")[:, :fetch]
-            similarity = np.take_along_axis(similarity, best, 1)
-            ids = np.take_along_axis(np.concatenate([ids, newer_ids], axis=1), best, 1)
-        return similarity, ids
-
-    def _renew(self) -> None:
-        self._copy = self._replicate(self._index)
-        self._remove_from(self._new, np.array(sorted(self._new_ids), np.int64))
-        self._new_ids, self._gone = set(), set()

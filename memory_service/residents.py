@@ -21,6 +21,7 @@ from memory_service.replica import Replicate, ReplicatedOwnIndex
 from model import habits
 from model import rules as rule
 from model.bank import ENTRY_FIELDS, HABIT_FIELDS, Entries, chosen_memories, packed, select, tied, told_of
+from model.collective import LAST
 from model.config import RulesConfig
 from model.events import Stacked, UserRecord
 from model.rules import Bools, Ints
@@ -81,6 +82,8 @@ class Residents:
         self.entropy = np.zeros(slots, np.float32)
         self.k = np.zeros(slots, np.int32)
         self.state = np.zeros((slots, dim), np.float32)
+        self.last = np.zeros((slots, LAST), np.uint32)
+        """What was taken last, the newest first; 0 = nothing."""
         self._facts = np.zeros((slots, places), FACTS)
         known = HABIT_FIELDS if rules.activation else ()
         self._habits = {name: np.zeros((slots, places), ENTRY_FIELDS[name]) for name in known}
@@ -158,6 +161,7 @@ class Residents:
         self.size[slots], self.entropy[slots] = banks.size, rule.entropy(facts.quality, cluster, self.rules.clusters)
         self.k[slots] = rule.own_k(self.entropy[slots], banks.size, self.rules)
         self.state[slots] = [record.state for record in stacked.records]
+        self.last[slots] = last_of(stacked.records)
         self.index.put(slots, banks.key, banks.size, places)
 
     def _described(self, users: Sequence[str], records: Sequence[UserRecord]) -> NDArray[np.int64]:
@@ -293,6 +297,12 @@ class Residents:
                 self._hits[slot, place_of[item]], self._hit_time[slot, place_of[item]] = count, last
                 self._asked[slot] = True
 
+    def sample(self, count: int, rng: np.random.Generator) -> tuple[list[str], NDArray[np.int64]]:
+        """Up to `count` users with memories, chosen at random, and their slots."""
+        there = np.flatnonzero(self.size)
+        slots = rng.choice(there, min(count, len(there)), replace=False)
+        return [self._name[slot] for slot in slots.tolist()], slots
+
     def _claim(self, user: str) -> int:
         slot = self._slot.get(user)
         if slot is None:
@@ -310,8 +320,17 @@ class Residents:
     def _empty(self, slots: Ints) -> None:
         self.index.drop(slots)
         self.size[slots], self.k[slots], self.entropy[slots] = 0, 0, rule.NEUTRAL
-        self.state[slots], self._facts[slots], self._hits[slots] = 0, 0, 0
+        self.state[slots], self.last[slots], self._facts[slots], self._hits[slots] = 0, 0, 0, 0
         for values in self._habits.values():
             values[slots] = 0
         if self._habits:
             self._occasions[slots] = 0
+
+
+def last_of(records: Sequence[UserRecord]) -> NDArray[np.uint32]:
+    """(B, LAST) what each user took last, the newest first; 0 = nothing."""
+    last = np.zeros((len(records), LAST), np.uint32)
+    for row, record in enumerate(records):
+        newest = record.log_item[: -LAST - 1 : -1]
+        last[row, : len(newest)] = newest
+    return last

@@ -78,8 +78,10 @@ class Columns(msgspec.Struct):
 class RetrieveRequest(msgspec.Struct):
     """A micro-batch of B users.
 
-    `query_rows` (u4) name the users whose query comes along in `queries` (f4, one row each, unit length); the others
-    are asked with the state in their record. `k` (i4, B): 0 = adaptive. `ignore`: row → numbers of items that the user
+    `query_rows` (u4) name the users whose query comes along in `queries` (f4, one row each, unit length), with the item
+    numbers that it was made of last in `last` (u4, `model.collective.LAST` each, the newest first, 0 = none; where that
+    is none at all, those of the user's record); the others are asked with what is in their record.
+    `k` (i4, B): 0 = adaptive. `ignore`: row → numbers of items that the user
     is taken not to have had. `uncounted`: rows whose retrievals do not count as accesses (where something was ignored
     they never do). `alone`: rows that want no memories of others. `now` (f8, B): the times of the requests in seconds,
     at which a model that looks at habits retrieves by them, too; none: by similarity alone.
@@ -90,6 +92,7 @@ class RetrieveRequest(msgspec.Struct):
     users: list[str]
     query_rows: bytes = b""
     queries: bytes = b""
+    last: bytes = b""
     k: bytes = b""
     ignore: dict[int, list[int]] = {}
     uncounted: list[int] = []

@@ -112,9 +112,10 @@ class MemoryService:
         run: Path = Path(),
         url: str = "",
         patience_s: float = 5.0,
+        collective_entries: int = 0,
     ) -> None:
         def space_of(checkpoint: Checkpoint) -> Space:
-            return Space(checkpoint, self.catalogue, resident_users, collective, replicate)
+            return Space(checkpoint, self.catalogue, resident_users, collective, replicate, collective_entries)
 
         self.store = store
         self.catalogue = Catalogue(store)

@@ -113,6 +113,12 @@ class MemorySettings(RedisSettings):
     collective_users: int = Field(
         2, ge=1, description="others who must hold an item before memories of it are given to anybody"
     )
+    collective_entries: int | None = Field(
+        None,
+        ge=1,
+        description="most of others' entries that are kept, a sample of all; none: as many as half the memory holds. "
+        "To be set where replicas have unlike memory, so that all keep the same ones",
+    )
     compare_s: float = Field(
         600.0, gt=0, description="how often all of the collective scope is compared with Redis, whose news may get lost"
     )

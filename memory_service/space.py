@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,7 @@ from memory_service.wire import STATE, UNIT, Prepared, column
 from model import rules as rule
 from model.bank import Entries
 from model.checkpoint import Checkpoint
-from model.collective import cells
+from model.collective import cells_of
 from model.events import Change, Stacked, UserRecord, rekey, rekey_job
 from model.plane import Plane
 from model.rules import Floats, Ints
@@ -30,7 +29,8 @@ from model.rules import Floats, Ints
 
 class Space:
     """Banks and collective index of one model. `collective`: how many others must hold an item before memories of it
-    are given to anybody; 0: others' memories are not kept at all.
+    are given to anybody; 0: others' memories are not kept at all. `collective_entries`: most of them that are kept; 0:
+    all.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class Space:
         resident_users: int,
         collective: int = 1,
         replicate: Replicate | None = None,
+        collective_entries: int = 0,
     ) -> None:
         self.model_version = checkpoint.version
         self.rules = checkpoint.config.rules
@@ -47,18 +48,20 @@ class Space:
         self.new = UserRecord.new(self.dim, self.rules)
         """The record of a user of whom nothing is known."""
         self.residents = Residents(resident_users, self.dim, self.rules, self.model_version, replicate)
-        self.collective = CollectiveScope(checkpoint, collective, replicate) if collective else None
+        self.collective = CollectiveScope(checkpoint, collective, collective_entries) if collective else None
         self.complete = self.collective is None
         """Whether others' memories are all here."""
-        self._centroids = checkpoint.index_centroids
-        self._catalogue = catalogue
+        self.plane = Plane.of(checkpoint.key_plane)
+        """Where memories are drawn."""
+        self._catalogue, self._items = catalogue, checkpoint.item_ids
         self._cluster_of = dict(zip(checkpoint.item_ids, checkpoint.item_clusters[1:].tolist(), strict=True))
         self._clusters: NDArray[np.int32] = np.full(1, -1, np.int32)
+        self.know_items()
 
-    @cached_property
-    def plane(self) -> Plane:
-        """Where memories are drawn; found when somebody looks."""
-        return Plane.through(self._centroids)
+    def know_items(self) -> None:
+        """Learn the catalogue numbers of the model's items; to be called again once the catalogue has them all."""
+        if self.collective is not None:
+            self.collective.know_items(np.array([0, *map(self._catalogue.number_of, self._items)], np.int64))
 
     @property
     def clusters(self) -> NDArray[np.int32]:
@@ -84,9 +87,10 @@ class Space:
         banks = self.residents
         entropy = self._entropy(request, slots)
         queries = wire.queries(request, rule.unit(banks.state[slots]))
+        last = wire.last(request, banks.last[slots])
         found = banks.search(Wish(slots, queries, wire.asked_k(request), wire.asked_at(request)))
         self._count(request, slots, found)
-        collective_k, theirs = self._others(request, queries, entropy, others)
+        collective_k, theirs = self._others(request, queries, last, entropy, others)
         return wire.retrieve_reply(self._catalogue.size, degraded, banks, slots, entropy, found, collective_k, theirs)
 
     def _entropy(self, request: RetrieveRequest, slots: Ints) -> NDArray[np.float32]:
@@ -97,14 +101,25 @@ class Space:
         given = column(request.entropy, "<f4", len(diversity), "entropy")
         return np.where(self.residents.size[slots] > 0, diversity, np.clip(given, 0, 1)).astype(np.float32)
 
-    def _others(self, request: RetrieveRequest, queries: Floats, entropy: Floats, given: bool) -> tuple[Ints, Entries]:
+    def _others(
+        self, request: RetrieveRequest, queries: Floats, last: Ints, entropy: Floats, given: bool
+    ) -> tuple[Ints, Entries]:
         """Collective K and memories. Nobody can be asked about without a state or a query."""
         k = rule.collective_k(entropy, self.rules)
         k[~queries.any(axis=1)] = 0
         k[wire.rows(request.alone, len(k), "alone")] = 0
         if self.collective is None:
             return np.zeros_like(k), Entries.empty(len(k))
-        return k, self.collective.search(queries, request.users, k) if given else Entries.empty(len(k))
+        return k, self.collective.search(queries, last, request.users, k) if given else Entries.empty(len(k))
+
+    def sample(
+        self, scope: CollectiveScope, count: int, rng: np.random.Generator
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+        """Questions of up to `count` residents chosen at random: queries (n, d), last items (n, L), and the slots (n,)
+        of their own entries in `scope`, −1 where there are none.
+        """
+        names, slots = self.residents.sample(count, rng)
+        return rule.unit(self.residents.state[slots]), self.residents.last[slots].astype(np.int64), scope.slots(names)
 
     def _count(self, request: RetrieveRequest, slots: Ints, found: Found) -> None:
         """Remember which memories were retrieved, until the user's next write."""
@@ -123,23 +138,18 @@ class Space:
             column(write.keys, "<f4", count * self.dim, "keys", UNIT)
             for write, count in zip(writes, counts, strict=True)
         ]
-        every = np.concatenate([*keys, np.zeros(0, "<f4")]).reshape(-1, self.dim)
-        positions = np.concatenate([*(one.plan.job.positions for one in prepared), np.zeros(0, np.int64)])
-        listed = np.split(cells(every, positions, self._centroids), np.cumsum(counts)[:-1].astype(int))
         return [
             Change(
                 record=one.record,
                 plan=one.plan,
                 keys=own.reshape(-1, self.dim),
                 state=column(write.state, "<f4", self.dim, "state", STATE),
-                cells=own_cells,
+                cells=cells_of(one.plan.job),
                 accesses=self.residents.accesses(one.user_id),
                 first_version=first,
                 model_version=self.model_version,
             )
-            for one, write, own, own_cells, first in zip(
-                prepared, writes, keys, listed[: len(counts)], first_versions, strict=True
-            )
+            for one, write, own, first in zip(prepared, writes, keys, first_versions, strict=True)
         ]
 
     def rekeyed(self, record: UserRecord, write: UserRekey, accesses: Sequence[tuple[int, int, float]]) -> UserRecord:
@@ -147,9 +157,8 @@ class Space:
         where they do not fit.
         """
         made = column(write.keys, "<f4", record.size * self.dim, "keys", UNIT).reshape(record.size, self.dim)
-        listed = cells(made, rekey_job(record).positions, self._centroids)
         state = column(write.state, "<f4", self.dim, "state", STATE)
-        new = rekey(record, self.model_version, made, state, listed, self.rules)
+        new = rekey(record, self.model_version, made, state, cells_of(rekey_job(record)), self.rules)
         new.banks.touch(0, accesses)
         return new
 

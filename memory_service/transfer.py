@@ -28,10 +28,11 @@ from memory_service.embedded import embedded_valkey, running_valkey
 from memory_service.link import StoreUnavailable
 from memory_service.settings import RedisSettings, user_data_dir
 from memory_service.store import CatalogueItem, Store
-from model.bank import ENTRY_FIELDS, KEY, Banks
+from model.bank import ENTRY_FIELDS, KEY, NOT_SHARED, Banks
+from model.collective import cells_of
 from model.config import RulesConfig, describe
 from model.errors import RamrecError
-from model.events import UserRecord, with_habits
+from model.events import EncodeJob, UserRecord, rekey_job, with_habits
 from model.habits import DAY_HALF_LIVES, OCCASION_HALF_LIVES, SUMS
 
 BATCH = 500
@@ -57,7 +58,9 @@ class ItemLine(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class EntryLine(msgspec.Struct, forbid_unknown_fields=True):
-    """A memory entry without key and sums; `cell` is its list in the collective index of `model_version`."""
+    """A memory entry without key and sums; `cell` says where the collective index files it: −1 nowhere, else it
+    is found anew at import.
+    """
 
     item_id: str
     cell: int
@@ -301,7 +304,19 @@ def _record(user: UserLine, number_of: dict[str, int], rules: RulesConfig) -> Us
         state=state,
         basket=user.basket,
     )
+    banks.fields["cell"][0, :n] = _filed(record)
     return with_habits(record) if user.occasions is None else record
+
+
+def _filed(record: UserRecord) -> NDArray[np.int32]:
+    """Cells (n,) of a record's entries: as they are, where that is what the log says of the item at some time; else as
+    it says of the last time, for items had other numbers where the record comes from.
+    """
+    fields, start = record.banks.fields, record.log_start
+    item, cell = (fields[name][0, : record.size] for name in ("item", "cell"))
+    every = cells_of(EncodeJob(start, record.log_item, start + np.arange(len(record.log_item))))
+    stays = ((record.log_item[:, None] == item) & (every[:, None] == cell)).any(axis=0) | (cell == NOT_SHARED)
+    return np.where(stays, cell, cells_of(rekey_job(record))).astype(np.int32)
 
 
 def _value(entry: EntryLine, name: str, number_of: dict[str, int]) -> float:

@@ -79,6 +79,17 @@ def queries(request: RetrieveRequest, own: NDArray[np.float32]) -> NDArray[np.fl
     return own
 
 
+def last(request: RetrieveRequest, own: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """(B, L) the items that were taken last: `own`, or what the caller sent instead."""
+    at = np.frombuffer(request.query_rows, "<u4")
+    taken = own.astype(np.int64)
+    if request.last:
+        given = column(request.last, "<u4", len(at) * own.shape[1], "last").reshape(len(at), -1)
+        told = given.any(axis=1)
+        taken[at[told]] = given[told]
+    return taken
+
+
 def asked_k(request: RetrieveRequest) -> NDArray[np.int64]:
     """(B,) K that the caller wants; 0 = adaptive."""
     count = len(request.users)

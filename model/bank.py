@@ -27,7 +27,7 @@ NOT_SHARED = -1
 
 ENTRY_FIELDS: dict[str, np.dtype] = {
     "item": np.dtype("<u4"),
-    "cell": np.dtype("<i4"),  # the entry's list in the collective index
+    "cell": np.dtype("<i4"),  # where the collective index files the entry, see `model.collective.cells`
     "frequency": np.dtype("<u4"),
     "access": np.dtype("<u4"),
     "rating": np.dtype("<f4"),  # NaN: none
@@ -180,17 +180,6 @@ def select(similarity: Floats, valid: Bools, time: Floats, k: Ints, threshold: f
     return np.where(chosen, slots, 0), chosen
 
 
-def merged(parts: Sequence[Entries], k: Ints) -> Entries:
-    """The k (B,) best of what several searches found for the same B queries, each the best of its own part, best first;
-    ties (to 6 decimals) go by item, then quality, as within one search of all.
-    """
-    every = [np.concatenate([getattr(part, name) for part in parts], axis=1) for name in Entries.COLUMNS]
-    all_of = Entries(*every)
-    rounded = np.where(all_of.valid, -np.round(all_of.similarity.astype(np.float64), 6), np.inf)
-    order = np.lexsort((-all_of.quality, all_of.item, rounded), axis=1)
-    return Entries(*(np.take_along_axis(values, order, 1) for values in every)).first(k)
-
-
 def tied(similarity: NDArray[np.float32], valid: Bools) -> NDArray[np.int64]:
     """Rows in which neighbours are equal to 6 decimals, so that the order found is not yet the order chosen.
 
@@ -267,7 +256,8 @@ class Banks:
 
         Args:
             rows: (A,) distinct users. item: (A,). key: (A, d) unit length. time: (A,). rating: (A,), NaN = none.
-            cell: (A,) collective list of the key; one that is blended keeps its list. None: not in any.
+            cell: (A,) where the collective index files the key, see `model.collective.cells`; one that is blended
+                stays where it was. None: nowhere.
             opens: (A,) whether the user did nothing else at this time so far; None: so it is.
             ago: (A,) how many of the user's occasions came after it (a late event); None: none did.
         """

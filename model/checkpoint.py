@@ -1,7 +1,7 @@
 """A trained model on disk: safetensors and JSON, never pickle. Read without torch.
 
 RUN/model.safetensors   weights (`encoder.*`, `fusion.*`) and what belongs to them: `item_clusters`,
-                        `index_centroids`, `popularity`
+                        `popularity`, `key_span`, `key_plane`, `item_near`, `item_nearness`
 RUN/checkpoint.json     format, version (content hash), config, item ids in order of their index
 RUN/items.json          item_id → metadata (title, …), as far as the dataset has any
 """
@@ -22,16 +22,17 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from model.collective import Layout
 from model.config import Config, describe
 from model.errors import RamrecError
 from model.files import replace_file
 
-FORMAT = 2
-"""2: the rules of habits, and the repeat head, in config and weights."""
+FORMAT = 3
+"""2: the rules of habits, and the repeat head, in config and weights. 3: neighbours of items in place of centroids."""
 WEIGHTS_FILE = "model.safetensors"
 HEADER_FILE = "checkpoint.json"
 ITEMS_FILE = "items.json"
-SIDE_TABLES = ("item_clusters", "index_centroids", "popularity")
+SIDE_TABLES = ("item_clusters", "popularity", "key_span", "key_plane", "item_near", "item_nearness")
 
 
 class CheckpointError(RamrecError):
@@ -42,18 +43,27 @@ class CheckpointError(RamrecError):
 class Checkpoint:
     """A model and what belongs to it. Item index 0 is padding; `item_ids[i - 1]` is the id of index i.
 
-    item_clusters: (items + 1,) int32, −1 for padding. index_centroids: (lists, d) float32, unit length.
-    popularity: (items + 1,) float32 share of training interactions. weights: empty when read without them.
+    item_clusters: (items + 1,) int32, −1 for padding. popularity: (items + 1,) float32 share of training interactions.
+    key_span (2, d), item_near, item_nearness (items + 1, n): see `model.collective.Layout`. key_plane: (3, d), see
+    `model.plane.Plane`. weights: empty when read without them.
     """
 
     config: Config
     item_ids: tuple[str, ...]
     item_clusters: NDArray[np.int32]
-    index_centroids: NDArray[np.float32]
     popularity: NDArray[np.float32]
+    key_span: NDArray[np.float32]
+    key_plane: NDArray[np.float32]
+    item_near: NDArray[np.int32]
+    item_nearness: NDArray[np.float32]
     weights: dict[str, NDArray[Any]] = field(default_factory=dict)
     metadata: dict[str, dict[str, Any]] = field(default_factory=dict)
     version: str = ""
+
+    @property
+    def layout(self) -> Layout:
+        """What the model says about its collective index."""
+        return Layout(self.item_near, self.item_nearness, self.key_span, self.popularity)
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """All arrays by their names in the file."""
@@ -183,10 +193,17 @@ def _check(folder: Path, checkpoint: Checkpoint, with_weights: bool) -> None:
     for name in ("item_clusters", "popularity"):
         if getattr(checkpoint, name).shape != (rows,):
             raise CheckpointError(f"{folder}: {name} has shape {getattr(checkpoint, name).shape}, wanted {(rows,)}")
-    if checkpoint.index_centroids.ndim != 2 or checkpoint.index_centroids.shape[1] != checkpoint.config.encoder.width:
-        raise CheckpointError(f"{folder}: index_centroids has shape {checkpoint.index_centroids.shape}")
+    for name, points in (("key_span", 2), ("key_plane", 3)):
+        wanted = (points, checkpoint.config.encoder.width)
+        if getattr(checkpoint, name).shape != wanted:
+            raise CheckpointError(f"{folder}: {name} has shape {getattr(checkpoint, name).shape}, wanted {wanted}")
+    near, nearness = checkpoint.item_near, checkpoint.item_nearness
+    if near.ndim != 2 or len(near) != rows or nearness.shape != near.shape:
+        raise CheckpointError(f"{folder}: item_near has shape {near.shape}, item_nearness {nearness.shape}")
     if with_weights and content_version(checkpoint) != checkpoint.version:
         raise CheckpointError(f"{folder}: content does not match version {checkpoint.version}; the files are damaged")
+    if near.dtype.kind != "i" or near.min(initial=0) < 0 or near.max(initial=0) >= rows:
+        raise CheckpointError(f"{folder}: item_near names an item that there is not")
     clusters = checkpoint.item_clusters
     if clusters.dtype.kind != "i" or clusters.min() < -1 or clusters.max() >= checkpoint.config.rules.clusters:
         raise CheckpointError(f"{folder}: item_clusters names a cluster that there is not")

@@ -262,11 +262,11 @@ def ask_test(recommender: Recommender, dataset: Dataset, store: Store, state: ND
 
 
 def memory_space_of(recommender: Recommender, items: int = 0) -> MemorySpace:
-    """Rules, clusters and centroids that a checkpoint carries; unknown items up to number `items` have no cluster."""
+    """Rules, clusters and layout that a checkpoint carries; unknown items up to number `items` have no cluster."""
     checkpoint = recommender.checkpoint
     unknown = max(0, items - recommender.item_count)
     clusters = np.pad(checkpoint.item_clusters, (0, unknown), constant_values=-1)
-    return MemorySpace(checkpoint.config.rules, clusters, checkpoint.index_centroids)
+    return MemorySpace(checkpoint.config.rules, clusters, checkpoint.layout)
 
 
 def check_items(recommender: Recommender, dataset: Dataset) -> None:

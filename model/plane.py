@@ -12,7 +12,9 @@ from model.rules import Floats
 
 @dataclass(frozen=True)
 class Plane:
-    """Two directions in the space of keys; origin (d,), axes (d, 2) orthonormal, float32."""
+    """Two directions in the space of keys; origin (d,), axes (d, 2) orthonormal, float32. In a checkpoint's `key_plane`
+    (3, d) the origin comes first.
+    """
 
     origin: NDArray[np.float32]
     axes: NDArray[np.float32]
@@ -21,8 +23,7 @@ class Plane:
     def through(cls, points: Floats) -> Plane:
         """The plane that keeps most of the spread of `points` (n, d), d ≥ 2: their first two principal directions.
 
-        Through the centroids of a model's collective index it shows all users' memories in one place each, which does
-        not move when a bank grows.
+        Through keys of all users it shows each memory in one place, which does not move when a bank grows.
         """
         wide = points.astype(np.float64)
         origin = wide.mean(axis=0)
@@ -30,6 +31,11 @@ class Plane:
         axes = directions[:, :-3:-1]
         sign = np.sign(axes[np.abs(axes).argmax(axis=0), [0, 1]])  # a direction has none of itself
         return cls(origin.astype(np.float32), (axes * sign).astype(np.float32))
+
+    @classmethod
+    def of(cls, table: NDArray[np.float32]) -> Plane:
+        """The plane that a checkpoint's table (3, d) says."""
+        return cls(table[0], table[1:].T)
 
     def places(self, keys: Floats) -> NDArray[np.float32]:
         """Where keys (..., d) lie: (..., 2)."""

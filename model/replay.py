@@ -18,24 +18,24 @@ from numpy.typing import NDArray
 
 from model import rules as rule
 from model.bank import Banks, Entries, Retrieved
-from model.collective import CollectiveIndex, cells
+from model.collective import LAST, CollectiveIndex, Layout, cells
 from model.config import RulesConfig
 from model.dataset import Dataset, Targets, split_of
 from model.encoder import SequenceEncoder, StateRequests, encode_states
 from model.rules import Bools, Floats, Ints
 
 Store = Literal["train", "live", "strict"]
-SEARCH_ROWS = 1024
+SEARCH_ROWS, PUT_ROWS = 512, 512
 EXACT_ROWS = 64
 
 
 @dataclass(frozen=True)
 class MemorySpace:
-    """What the memories of one model are measured by: its rules, item clusters (items + 1,) and index centroids."""
+    """What the memories of one model are measured by: its rules, item clusters (items + 1,) and collective index."""
 
     rules: RulesConfig
     clusters: NDArray[np.int32]
-    centroids: NDArray[np.float32]
+    layout: Layout
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def filled(dataset: Dataset, state: Floats, space: MemorySpace, lengths: Ints) -
     key = rule.unit(state)
     banks, opens = Banks(dataset.users, key.shape[1], space.rules), dataset.opens()
     for rows, event in _steps(dataset, lengths):
-        cell = cells(key[event], event - dataset.offsets[rows], space.centroids)
+        cell = cells(*last_items(dataset, event, 2).T)
         _write(banks, dataset, key, opens, rows, event, cell)
     return banks
 
@@ -142,23 +142,34 @@ def collective(dataset: Dataset, state: Floats, space: MemorySpace, asked: Repla
     banks, owners = filled(dataset, state, space, lengths), dataset.owners()[asked.event]
     if store == "strict":
         return _ask_older(asked, owners, asked.times, banks)
-    return ask_others(asked, owners, index_of(banks, space))
+    return ask_others(asked, owners, last_items(dataset, asked.before), index_of(banks, space))
 
 
 def index_of(banks: Banks, space: MemorySpace) -> CollectiveIndex:
     """A collective index of all the banks; a user's slot is their row."""
-    index = CollectiveIndex(space.centroids, space.rules.capacity, space.rules.collective_probes)
-    index.put(np.arange(len(banks)), banks)
+    index = CollectiveIndex(space.layout, space.rules)
+    for at in range(0, len(banks), PUT_ROWS):
+        rows = np.arange(at, min(at + PUT_ROWS, len(banks)))
+        index.put(rows, banks.rows(rows))
     return index
 
 
-def ask_others(asked: Replay, owners: Ints, index: CollectiveIndex) -> Replay:
-    """The questions with the collective_k_max best memories of others. owners (N,): the asking users' slots."""
+def last_items(dataset: Dataset, before: Ints, count: int = LAST) -> NDArray[np.int64]:
+    """(N, count) what each user took last before the events `before` (N,), the newest first; 0 = nothing."""
+    place = np.asarray(before)[:, None] - 1 - np.arange(count)
+    own = place >= dataset.offsets[dataset.owners()[before]][:, None]
+    return np.where(own, dataset.items[np.maximum(place, 0)], 0).astype(np.int64)
+
+
+def ask_others(asked: Replay, owners: Ints, last: Ints, index: CollectiveIndex) -> Replay:
+    """The questions with the collective_k_max best memories of others. owners (N,): the asking users' slots; last
+    (N, L): what they took last.
+    """
     _, first, place = np.unique(asked.before, return_index=True, return_inverse=True)  # a basket's are one question
     queries, width = rule.unit(asked.state[first]), asked.rules.collective_k_max
-    askers, wanted = owners[first], np.full(len(first), width)
+    last, askers, wanted = last[first], owners[first], np.full(len(first), width)
     chunks = [slice(at, at + SEARCH_ROWS) for at in range(0, len(queries), SEARCH_ROWS)]
-    parts = [_widen(index.search(queries[rows], askers[rows], wanted[rows]), width) for rows in chunks]
+    parts = [_widen(index.search(queries[rows], last[rows], askers[rows], wanted[rows]), width) for rows in chunks]
     found = Entries(*(np.concatenate([getattr(part, name) for part in parts]) for name in Entries.COLUMNS))
     collective_k = np.full(len(owners), width)
     return replace(asked, retrieved=replace(asked.retrieved, collective=found.take(place), collective_k=collective_k))

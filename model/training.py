@@ -9,7 +9,6 @@ all randomness of an epoch follows from (seed, epoch).
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,21 +19,17 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from model.checkpoint import Checkpoint, save_checkpoint
+from model.collective import Layout
+from model.collective_training import layout_of, plane_of, sampled_keys
 from model.config import Config, TrainingConfig
-from model.dataset import Dataset, training_part
+from model.dataset import Dataset
 from model.distributed import ALONE, Peers
-from model.encoder import SequenceEncoder, encode_states
+from model.encoder import SequenceEncoder
 from model.encoder_training import fit_encoder
 from model.fusion_training import fit_fusion
 from model.habit_training import fit_rules, measured_rules
 from model.optimisation import Report, named_weights
-from model.replay import MemorySpace, state_requests, trajectory
-
-LISTS_A_ROOT = 6
-"""Lists of the collective index over √N keys. Many small lists find more in the same time than √N lists: see
-`benchmarks/memory/lists.md`."""
-KEYS_A_LIST = 32
-"""Keys that a centroid is trained on."""
+from model.replay import MemorySpace, trajectory
 
 
 def train(
@@ -56,7 +51,8 @@ def train(
     held_out = hold_out(dataset.users, config.training)
     report = report if peers.is_first else lambda epoch: None
     encoder = fit_encoder(dataset, config, ~held_out, run, report, peers)
-    space = _shared(memory_space(dataset, encoder, config), peers)
+    keys = sampled_keys(dataset, encoder, config)
+    space = _shared(memory_space(dataset, encoder, config, keys), peers)
     state = trajectory(dataset, encoder)
     space = replace(space, rules=fit_rules(dataset, state, space, config.training))
     fusion, exclude_seen = fit_fusion(dataset, config, encoder, state, space, held_out, report, peers)
@@ -67,8 +63,11 @@ def train(
         metadata={item: dataset.metadata[item] for item in dataset.item_ids if item in dataset.metadata},
         weights=named_weights(encoder, "encoder.") | named_weights(fusion, "fusion."),
         item_clusters=space.clusters,
-        index_centroids=space.centroids,
-        popularity=popularity(dataset),
+        popularity=space.layout.popularity,
+        key_span=space.layout.span,
+        key_plane=peers.from_first(plane_of(keys)),
+        item_near=space.layout.near,
+        item_nearness=space.layout.nearness,
     )
     if not peers.is_first:
         return checkpoint
@@ -98,21 +97,21 @@ def hold_out(users: int, config: TrainingConfig) -> NDArray[np.bool_]:
     return chosen
 
 
-def popularity(dataset: Dataset) -> NDArray[np.float32]:
-    """Share of the training interactions that each item has, (items + 1,)."""
-    counts = np.bincount(dataset.items[training_part(dataset)], minlength=dataset.item_count + 1)
-    return np.asarray(counts / counts.sum(), np.float32)
-
-
-def memory_space(dataset: Dataset, encoder: SequenceEncoder, config: Config) -> MemorySpace:
-    """Item clusters and index centroids of a fitted encoder, beside the rules."""
-    return MemorySpace(config.rules, cluster_items(encoder, config), collective_centroids(dataset, encoder, config))
+def memory_space(dataset: Dataset, encoder: SequenceEncoder, config: Config, keys: NDArray[np.float32]) -> MemorySpace:
+    """Item clusters and index layout of a fitted encoder, beside the rules; keys (n, d): some of its memories'."""
+    return MemorySpace(config.rules, cluster_items(encoder, config), layout_of(dataset, encoder, keys))
 
 
 def _shared(space: MemorySpace, peers: Peers) -> MemorySpace:
     """The first process's for all."""
-    clusters, centroids = peers.from_first(space.clusters), peers.from_first(space.centroids)
-    return replace(space, clusters=clusters, centroids=centroids)
+    layout = space.layout
+    shared = Layout(
+        peers.from_first(layout.near),
+        peers.from_first(layout.nearness),
+        peers.from_first(layout.span),
+        peers.from_first(layout.popularity),
+    )
+    return replace(space, clusters=peers.from_first(space.clusters), layout=shared)
 
 
 def cluster_items(encoder: SequenceEncoder, config: Config) -> NDArray[np.int32]:
@@ -121,17 +120,6 @@ def cluster_items(encoder: SequenceEncoder, config: Config) -> NDArray[np.int32]
     clusters = min(config.rules.clusters, len(vectors))
     centroids = _spherical_kmeans(vectors, clusters, config.training.seed)
     return np.concatenate([[-1], np.argmax(vectors @ centroids.T, axis=1)]).astype(np.int32)
-
-
-def collective_centroids(dataset: Dataset, encoder: SequenceEncoder, config: Config) -> NDArray[np.float32]:
-    """Centroids of memory keys for the collective index, (lists, d) float32; about 6·√N lists, from a sample."""
-    rng = np.random.default_rng([config.training.seed, 3])
-    total = len(dataset)
-    lists = int(np.clip(round(LISTS_A_ROOT * math.sqrt(total)), 1, max(1, total // KEYS_A_LIST)))
-    sample = rng.choice(total, min(total, lists * KEYS_A_LIST), replace=False)
-    states = encode_states(encoder, state_requests(dataset, sample, dataset.item_count))
-    vectors = functional.normalize(torch.from_numpy(states), dim=1).numpy()
-    return _spherical_kmeans(vectors, lists, config.training.seed, iterations=10)
 
 
 def _spherical_kmeans(

@@ -70,16 +70,32 @@ def random_checkpoint(config: Config | None = None, items: int = 30, seed: int =
             fusion.repeats.seen.fill_(0.5)
             fusion.repeats.present.fill_(-2.0)
     rng = np.random.default_rng(seed)
-    centroids = rng.normal(size=(4, config.encoder.width)).astype(np.float32)
+    width = config.encoder.width
     return Checkpoint(
         config=config,
         item_ids=tuple(f"i{n}" for n in range(1, items + 1)),
         item_clusters=np.append(-1, np.arange(items) % config.rules.clusters).astype(np.int32),
-        index_centroids=centroids / np.linalg.norm(centroids, axis=1, keepdims=True),
         popularity=np.append(0, np.arange(items, 0, -1) / (items * (items + 1) / 2)).astype(np.float32),
+        key_span=span_of(width),
+        key_plane=np.linalg.qr(rng.normal(size=(width, 3)))[0].T.astype(np.float32),
+        item_near=near_items(items, rng),
+        item_nearness=np.tile(np.float32([1.0, 0.5, 0.25]), (items + 1, 1)),
         weights=named_weights(encoder, "encoder.") | named_weights(fusion, "fusion."),
         metadata={"i1": {"title": "One"}},
     )
+
+
+def span_of(width: int) -> np.ndarray:
+    """Where most dimensions of unit vectors of any direction lie, see `model.collective.Layout`."""
+    reach = 2.5 / np.sqrt(width)
+    return np.float32([[-reach] * width, [reach] * width])
+
+
+def near_items(items: int, rng: np.random.Generator) -> np.ndarray:
+    """Three neighbours of each item, none of padding."""
+    near = rng.integers(1, items + 1, (items + 1, 3)).astype(np.int32)
+    near[0] = 0
+    return near
 
 
 def random_memories(rows: int, width: int, items: int, seed: int = 0, empty_row: bool = True) -> Retrieved:

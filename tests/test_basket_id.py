@@ -147,14 +147,6 @@ def test_a_basket_column_that_the_config_names_must_be_there(tmp_path):
         read_dataset(file, DatasetConfig(core=1, basket_column="order"))
 
 
-def test_a_config_says_where_baskets_are_only_if_that_is_elsewhere():
-    """The version of a checkpoint is made from its config: those from before there were baskets keep theirs."""
-    assert "basket_column" not in DatasetConfig().model_dump()
-    assert "basket" not in DatasetConfig().model_dump_json()
-    named = DatasetConfig(basket_column="order")
-    assert DatasetConfig.model_validate_json(named.model_dump_json()) == named
-
-
 def test_json_lines_say_baskets(tmp_path):
     file = tmp_path / "a.jsonl"
     event = {"user_id": "u", "item_id": "i"}

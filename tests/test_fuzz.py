@@ -277,14 +277,16 @@ def test_damaged_checkpoints_are_refused(run, tmp_path, name, damage):
 
 
 def shaped(rules: dict | None = None, **encoder: object) -> Callable[[Checkpoint], Checkpoint]:
-    """A checkpoint whose config promises something else, with centroids to match."""
+    """A checkpoint whose config promises something else, with tables to match."""
 
     def change(good: Checkpoint) -> Checkpoint:
         shape = good.config.encoder.model_copy(update=encoder)
         config = good.config.model_copy(
             update={"encoder": shape, "rules": good.config.rules.model_copy(update=rules or {})}
         )
-        return replace(good, config=config, index_centroids=np.zeros((0, shape.width), np.float32))
+        width = min(shape.width, 2**15)  # tables of the others would not fit this test's memory
+        tables = {name: np.zeros((rows, width), np.float32) for name, rows in (("key_span", 2), ("key_plane", 3))}
+        return replace(good, config=config, **tables)
 
     return change
 

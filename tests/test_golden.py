@@ -13,7 +13,7 @@ from model.checkpoint import save_checkpoint
 from model.dataset import Dataset, Targets
 from model.evaluation import memory_space_of
 from model.recommender import Query, Recommender
-from model.replay import Replay, adaptive, ask_others, filled, index_of, replay, trajectory
+from model.replay import Replay, adaptive, ask_others, filled, index_of, last_items, replay, trajectory
 from tests.conftest import served
 from tests.synthetic import habitual_config, random_checkpoint, random_memories, small_config
 
@@ -97,7 +97,7 @@ def last_questions(dataset: Dataset, recommender: Recommender) -> tuple[Replay, 
     state = trajectory(dataset, recommender.encoder)
     asked = replay(dataset, state, space, Targets(last, last)).replay
     others = index_of(filled(dataset, state, space, dataset.lengths() - 1), space)
-    return ask_others(asked, np.arange(dataset.users), others), dataset.history(last)
+    return ask_others(asked, np.arange(dataset.users), last_items(dataset, last), others), dataset.history(last)
 
 
 @pytest.fixture

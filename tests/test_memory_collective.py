@@ -17,7 +17,8 @@ from memory_service.service import MemoryService
 from memory_service.slots import user_key
 from memory_service.store import Store
 from model.bank import NOT_SHARED
-from model.checkpoint import load_checkpoint
+from model.checkpoint import load_checkpoint, save_checkpoint
+from model.collective import LAST
 from model.events import UserRecord
 from tests.redis_cluster import until
 from tests.synthetic import random_banks
@@ -46,6 +47,40 @@ def others(reply: RetrieveReply, row: int = 0) -> list[int]:
 def asking(caller: Caller, user: str, by: str = "somebody", **more) -> RetrieveReply:
     """What `user` is told of others, with a query as `by` has it."""
     return caller.retrieve(user, query_rows=np.array([0], "<u4").tobytes(), queries=vectors(by, 1), **more)
+
+
+@pytest.fixture
+def narrow(run, valkey_url, stack, tmp_path) -> Caller:
+    """A service that looks at one list, and knows no neighbours of items."""
+    known = load_checkpoint(run)
+    rules = known.config.rules.model_copy(update={"collective_codes": 1})
+    config = known.config.model_copy(update={"rules": rules})
+    version = save_checkpoint(tmp_path, replace(known, config=config, item_near=np.zeros_like(known.item_near)))
+    return Caller(stack.enter_context(opened(tmp_path, valkey_url)), version)
+
+
+def test_others_are_found_by_what_was_taken_last(narrow):
+    """As the record says, or as the caller does, whose numbers are another's."""
+    narrow.remember("a", *took_all("i1", "i2", "i3"))  # memories of i2, behind i1, and of i3, behind i2
+    narrow.remember("b", *took_all("i9", "i2"))
+    narrow.remember("c", *took_all("i8", "i7"))
+    assert others(narrow.retrieve("b")) == [3]
+    assert others(narrow.retrieve("c")) == []
+
+    def after(*last: int) -> list[int]:
+        told = np.array([*last, 0, 0, 0, 0, 0][:LAST], "<u4").tobytes()
+        return others(asking(narrow, "c", last=told))
+
+    assert (after(2), after(5, 2), after(1), after(5), after()) == ([3], [3], [2], [], [])
+
+
+def test_a_limit_keeps_a_sample(run, valkey_url, stack):
+    caller = Caller(stack.enter_context(opened(run, valkey_url, collective_entries=60)), load_checkpoint(run).version)
+    for user in range(20):
+        caller.remember(f"u{user}", *took_all(*(f"i{n}" for n in range(1, 9))))
+    index = caller.client.app.state.service.serving.collective.index
+    assert 0 < len(index) <= 60 < 20 * 7
+    assert index.share < 1
 
 
 def test_a_write_is_found_by_others_at_once_and_never_by_its_user(caller):
@@ -102,7 +137,6 @@ def test_what_another_replica_forgot_is_gone_once_it_is_asked_about(run, valkey_
     caller.remember("a", *took_all("i1", "i2"))
     other = Caller(stack.enter_context(opened(run, valkey_url)), caller.model_version)
     other.remember("a", took(5, "i9"))
-    assert len(others(asking(caller, "c"))) == 1  # not told yet
     caller.retrieve("a")
     assert sorted(others(asking(caller, "c"))) == [2, 9]
     other.forget("a")
@@ -188,13 +222,17 @@ def test_the_index_holds_exactly_the_latest_banks(run, steps):
         bank.fields["cell"][:] = np.arange(bank.key.shape[1]) % 5 - 1
         scope.put([(name, UserRecord(bank, version=version, model_version=checkpoint.version))])
         banks[name] = bank
+
+    def kept(key: np.ndarray) -> np.ndarray:
+        return scope.index.codec.rounded(key.astype(np.float32)[None])[0]
+
     query = np.random.default_rng(1).normal(size=(1, DIM)).astype(np.float32)
     query /= np.linalg.norm(query)
     for asker in ("u0", "nobody"):
-        found = scope.search(query, [asker], np.array([1000]))
+        found = scope.search(query, np.zeros((1, LAST), np.int64), [asker], np.array([1000]))
         wanted = sorted(
             (
-                (round(float(bank.key[0, slot].astype(np.float32) @ query[0]), 4), int(bank.fields["item"][0, slot]))
+                (round(float(kept(bank.key[0, slot]) @ query[0]), 4), int(bank.fields["item"][0, slot]))
                 for name, bank in banks.items()
                 if name != asker
                 for slot in range(int(bank.size[0]))

@@ -10,9 +10,12 @@ from starlette.testclient import TestClient
 
 from memory_service import recall as probe
 from memory_service.schemas import UserEvents
+from memory_service.service import MemoryService
+from memory_service.store import Store
 from model.checkpoint import load_checkpoint
 from model.collective import CollectiveIndex
-from tests.test_collective import CENTROIDS, LISTS, RULES, USERS, banks, brute_force, index_of
+from tests.test_collective import LAST_ITEMS, LAYOUT, QUERIES, RULES, banks, brute_force, index_of
+from tests.test_memory_edges import remember
 from tests.test_memory_service import Caller, opened, took
 
 
@@ -30,34 +33,48 @@ def client(api_url):
 # ---------------------------------------------------------------------------------------------- recall
 
 
-def test_all_lists_scanned_is_full_recall_in_however_many_slices(go, monkeypatch):
+SLOTS = np.arange(30)
+
+
+def test_all_lists_looked_at_is_full_recall_in_however_many_slices(go, monkeypatch):
     index = index_of(banks())
-    assert go(probe.recall(index, np.random.default_rng(0))) == 1.0
+    assert go(probe.recall_of(index, QUERIES, LAST_ITEMS, SLOTS)) == 1.0
     monkeypatch.setattr(probe, "SLICE", 1)
-    assert go(probe.recall(index, np.random.default_rng(0))) == 1.0
+    assert go(probe.recall_of(index, QUERIES, LAST_ITEMS, SLOTS)) == 1.0
 
 
 def test_recall_is_the_share_of_what_brute_force_finds(go):
     made = banks()
-    index = CollectiveIndex(CENTROIDS, RULES.capacity, 1)  # one list of six is looked at
-    index.put(np.arange(USERS), made)
-    measured = go(probe.recall(index, np.random.default_rng(5)))
-    queries, slots = index.sample(probe.QUERIES, np.random.default_rng(5))
-    assert len(queries) == probe.QUERIES
-    found = index.search(queries, slots, np.full(len(queries), probe.NEIGHBOURS))
+    index = index_of(made, RULES.model_copy(update={"collective_codes": 200}))  # of some 600
+    measured = go(probe.recall_of(index, QUERIES, LAST_ITEMS, SLOTS))
+    found = index.search(QUERIES, LAST_ITEMS, SLOTS, np.full(30, probe.NEIGHBOURS))
     shares = []
-    for row, (query, slot) in enumerate(zip(queries, slots, strict=True)):
+    for row, (query, slot) in enumerate(zip(QUERIES, SLOTS, strict=True)):
         wanted = brute_force(made, query, slot, probe.NEIGHBOURS)
-        shares.append((found.similarity[row][found.valid[row]] >= wanted[-1] - 1e-4).sum() / probe.NEIGHBOURS)
+        shares.append((found.similarity[row][found.valid[row]] >= wanted[-1] - 1e-5).sum() / probe.NEIGHBOURS)
     assert measured == pytest.approx(np.mean(shares))
-    assert 0.1 < measured < 0.9
+    assert 0.05 < measured < 0.9
 
 
-def test_the_sample_is_entries_and_whose_they_are():
-    made = banks()
-    queries, slots = index_of(made).sample(20, np.random.default_rng(1))
-    for query, slot in zip(queries, slots, strict=True):
-        assert (made.key[slot].astype(np.float32) == query).all(axis=1).any()
+def test_the_sample_is_residents_what_they_took_last_and_where_their_own_entries_are(go, run, valkey_url):
+    async def sampled():
+        service = MemoryService(Store(valkey_url, load_checkpoint(run).config.rules, 5), load_checkpoint(run), 100)
+        await service.start()
+        try:
+            for user, items in (("a", ["i3", "i1", "i2"]), ("b", ["i2", "i1"])):
+                await remember(service, user, *(took(n, item) for n, item in enumerate(items)))
+            space = service.serving
+            queries, last, slots = space.sample(space.collective, 20, np.random.default_rng(1))
+            number = {item: service.catalogue.number_of(item) for item in ("i1", "i2", "i3")}
+            return queries, last.tolist(), slots.tolist(), number, space.collective.slots(["a", "b"]).tolist()
+        finally:
+            await service.close()
+
+    queries, last, slots, number, own = go(sampled())
+    assert np.allclose(np.linalg.norm(queries, axis=1), 1, atol=1e-4)
+    there = dict(zip(slots, last, strict=True))
+    assert there[own[0]] == [number["i2"], number["i1"], number["i3"], 0, 0]
+    assert there[own[1]] == [number["i1"], number["i2"], 0, 0, 0]
 
 
 def test_others_are_answered_between_the_slices(go, monkeypatch):
@@ -71,31 +88,20 @@ def test_others_are_answered_between_the_slices(go, monkeypatch):
             turns += 1
             await asyncio.sleep(0)
 
-    async def both() -> None:
-        task = asyncio.create_task(other())
-        await probe.recall(index_of(banks()), np.random.default_rng(0))
+    async def both() -> int:
+        task, index = asyncio.create_task(other()), index_of(banks())
+        await probe.recall_of(index, QUERIES, LAST_ITEMS, SLOTS)
         task.cancel()
+        return index.lists
 
-    go(both())
-    assert turns >= LISTS
+    assert go(both()) <= turns
 
 
 def test_where_nobody_has_others_nothing_is_measured(go):
-    rng, empty = np.random.default_rng(0), CollectiveIndex(CENTROIDS, RULES.capacity, LISTS)
-    assert go(probe.recall(empty, rng)) is None
-    empty.put(np.arange(1), banks(users=1))
-    assert go(probe.recall(empty, rng)) is None
-
-
-def test_a_large_index_is_asked_fewer_queries(go, monkeypatch):
-    index = index_of(banks())
-    asked = []
-    monkeypatch.setattr(index, "sample", lambda count, rng: asked.append(count) or (np.zeros((0, 8), np.float32), []))
-    monkeypatch.setattr(probe, "DISTANCES", 3 * len(index))
-    go(probe.recall(index, np.random.default_rng(0)))
-    monkeypatch.setattr(probe, "DISTANCES", 1)
-    go(probe.recall(index, np.random.default_rng(0)))
-    assert asked == [3, 1]
+    index = CollectiveIndex(LAYOUT, RULES)
+    assert go(probe.recall_of(index, QUERIES, LAST_ITEMS, SLOTS)) is None
+    index.put(np.arange(1), banks(users=1))
+    assert go(probe.recall_of(index, QUERIES[:1], LAST_ITEMS[:1], np.zeros(1, np.int64))) is None
 
 
 # -------------------------------------------------------------------------------------------- services

@@ -302,7 +302,7 @@ def test_a_damaged_checkpoint_is_refused_with_the_reason(tmp_path, damage):
     elif damage == "missing":
         weights.unlink()
     elif damage == "format":
-        header.write_text(header.read_text().replace('"format": 2', '"format": 99'))
+        header.write_text(header.read_text().replace('"format": 3', '"format": 99'))
     elif damage == "swapped":
         save_checkpoint(tmp_path / "other", random_checkpoint(seed=1))
         weights.write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())

@@ -8,12 +8,11 @@ from hypothesis import strategies as st
 
 from memory_service.app import create_app
 from memory_service.index import OwnIndex
-from memory_service.replica import DeviceError, ReplicatedCollectiveIndex, ReplicatedOwnIndex, on_cuda
+from memory_service.replica import DeviceError, ReplicatedOwnIndex, on_cuda
 from memory_service.settings import MemorySettings
-from model.collective import CollectiveIndex
 from model.rules import unit
 from tests.synthetic import random_banks, small_config
-from tests.test_collective import CENTROIDS, DIM, LISTS
+from tests.test_collective import DIM
 
 SLOTS, CAPACITY = 40, 12
 RULES = small_config().rules.model_copy(update={"capacity": CAPACITY})
@@ -25,9 +24,7 @@ DEVICES = [
 
 
 def banks_of(users: int, seed: int):
-    banks = random_banks(users, 9, DIM, RULES, seed=seed)
-    banks.fields["cell"][:] = np.arange(banks.key.shape[1]) % LISTS
-    return banks
+    return random_banks(users, 9, DIM, RULES, seed=seed)
 
 
 STEPS = st.lists(st.tuples(st.sampled_from(["put", "put", "drop"]), st.integers(0, SLOTS - 1)), min_size=1, max_size=12)
@@ -52,28 +49,6 @@ def test_the_own_scope_answers_alike_whatever_changed_since_the_copy(device, ste
         assert np.allclose(wanted[0][wanted[1] >= 0], found[0][found[1] >= 0], atol=1e-5)
         assert np.array_equal(np.isneginf(plain.similarities(everybody, queries)), np.isneginf(
             copied.similarities(everybody, queries)))  # fmt: skip
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@settings(max_examples=25, deadline=None)
-@given(steps=STEPS)
-def test_the_collective_scope_answers_alike_whatever_changed_since_the_copy(device, steps):
-    plain = CollectiveIndex(CENTROIDS, CAPACITY, LISTS)
-    copied = ReplicatedCollectiveIndex(CENTROIDS, CAPACITY, LISTS, device())
-    crowd = banks_of(SLOTS, 99)
-    queries, askers = unit(np.random.default_rng(2).normal(size=(15, DIM))), np.arange(15)
-    for index in (plain, copied):
-        index.put(np.arange(SLOTS), crowd)
-    for seed, (what, slot) in enumerate(steps):
-        for index in (plain, copied):
-            if what == "put":
-                index.put(np.array([slot]), banks_of(1, seed))
-            else:
-                index.drop(np.array([slot]))
-        wanted, found = (index.search(queries, askers, np.full(15, 10)) for index in (plain, copied))
-        assert len(plain) == len(copied)
-        assert np.array_equal(wanted.item, found.item)
-        assert np.allclose(wanted.similarity, found.similarity, atol=1e-5)
 
 
 @pytest.mark.skipif(HAS_GPU, reason="there is a GPU")

@@ -120,6 +120,8 @@ def test_an_export_from_before_habits_brings_those_of_its_logs(valkey_url, elsew
             sums = [np.frombuffer(base64.b64decode(one["user"].pop("sums")), "<f4") for one in (wanted, found)]
             assert np.allclose(*sums, atol=1e-4)
             assert len(sums[0]) == SUMS * len(wanted["user"]["entries"])
+            for entry in (*wanted["user"]["entries"], *found["user"]["entries"]):
+                entry["cell"] = entry["cell"] >= 0  # items have other numbers there
         assert found == wanted
 
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from memory_service.store import Store
 from model.bank import Banks
 from model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from model.config import Config, EncoderConfig, RulesConfig, load_config
+from model.collective import cells
+from model.config import Config, EncoderConfig
 from model.events import UserRecord
 from model.habits import first_taken
 from model.rules import unit
 
-DIM, ENTRIES, ITEMS, LISTS = 64, 75, 3000, 6000
+DIM, ENTRIES, ITEMS = 64, 75, 3000
 START, HOUR = 1.7e9, 3600.0
 NOISE = 0.5
-"""Length of what is added to a centroid to make a key: small enough that it stays the nearest one."""
+"""Length of what is added to the direction of the item before to make a key."""
+NEIGHBOURS = 16
 CHUNK = 500
 
 
@@ -30,21 +33,33 @@ def checkpoint(folder: Path) -> Checkpoint:
     from model.fusion import MemoryFusion
     from model.optimisation import named_weights
 
-    rules = RulesConfig(collective_probes=load_config("ml-1m").rules.collective_probes)
-    config = Config(encoder=EncoderConfig(dim=DIM, layers=1, heads=2), rules=rules)
+    config = Config(encoder=EncoderConfig(dim=DIM, layers=1, heads=2))
     torch.manual_seed(0)
-    rng, encoder = np.random.default_rng(0), SequenceEncoder(config.encoder, ITEMS)
+    encoder = SequenceEncoder(config.encoder, ITEMS)
     made = Checkpoint(
         config=config,
         item_ids=tuple(f"i{n}" for n in range(1, ITEMS + 1)),
         item_clusters=np.append(-1, np.arange(ITEMS) % config.rules.clusters).astype(np.int32),
-        index_centroids=unit(rng.standard_normal((LISTS, DIM), np.float32)),
         popularity=np.append(0, np.full(ITEMS, 1 / ITEMS)).astype(np.float32),
         weights=named_weights(encoder, "encoder.") | named_weights(MemoryFusion(config.fusion, DIM), "fusion."),
         metadata={},
+        **tables(ITEMS, DIM),
     )
     save_checkpoint(folder, made)
     return load_checkpoint(folder, with_weights=False)
+
+
+def tables(items: int, width: int) -> dict[str, Any]:
+    """What a checkpoint says about a collective index of keys in all directions: neighbours are drawn at random."""
+    rng, reach = np.random.default_rng(0), np.full(width, 2.5 / np.sqrt(width), np.float32)
+    near = rng.integers(1, items + 1, (items + 1, NEIGHBOURS)).astype(np.int32)
+    near[0] = 0
+    return {
+        "key_span": np.stack([-reach, reach]),
+        "key_plane": np.linalg.qr(rng.normal(size=(width, 3)))[0].T.astype(np.float32),
+        "item_near": near,
+        "item_nearness": np.where(near > 0, np.float32(1), np.float32(0)),
+    }
 
 
 def user(n: int) -> str:
@@ -52,15 +67,17 @@ def user(n: int) -> str:
 
 
 def records(of: Checkpoint, users: range, seed: int = 0, entries: int = ENTRIES) -> Iterator[list[UserRecord]]:
-    """Banks (full ones, unless told) of keys round random centroids, in chunks of CHUNK users."""
+    """Banks (full ones, unless told) of keys round a direction of the item before, in chunks of CHUNK users."""
+    directions = unit(np.random.default_rng(0).standard_normal((ITEMS + 1, DIM), np.float32))
     for at in range(users.start, users.stop, CHUNK):
         count = min(CHUNK, users.stop - at)
         rng = np.random.default_rng((seed, at))
-        cell = rng.integers(0, LISTS, (count, entries))
-        noise = rng.standard_normal((count, entries, DIM), np.float32) / np.sqrt(DIM)
-        keys = unit(of.index_centroids[cell] + NOISE * noise)
-        states = unit(rng.standard_normal((count, DIM), np.float32))
         items = (rng.integers(0, ITEMS, (count, 1)) + 37 * np.arange(entries)) % ITEMS + 1
+        before = np.pad(items, ((0, 0), (2, 0)))
+        cell = cells(before[:, 1:-1].ravel(), before[:, :-2].ravel()).reshape(items.shape)
+        noise = rng.standard_normal((count, entries, DIM), np.float32) / np.sqrt(DIM)
+        keys = unit(directions[before[:, 1:-1]] + NOISE * noise)
+        states = unit(directions[items[:, -1]] + NOISE * noise[:, -1])
         yield [_record(of, keys[row], cell[row], items[row], states[row]) for row in range(count)]
 
 

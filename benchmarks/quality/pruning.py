@@ -35,7 +35,7 @@ def ranks_with(
     split = split_of(dataset)
     targets = Targets.of(getattr(split, part), getattr(split, f"{part}_end"))
     known = memory_space_of(recommender)
-    space = MemorySpace(rules, known.clusters, known.centroids)
+    space = MemorySpace(rules, known.clusters, known.layout)
     asked = collective(dataset, state, space, replay(dataset, state, space, targets).replay, "train")
     ranks = memory_ranks(recommender.fusion, recommender.table, dataset, asked, adaptive(asked))
     return ranks.unmasked if dataset.repeats() else ranks.masked

@@ -25,7 +25,7 @@ from model.fusion_training import memory_ranks
 from model.metrics import summary
 from model.optimisation import Epoch
 from model.recommender import Recommender
-from model.replay import Replay, adaptive, ask_others, index_of, replay, trajectory
+from model.replay import Replay, adaptive, ask_others, index_of, last_items, replay, trajectory
 from model.rules import unit
 from model.training import train
 
@@ -128,25 +128,25 @@ def _live_ranks(
     """Own memory up to the event; collective memory up to the last chunk, updated chunk by chunk."""
     space, owner, key = memory_space_of(recommender), dataset.owners(), unit(state)
     banks = Banks(dataset.users, key.shape[1], space.rules)
-    _ingest(banks, dataset, key, space.centroids, np.flatnonzero(rank < cut))
+    _ingest(banks, dataset, key, np.flatnonzero(rank < cut))
     index = index_of(banks, space)
     found = np.zeros(len(own.event), np.int64)
     for low in range(cut, len(rank), int(CHUNK * len(rank))):
         high = min(len(rank), low + int(CHUNK * len(rank)))
         rows = np.flatnonzero((rank[own.event] >= low) & (rank[own.event] < high))
         asked = own.take(rows)
-        asked = ask_others(asked, owner[asked.event], index)
+        asked = ask_others(asked, owner[asked.event], last_items(dataset, asked.before), index)
         found[rows] = _ranks(dataset, recommender, asked, adaptive(asked))
-        changed = _ingest(banks, dataset, key, space.centroids, asked.event)
+        changed = _ingest(banks, dataset, key, asked.event)
         index.put(changed, banks.rows(changed))
     return found
 
 
-def _ingest(banks: Banks, dataset: Dataset, key: np.ndarray, centroids: np.ndarray, events: np.ndarray) -> np.ndarray:
+def _ingest(banks: Banks, dataset: Dataset, key: np.ndarray, events: np.ndarray) -> np.ndarray:
     """Write events, the first of each user, then the second, and so on; returns the users."""
-    owner, positions, opens = dataset.owners(), dataset.positions(), dataset.opens()
+    owner, opens = dataset.owners(), dataset.opens()
     for step in _rounds(owner[events], events):
-        cell = cells(key[step], positions[step], centroids)
+        cell = cells(*last_items(dataset, step, 2).T)
         item, time, rating = dataset.items[step], dataset.times[step], dataset.ratings[step]
         banks.write(owner[step], item, key[step], time, rating, cell, opens[step])
     return np.unique(owner[events])

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from benchmarks.measures import Measure, measured, percentile, resident_bytes, store
+from benchmarks.memory.banks import tables
 from benchmarks.serving.deployment import Deployment, serving
 from model.bank import Retrieved
 from model.checkpoint import Checkpoint, save_checkpoint
@@ -44,7 +45,6 @@ RESULTS = Path(__file__).with_name("results.json")
 CENTRES, SPREAD, TRAINED_DRAWN = 4000, 0.11, 1000
 USERS, HISTORY, TOP_N = 200, 30, 100
 SMALL, ROUNDS, WARM_UP = 3000, 5, 50
-LISTS = 256
 
 
 # ------------------------------------------------------------------------------------------------- the model
@@ -81,9 +81,9 @@ def checkpoint_of(table: np.ndarray) -> Checkpoint:
         config=config,
         item_ids=tuple(f"item-{n}" for n in range(1, items + 1)),
         item_clusters=np.append(-1, np.arange(items) % config.rules.clusters).astype(np.int32),
-        index_centroids=unit(np.random.default_rng(0).normal(size=(LISTS, config.encoder.width))).astype(np.float32),
         popularity=(popularity / popularity.sum()).astype(np.float32),
         weights=named_weights(encoder, "encoder.") | named_weights(fusion, "fusion."),
+        **tables(items, config.encoder.width),
     )
 
 

@@ -40,7 +40,8 @@ REDIS_URL = "RAMREC_MEMORY_REDIS_URL="
 
 
 def present_layout(run: Path, dataset: Dataset, work: Path) -> Path:
-    """A checkpoint with the weights of `run` and the collective index as training lays it out now, for runs of format 2.
+    """A checkpoint with the weights of `run` and the collective index as training lays it out now; for runs of format
+    2.
 
     Kept in `work`; `run` itself where it is of the present format.
     """

@@ -81,7 +81,7 @@ def _deployment(asked: argparse.Namespace, dataset: Dataset) -> Iterator[tuple[P
     if asked.url:
         yield asked.run, Deployment.at(asked.url)
         return
-    run = present_layout(asked.run, dataset, load_config(asked.config).rules.collective_probes, asked.work)
+    run = present_layout(asked.run, dataset, asked.work)
     data_dir = asked.work / f"memories-{load_checkpoint(run, with_weights=False).version}"
     if "ingest" in asked.parts:
         shutil.rmtree(data_dir, ignore_errors=True)
