@@ -86,8 +86,9 @@ bench-quality: $(BIN)/.ready
 ML_1M_RUN ?= runs/ml-1m-seed0
 bench-memory: $(BIN)/.ready-dev
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.memory.run
-	test ! -d $(ML_1M_RUN) || OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.memory.collective \
-		--run $(ML_1M_RUN) --dataset $(DATA)/ml-1m.txt.gz
+	test ! -d $(ML_1M_RUN) || OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.memory.lists \
+		--run ml-1m $(ML_1M_RUN) $(DATA)/ml-1m.txt.gz --work build/bench-memory
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.memory.replicas
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m benchmarks.memory.peers --json benchmarks/memory/peers.json
 
 # All of benchmarks/serving (needs wrk: apt install wrk); on a machine that does nothing else. BENCH passes arguments on,
@@ -96,11 +97,12 @@ bench-serving: $(BIN)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.serving.run --run $(ML_1M_RUN) --dataset $(DATA)/ml-1m.txt.gz $(BENCH)
 	test -n "$(BENCH)" || $(BIN)/python -m benchmarks.serving.catalogue
 
-# benchmarks/scale: what users and requests cost at 10,000 to 1,000,000 users (about ten minutes, 12 GB), and what follows
-# for more. PLAN passes arguments on, for example PLAN="--users 5e6 --requests 2000 --cores 8 --ram 32 --price 0.3".
+# benchmarks/scale: what users, requests and writes cost at 10,000 to 1,000,000 users (about ten minutes, 12 GB), and what
+# follows for more. PLAN asks something else of what was measured, for example
+# make bench-scale PLAN="--users 5e6 --requests 2000 --share 0.5 --cores 8 --ram 32 --price 0.3".
 bench-scale: $(BIN)/.ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scale.measure
-	$(BIN)/python -m benchmarks.scale.run $(PLAN)
+	test -n "$(PLAN)" || OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scale.measure
+	$(BIN)/python -m benchmarks.scale.run $(if $(PLAN),$(PLAN),--out benchmarks/scale)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -2,7 +2,8 @@
 
     python -m benchmarks.memory.run [own] [service]
 
-The collective index over ML-1M has its own: `python -m benchmarks.memory.collective` (it needs a trained run).
+The collective index has its own: `python -m benchmarks.memory.lists` (it needs trained runs); so have several replicas:
+`python -m benchmarks.memory.replicas`.
 """
 
 from __future__ import annotations

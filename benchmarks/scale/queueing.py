@@ -1,5 +1,5 @@
-"""Latency at load by simulation: every request passes an api, then n memory replicas side by side, and waits for the
-slowest. Arrivals are random (Poisson), each process works on one request after another, times of service vary.
+"""Latency at load by simulation: every request passes an api, then one memory replica, that of its user. Arrivals are
+random (Poisson), each process works on one request after another, times of service vary.
 """
 
 from __future__ import annotations
@@ -36,19 +36,20 @@ def departures(arrivals: Times, service: Times) -> Times:
 
 
 def latencies(
-    requests_a_s: float, apis: int, replicas: int, api: Draw, part: Draw, count: int, rng: np.random.Generator
+    requests_a_s: float, apis: int, replicas: int, api: Draw, memory: Draw, count: int, rng: np.random.Generator
 ) -> Times:
-    """(count,) seconds from arrival to answer: half of the api's work, all replicas, the other half."""
+    """(count,) seconds from arrival to answer: half of the api's work, the replica's, the other half."""
     arrivals = np.cumsum(rng.exponential(1 / requests_a_s, count))
-    asked = np.empty(count)
-    which = rng.integers(0, apis, count)
     half = api(rng, count) / 2
-    for one in range(apis):
-        mine = which == one
-        asked[mine] = departures(arrivals[mine], half[mine])
-    order = np.argsort(asked, kind="stable")
-    slowest = np.zeros(count)
-    for _ in range(replicas):
-        done = departures(asked[order], part(rng, count))
-        slowest[order] = np.maximum(slowest[order], done)
-    return slowest + half - arrivals
+    asked = _shared(arrivals, half, rng.integers(0, apis, count), apis)
+    return _shared(asked, memory(rng, count), rng.integers(0, replicas, count), replicas) + half - arrivals
+
+
+def _shared(arrivals: Times, service: Times, server: NDArray[np.int64], servers: int) -> Times:
+    """When each is done at its server."""
+    done = np.empty(len(arrivals))
+    for one in range(servers):
+        mine = np.flatnonzero(server == one)
+        mine = mine[np.argsort(arrivals[mine], kind="stable")]
+        done[mine] = departures(arrivals[mine], service[mine])
+    return done

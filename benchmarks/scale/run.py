@@ -1,14 +1,15 @@
-"""How RAMRec grows, on paper: `make bench-scale` measures, then extrapolates. Results: results.json, plan.json.
+"""How RAMRec grows, on paper: `make bench-scale` measures, then extrapolates. Results: results, plan (JSON), plan.md.
 
 python -m benchmarks.scale.measure [PART ...]
-python -m benchmarks.scale.run [--users N] [--requests N] [--cores N] [--ram GIB] [--price PER_HOUR]
+python -m benchmarks.scale.run [--users N --requests N] [--writes N] [--share S ...] [--cores N] [--ram GIB] [--price P]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,188 +18,192 @@ import numpy as np
 from benchmarks.scale.capacity import (
     GIB,
     Costs,
+    DoesNotFitError,
     Load,
     Machine,
-    Plan,
-    api_s,
-    best_lists,
-    fan_out_limit,
-    fan_out_s,
-    memory_bytes,
     memory_s,
+    others_s,
     own_scope_only,
     plan,
-    redis_bytes,
-    scan_s,
-    wire_bytes,
+    record_bytes,
+    write_limit,
 )
-from benchmarks.scale.figures import PROBES, figures, fitted, foretold, sizes
+from benchmarks.scale.figures import RESULTS, Figures, figures, fitted, foretold, sizes
 from benchmarks.scale.queueing import latencies, lognormal
 
-PLAN = Path(__file__).with_name("plan.json")
-STEPS = ((1e6, 1e3), (1e7, 1e4), (1e8, 1e5))
-"""Users and requests a second that the table goes through."""
-ENTRIES, ACTIVE = 20, 0.2
-"""Memories of a user on average, and the share of the users who are resident: assumed."""
+HERE = Path(__file__).parent
+STEPS = ((1e6, 1e3, (1.0,)), (1e7, 1e4, (1.0, 0.25)), (1e8, 1e5, (0.25, 0.1, 0.05, 0.02)))
+"""Users, requests a second, and shares of all entries in the index that the table goes through."""
+ENTRIES, ACTIVE, WRITES = 20, 0.2, 0.05
+"""Memories of a user on average, the share of the users who are resident, and events for each request: assumed."""
 VARIATION = 1.0
 REQUESTS = 50_000
-PARTS = ((1, 2), (1, 4), (4, 8), (16, 8))
+PARTS = ((1, 2), (4, 8), (16, 24))
 """Replicas and apis that the simulation goes through."""
-
-
-def planned(costs: Costs, users: float, requests: float, machine: Machine) -> tuple[Load, Plan]:
-    """The cheapest plan, with as many lists in the collective index as suit its replicas."""
-    load = Load(users, ENTRIES, requests, ACTIVE, probes=PROBES)
-    best: tuple[Load, Plan] | None = None
-    for replicas in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024):
-        suited = replace(load, lists=best_lists(costs, load, replicas))
-        found = plan(costs, suited, machine)
-        if best is None or (found.machines, found.copies) < (best[1].machines, best[1].copies):
-            best = suited, found
-    assert best is not None
-    return best
-
-
-def agreement() -> list[dict[str, Any]]:
-    """What was measured beside what the fitted model says of it."""
-    found = figures()
-    costs, rows = fitted(found), []
-    for size in sizes(found):
-        for name, value in foretold(costs, size).items():
-            measured = found[size.name, name]
-            rows.append(
-                {"size": size.name, "of": name, "measured": measured, "model": value, "off": value / measured - 1}
-            )
-    return rows
-
-
-def extrapolated(costs: Costs, machine: Machine, steps: tuple[tuple[float, float], ...]) -> list[dict[str, Any]]:
-    """Machines, money and limits at each step."""
-    rows = []
-    for users, requests in steps:
-        alone, nothing = own_scope_only(costs), Load(users, ENTRIES, requests, ACTIVE)
-        rows.append(_row("both", costs, *planned(costs, users, requests, machine)))
-        rows.append(_row("own", alone, nothing, plan(alone, nothing, machine)))
-    return rows
-
-
-def _row(scopes: str, costs: Costs, load: Load, found: Plan) -> dict[str, Any]:
-    return {
-        "users": load.users,
-        "requests": load.requests,
-        "scopes": scopes,
-        **asdict(found),
-        "fan_out_limit": found.fan_out_limit if scopes == "both" else None,
-        "machines": found.machines,
-        "lists": load.lists,
-        "redis_bytes": redis_bytes(costs, load.users, ENTRIES),
-        "memory_bytes": memory_bytes(costs, load, found.replicas) * found.copies,
-        "memory_network": load.requests * wire_bytes(costs, found.replicas),
-        "memory_s": memory_s(costs, load, found.replicas),
-        "api_s": api_s(costs, found.replicas),
-        "price_million": found.price_hour / (load.requests * 3600) * 1e6,
-    }
-
-
-def simulated(costs: Costs, machine: Machine) -> list[dict[str, Any]]:
-    """Latency over load: a million users, apis and replicas of one core each."""
-    rng, rows = np.random.default_rng(0), []
-    load = Load(1e6, ENTRIES, 1.0, ACTIVE)
-    for replicas, apis in PARTS:
-        part_s = costs.own_s / replicas + fan_out_s(costs, load) + scan_s(costs, load, replicas)
-        limit = min(apis / api_s(costs, replicas), 1 / part_s)
-        for busy in (0.3, 0.6, 0.8, 0.9):
-            api, part = lognormal(api_s(costs, replicas), VARIATION), lognormal(part_s, VARIATION)
-            seconds = latencies(limit * busy, apis, replicas, api, part, REQUESTS, rng)
-            p50, p99 = np.percentile(seconds, [50, 99]) * 1e3
-            rows.append(
-                {
-                    "replicas": replicas,
-                    "apis": apis,
-                    "busy": busy,
-                    "requests": limit * busy,
-                    "p50_ms": p50,
-                    "p99_ms": p99,
-                }
-            )
-    return rows
+Row = dict[str, Any]
 
 
 def main() -> None:
     from api.cli import measured_with
 
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--users", type=float)
-    options.add_argument("--requests", type=float)
-    options.add_argument("--cores", type=int, default=Machine.cores)
-    options.add_argument("--ram", type=float, default=Machine.ram / GIB, help="GiB")
-    options.add_argument("--price", type=float, default=Machine.price, help="an hour")
-    given = options.parse_args()
-    machine, costs = Machine(given.cores, given.ram * GIB, price=given.price), fitted(figures())
-    asked = ((given.users, given.requests),) if given.users and given.requests else STEPS
+    given = _arguments()
+    machine, found = Machine(given.cores, given.ram * GIB, price=given.price), figures(given.figures)
+    costs = fitted(found)
+    steps = ((given.users, given.requests, tuple(given.share)),) if given.users and given.requests else STEPS
     told = {
         "about": measured_with() | {"command": "python -m benchmarks.scale.run"},
         "costs": asdict(costs),
         "machine": asdict(machine),
-        "assumed": {"memories of a user": ENTRIES, "resident": ACTIVE, "probes": PROBES},
-        "agreement": agreement(),
-        "plan": extrapolated(costs, machine, asked),
-        "simulated": simulated(costs, machine),
-        "fan_out_limit": {
-            lists: fan_out_limit(costs, Load(1, 1, 1, lists=lists), machine) for lists in (6_000, 24_000)
-        },
+        "assumed": {"memories of a user": ENTRIES, "resident": ACTIVE, "events for each request": given.writes},
+        "write_limit": write_limit(costs, machine),
+        "agreement": agreement(found),
+        "plan": extrapolated(costs, machine, steps, given.writes),
+        "simulated": simulated(costs),
     }
-    if asked == STEPS and machine == Machine():
-        PLAN.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
-    show(told)
+    text = "\n".join(_page(told))
+    print(text)
+    if given.out is not None:
+        (given.out / "plan.json").write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+        (given.out / "plan.md").write_text(text)
 
 
-def show(told: dict[str, Any]) -> None:
-    """As tables in Markdown."""
+def _arguments() -> argparse.Namespace:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--users", type=float)
+    options.add_argument("--requests", type=float, help="a second")
+    options.add_argument("--writes", type=float, default=WRITES, help="events for each request")
+    options.add_argument("--share", type=float, nargs="+", default=(1.0,), help="of all entries, kept in the index")
+    options.add_argument("--cores", type=int, default=Machine.cores)
+    options.add_argument("--ram", type=float, default=Machine.ram / GIB, help="GiB")
+    options.add_argument("--price", type=float, default=Machine.price, help="an hour")
+    options.add_argument("--figures", type=Path, default=RESULTS, help="what `benchmarks.scale.measure` wrote")
+    options.add_argument("--out", type=Path, help="folder for plan.json and plan.md; none: only shown")
+    return options.parse_args()
+
+
+# ------------------------------------------------------------------------------------------------ what follows
+
+
+def agreement(found: Figures) -> list[Row]:
+    """What was measured beside what the fitted model says of it."""
+    costs = fitted(found)
+    return [
+        {"size": size.name, "of": name, "measured": found[size.name, name], "model": value}
+        for size in sizes(found)
+        for name, value in foretold(costs, size).items()
+    ]
+
+
+def extrapolated(
+    costs: Costs, machine: Machine, steps: Sequence[tuple[float, float, Sequence[float]]], writes: float
+) -> list[Row]:
+    """Machines and money at each step, for each share of the entries, and for the own scope alone."""
+    rows = []
+    for users, requests, shares in steps:
+        alone = Load(users, ENTRIES, requests, requests * writes, ACTIVE, share=0.0)
+        loads = [Load(users, ENTRIES, requests, requests * writes, ACTIVE, share) for share in shares]
+        rows += [_row("both", costs, load, machine) for load in loads]
+        rows.append(_row("own", own_scope_only(costs), alone, machine))
+    return rows
+
+
+def _row(scopes: str, costs: Costs, load: Load, machine: Machine) -> Row:
+    row = asdict(load) | {"scopes": scopes, "kept": load.kept, "memory_s": memory_s(costs, load)}
+    try:
+        found = plan(costs, load, machine)
+    except DoesNotFitError as error:
+        return row | {"trouble": str(error)}
+    price_million = found.price_hour / (load.requests * 3600) * 1e6
+    return row | asdict(found) | {"machines": found.machines, "price_million": price_million}
+
+
+def simulated(costs: Costs) -> list[Row]:
+    """Latency over load: ten million entries, apis and replicas of one core each."""
+    rng, rows = np.random.default_rng(0), []
+    answering = costs.own_s + others_s(costs, 1e7)
+    for replicas, apis in PARTS:
+        limit = min(apis / costs.api_s, replicas / answering)
+        api, memory = lognormal(costs.api_s, VARIATION), lognormal(answering, VARIATION)
+        for busy in (0.3, 0.6, 0.8, 0.9):
+            p50, p99 = np.percentile(latencies(limit * busy, apis, replicas, api, memory, REQUESTS, rng), [50, 99])
+            row = {"replicas": replicas, "apis": apis, "busy": busy, "requests": limit * busy}
+            rows.append(row | {"p50_ms": p50 * 1e3, "p99_ms": p99 * 1e3})
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------- as a page
+
+
+def _page(told: dict[str, Any]) -> Iterator[str]:
+    """All of it in Markdown, line by line."""
+    yield "Made by `python -m benchmarks.scale.run`; what it means is in README.md.\n"
+    yield f"{_costs_in_words(Costs(**told['costs']))}\n"
+    each = f"{told['machine']['busy']:.0%} of a core each"
+    yield f"**Replicas can hear of {told['write_limit']:,.0f} writes a second**, however many there are: {each}.\n"
     rows = [
-        (f"{row['size']}: {row['of']}", f"{row['measured']:,.4g}", f"{row['model']:,.4g}", f"{row['off']:+.0%}")
+        (row["size"], row["of"], f"{row['measured']:,.4g}", f"{row['model']:,.4g}", _off(row))
         for row in told["agreement"]
     ]
-    _table(("", "measured", "model", "off"), rows)
-    _table(
-        ("users", "req/s", "scopes", "memory tier", "memory", "Redis", "api", "an hour", "a million requests"),
-        [
-            (
-                f"{row['users']:,.0f}",
-                f"{row['requests']:,.0f}",
-                row["scopes"],
-                f"{row['copies']} × {row['replicas']}, {row['side_by_side']} a machine",  # noqa: RUF001
-                f"{row['memory_machines']}",
-                f"{row['redis_machines']}",
-                f"{row['api_machines']}",
-                f"{row['price_hour']:,.2f}",
-                f"{row['price_million']:.3f}",
-            )
-            for row in told["plan"]
-        ],
+    yield from _table(("", "", "measured", "model", "off"), rows)
+    heads = (
+        "users",
+        "req/s",
+        "writes/s",
+        "scopes",
+        "entries in the index",
+        "memory replicas",
+        "memory",
+        "Redis",
+        "api",
     )
-    _table(
-        ("replicas", "apis", "busy", "req/s", "p50", "p99"),
-        [
-            (
-                f"{row['replicas']}",
-                f"{row['apis']}",
-                f"{row['busy']:.0%}",
-                f"{row['requests']:,.0f}",
-                f"{row['p50_ms']:.1f} ms",
-                f"{row['p99_ms']:.1f} ms",
-            )
-            for row in told["simulated"]
-        ],
-    )
-    for lists, limit in told["fan_out_limit"].items():
-        print(f"no copy of the memory tier passes {limit:,.0f} requests a second with {lists:,} lists")
+    yield from _table((*heads, "machines", "an hour", "a million requests"), map(_plan_cells, told["plan"]))
+    rows = [
+        (
+            f"{row['replicas']}, {row['apis']}", f"{row['busy']:.0%}", f"{row['requests']:,.0f}",
+            f"{row['p50_ms']:.1f} ms", f"{row['p99_ms']:.1f} ms",
+        )
+        for row in told["simulated"]
+    ]  # fmt: skip
+    yield from _table(("replicas, apis", "busy", "req/s", "p50", "p99"), rows)
 
 
-def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _costs_in_words(costs: Costs) -> str:
+    def micro(*seconds: float) -> tuple[str, ...]:
+        return tuple(f"{one * 1e6:,.0f}" for one in seconds)
+
+    own, few, many = micro(costs.own_s, others_s(costs, 1e6), others_s(costs, 1e8))
+    api, redis = micro(costs.api_s, costs.redis_request_s)
+    writer, heard, kept, told = micro(costs.write_s, costs.heard_s, costs.redis_write_s, costs.redis_heard_s)
+    return (
+        f"Fitted. Redis: {costs.redis_user:,.0f} bytes a user and {costs.redis_entry:,.0f} an entry. "
+        f"RAM of a memory replica: {costs.resident_user / 1e3:,.1f} kB a resident user, {costs.shared_entry:,.0f} "
+        f"bytes an entry of the collective index. CPU of a request: api {api} µs, Redis {redis}, memory replica {own} "
+        f"for the own scope and {few} more for others' memories among a million ({many} among 100 million). CPU of a "
+        f"write: {writer} µs of the replica that writes, {heard} of every other one, {kept} of Redis and {told} "
+        f"for each that hears of it and reads the record ({record_bytes(costs, ENTRIES) / 1e3:,.1f} kB)."
+    )
+
+
+def _off(row: Row) -> str:
+    return f"{row['model'] / row['measured'] - 1:+.0%}"
+
+
+def _plan_cells(row: Row) -> tuple[str, ...]:
+    share = f"{row['kept'] / 1e6:,.0f} million, {row['share']:.0%}" if row["kept"] else "none"
+    asked = (f"{row['users']:,.0f}", f"{row['requests']:,.0f}", f"{row['writes']:,.0f}", row["scopes"], share)
+    if "trouble" in row:
+        return (*asked, row["trouble"], *[""] * 6)
+    each = (
+        f"{row['replicas']} of {row['replica_bytes'] / GIB:,.1f} GiB, {row['side_by_side']} a machine ({row['binds']})"
+    )
+    counts = (f"{row[f'{kind}_machines']}" for kind in ("memory", "redis", "api"))
+    return (*asked, each, *counts, f"{row['machines']}", f"{row['price_hour']:,.2f}", f"{row['price_million']:.3f}")
+
+
+def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]] | Iterator[tuple[str, ...]]) -> Iterator[str]:
     for row in (heads, ("---",) * len(heads), *rows):
-        print("|", " | ".join(row), "|")
-    print()
+        yield f"| {' | '.join(row)} |"
+    yield ""
 
 
 if __name__ == "__main__":
