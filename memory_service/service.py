@@ -600,15 +600,16 @@ class MemoryService:
             changed.update(users)
 
     async def _read(self, space: Space, names: list[str]) -> dict[str, UserRecord]:
-        """The readable records of these users; as many as there is room for become residents. Those of other models
-        matter only to the serving one's space, which keeps whom it has.
+        """The readable records of these users; at start, as many as there is room for become residents. Those of other
+        models matter only to the serving one's space, which keeps whom it has.
         """
         if space is not self.serving:
             models = await self.store.models(names)
             names = [name for name, model in zip(names, models, strict=True) if model == space.model_version]
         records = await self.store.load_readable(names)
         await self._know_items(list(records.values()))
-        space.fill({name: record for name, record in records.items() if not space.is_stale(record)})
+        if not self.presence.is_ready:
+            space.fill({name: record for name, record in records.items() if not space.is_stale(record)})
         return records
 
     async def _know_items(self, records: Sequence[UserRecord]) -> None:

@@ -223,6 +223,13 @@ class Lists:
         np.subtract.at(self._count, cell >> BRANCH_BITS, 1)
         self.index.ntotal -= len(cell)
 
+    def rename(self, rows: Ints, others: Ints, cell: Ints) -> None:
+        """Say the other row of each of these entries from now on; none of them is among the rows named so far."""
+        lists = self._lists(np.asarray(cell, np.int64))
+        for one, row, other in zip(lists.tolist(), rows.tolist(), others.tolist(), strict=True):
+            ids = faiss.rev_swig_ptr(self.index.invlists.get_ids(one), int(self.size[one]))
+            ids[ids == row] = other
+
     def _remove(self, one: int, rows: Ints) -> None:
         ids, codes = self._view(one)
         left = len(ids) - len(rows)
@@ -418,15 +425,24 @@ class CollectiveIndex:
         self._whose[slots] = whose
 
     def _make_room(self, slots: Ints, wanted: Ints) -> None:
-        """So many rows for each slot; where there were fewer, all of its entries are filed anew."""
+        """So many rows for each slot; the entries of one that had fewer move."""
         short = wanted > self._room[slots]
         if short.any():
             slots, rooms = slots[short], ROOMS[np.searchsorted(ROOMS, wanted[short])]
-            self._take_out(self._rows_of(slots))
-            self._give_back(slots)
+            start = np.zeros(len(slots), np.int64)
             for room in np.unique(rooms).tolist():
-                self._start[slots[rooms == room]] = self._claim(int((rooms == room).sum()), room)
-            self._room[slots] = rooms
+                start[rooms == room] = self._claim(int((rooms == room).sum()), room)
+            self._move(self._rows_of(slots), _ranges(start, self._room[slots]))
+            self._give_back(slots)
+            self._start[slots], self._room[slots] = start, rooms
+
+    def _move(self, old: Ints, new: Ints) -> None:
+        """What is in some rows is in others from now on."""
+        filed = self._mark[old] > 0
+        self._lists.rename(old[filed], new[filed], self._cell[old[filed]])
+        for column in self._columns:
+            column[new] = column[old]
+            column[old] = 0
 
     def _claim(self, count: int, room: int) -> NDArray[np.int64]:
         free = self._free.get(room, [])
@@ -444,9 +460,7 @@ class CollectiveIndex:
 
     def _rows_of(self, slots: Ints) -> NDArray[np.int64]:
         """All rows of the slots."""
-        room = self._room[slots].astype(np.int64)
-        before = np.cumsum(room) - room
-        return np.asarray(np.arange(int(room.sum())) + np.repeat(self._start[slots] - before, room))
+        return _ranges(self._start[slots], self._room[slots])
 
     def _rows_for(self, slots: Ints, items: NDArray[np.uint32]) -> NDArray[np.int64]:
         """(B, C) the row of each item (0: meaningless): the one that has it, or one that has none of them."""
@@ -647,6 +661,13 @@ def give_back() -> None:
     """Let the operating system have what this process has freed, where the C library can do that."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _ranges(start: Ints, length: Ints) -> NDArray[np.int64]:
+    """The numbers from each start on, so many of them, one range after another."""
+    length = np.asarray(length, np.int64)
+    before = np.cumsum(length) - length
+    return np.asarray(np.arange(int(length.sum())) + np.repeat(start - before, length))
 
 
 def _at_least(values: NDArray[Any], length: int, filled: int = 0) -> NDArray[Any]:
