@@ -24,7 +24,7 @@ PATTERN = b"__keyspace@*__:ramrec:{*"
 MARK = b"__:ramrec:{"
 EVENTS = set("K$gxe")
 """Keyspace notifications of strings and deletions, of what expired, and of what was evicted."""
-GATHER_S = 0.05
+GATHER_S = 0.25
 """How long what changes is gathered before it is looked at."""
 QUIET_S = 1.0
 """How often it is looked whether primaries are still the same."""

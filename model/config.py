@@ -114,7 +114,7 @@ class RulesConfig(_Section):
     collective_k_base: float = Field(20.0, gt=0)
     collective_k_min: int = Field(10, ge=1)
     collective_k_max: int = Field(40, ge=1, le=100)
-    collective_codes: int = Field(4000, ge=1, description="entries of others that a search looks at")
+    collective_codes: int = Field(2000, ge=1, description="entries of others that a search looks at")
     collective_bits: Literal[4, 8] = Field(
         8, description="of a dimension of others' keys in the index; 4: three fifths of the memory, finds a little less"
     )
