@@ -457,6 +457,27 @@ def test_who_was_forgotten_while_a_replica_hung_does_not_live_on_in_it(run, proc
     assert shown(hanging, "ramrec_memory_lapses_total") == 1
 
 
+def test_a_replica_that_hangs_is_given_up_for_another(run, process, go):
+    (_, awake), (hangs, hanging) = process(), process()
+    until(lambda: answers_at(awake) and answers_at(hanging) and all_ready(awake, hanging))
+    version = load_checkpoint(run).version
+
+    async def scenario():
+        patient = MemoryReplicas(awake, timeout_s=600)
+        try:
+            await patient.ready()
+            users = [user for user in USERS if patient.replica_of(user) == hanging]
+            hangs.send_signal(signal.SIGSTOP)
+            return [await patient.retrieve(RetrieveRequest(version, [user])) for user in users]
+        finally:
+            hangs.send_signal(signal.SIGCONT)
+            await patient.close()
+
+    found = go(scenario())
+    assert found
+    assert not any(one.degraded for one in found)
+
+
 def test_a_primary_whose_replica_hangs_does_not_acknowledge_and_one_without_replica_does(run, tmp_path, stack):
     cluster = stack.enter_context(redis_cluster(tmp_path / "redis"))
     replicas = Replicas(run, cluster.url, stack)

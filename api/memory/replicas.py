@@ -11,6 +11,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from itertools import zip_longest
 from typing import TypeVar
 from zlib import crc32
 
@@ -46,6 +47,8 @@ STALE_S = 3.0
 """A view so old is not gone by any more: the calls that found it so wait for a new one."""
 TRIES = 4
 """Replicas asked before a call fails."""
+HANGS_S = 1.0
+"""A replica that has not answered for so long what it has at hand is given up."""
 MASK = 2**64 - 1
 T = TypeVar("T")
 About = TypeVar("About", PlanRequest, WriteRequest, RekeyRequest)
@@ -89,7 +92,7 @@ class MemoryReplicas:
         """Memories of a batch of users, all from the replica of the first."""
         await self._look_if_due()
         first = next((user for user in request.users if user), None)
-        return await self._try(self._order(first), lambda client: client.retrieve(request))
+        return await self._try(self._order(first), lambda client: client.retrieve(request), HANGS_S)
 
     async def plan(self, request: PlanRequest) -> PlanReply:
         """What events would mean, and the states they need."""
@@ -200,14 +203,21 @@ class MemoryReplicas:
 
     # ---------------------------------------------------------------------------------------- whom to ask
 
-    async def _try(self, order: Sequence[str], call: Callable[[MemoryClient], Awaitable[T]]) -> T:
-        """The answer of the first replica in this order that can be reached."""
-        for left, url in zip(reversed(range(min(TRIES, len(order)))), order, strict=False):
+    async def _try(
+        self, order: Sequence[str], call: Callable[[MemoryClient], Awaitable[T]], hangs_s: float | None = None
+    ) -> T:
+        """The answer of the first replica in this order that can be reached; one that says nothing for `hangs_s` is
+        given up where there is another.
+        """
+        order = order[:TRIES]
+        for url, following in zip_longest(order, order[1:]):
+            is_last = following not in self._ready or following in self._down
             try:
-                return await call(self._client(url))
-            except MemoryUnreachable:
+                async with asyncio.timeout(None if is_last else hangs_s):
+                    return await call(self._client(url))
+            except (MemoryUnreachable, TimeoutError):
                 self._lose(url)
-                if not left:
+                if following is None:
                     raise
         raise MemoryUnavailable("memory service: no replica is known")
 
