@@ -80,13 +80,16 @@ class CollectiveScope:
         async for names in users:
             missing.difference_update(names)
             await self.look_at(names, stamps, read, loaded)
-        left = sorted(missing)
-        for at in range(0, len(left), COMPARE_USERS):
-            await self.look_at(left[at : at + COMPARE_USERS], stamps, read, loaded)
+        await self.look_at(sorted(missing), stamps, read, loaded)
         self._index.compact()
 
     async def look_at(self, names: list[str], stamps: Stamps, read: Read, loaded: Collection[str]) -> None:
-        """Bring some users to what Redis has. Others who look wait, a few milliseconds for some hundred users."""
+        """Bring users to what Redis has, COMPARE_USERS at a time."""
+        for at in range(0, len(names), COMPARE_USERS):
+            await self._look_at(names[at : at + COMPARE_USERS], stamps, read, loaded)
+
+    async def _look_at(self, names: list[str], stamps: Stamps, read: Read, loaded: Collection[str]) -> None:
+        """The same at once. Others who look wait, a few milliseconds for some hundred users."""
         async with self._looking:
             self._touched.clear()
             found = dict(zip(names, await stamps(names), strict=True))

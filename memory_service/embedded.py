@@ -9,7 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def embedded_valkey(data_dir: Path, fsync: str) -> Iterator[str]:
         note.write_text(str(socket), encoding="utf-8")
         try:
             process = _started(str(get_binary_path()), data_dir, socket, fsync)
-            stack.callback(_stop, process)
+            stack.callback(end_processes, [process], START_TIMEOUT_S)
             _wait_until_it_answers(process, socket)
         except (ValkeyServerError, OSError, RuntimeError) as error:
             raise EmbeddedError(f"the embedded Valkey in {data_dir} does not start: {error}") from error
@@ -114,14 +114,17 @@ def _wait_until_it_answers(process: subprocess.Popen[bytes], socket: Path) -> No
     raise RuntimeError(f"no answer within {START_TIMEOUT_S:.0f} s, see {LOG} there")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Have it write what is left to write, and end."""
-    process.terminate()
-    try:
-        process.wait(START_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+def end_processes(processes: Sequence[subprocess.Popen[bytes]], grace_s: float) -> None:
+    """Ask processes to stop; kill those that do not within the grace period."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + grace_s
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _make_folder(data_dir: Path) -> None:

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from math import inf
 
 from memory_service.ending import end
 from memory_service.link import StoreUnavailable
@@ -33,8 +34,8 @@ class Presence:
         self.lapses = 0
         """How often this replica counted as gone."""
         self._store, self._patience_s, self._compare = store, patience_s, compare
-        self._compared_after, self._counts_until = 0, -float("inf")
-        self._was_heard = self._has_left = False
+        self._compared_after, self._counts_until = 0, -inf  # never heard
+        self._has_left = False
         self._comparing: asyncio.Task[None] | None = None
 
     @property
@@ -62,10 +63,11 @@ class Presence:
         """Be heard once, and look who else is there. Raises StoreUnavailable."""
         begin = time.monotonic()
         was_there, self.replicas = await self._store.beat(self.url, self.is_ready, round(self._patience_s * 1000))
-        if self._was_heard and not was_there and not self._has_left:
+        if self._counts_until > -inf and not was_there:
             self.lapses += 1
             log.warning("this replica counted as gone for a while: what it holds is compared with Redis")
-        self._was_heard, self._counts_until = True, -float("inf") if self._has_left else begin + self._patience_s
+        if not self._has_left:
+            self._counts_until = begin + self._patience_s
 
     async def look(self) -> dict[str, bool]:
         """Who is there now, by URL, and whether everything is loaded there. Raises StoreUnavailable."""
@@ -78,7 +80,7 @@ class Presence:
             await self.beat()
             if any(is_ready for url, is_ready in self.replicas.items() if url != self.url):
                 await asyncio.sleep(linger_s)
-            self._has_left, self._counts_until = True, -float("inf")
+            self._has_left, self._counts_until = True, -inf
             await self._store.silence(self.url)
 
     async def _catch_up(self) -> None:

@@ -165,13 +165,10 @@ class MemoryService:
 
     async def _look_at(self, users: set[str]) -> None:
         """Other replicas, or time, did something to these users; or we did."""
-        names = list(users)
-        for at in range(0, len(names), LOAD_USERS):
-            for space in list(self.models.spaces.values()):
-                if space.collective is not None:
-                    read = partial(self._read, space)
-                    some = names[at : at + LOAD_USERS]
-                    await space.collective.look_at(some, self.store.stamps, read, self.models.spaces)
+        for space in list(self.models.spaces.values()):
+            if space.collective is not None:
+                read = partial(self._read, space)
+                await space.collective.look_at(list(users), self.store.stamps, read, self.models.spaces)
 
     async def _missed(self) -> None:
         """Changes may have gone unheard."""

@@ -158,7 +158,12 @@ def reached_at(settings: MemorySettings) -> str:
     host = settings.host
     with suppress(ValueError):  # a name
         host = _own_address(settings.redis_url or "") if ip_address(host).is_unspecified else host
-    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+    return url_of(host, settings.port)
+
+
+def url_of(host: str, port: int) -> str:
+    """The URL of what listens there."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _own_address(redis_url: str) -> str:

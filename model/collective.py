@@ -227,7 +227,7 @@ class Lists:
         """Say the other row of each of these entries from now on; none of them is among the rows named so far."""
         lists = self._lists(np.asarray(cell, np.int64))
         for one, row, other in zip(lists.tolist(), rows.tolist(), others.tolist(), strict=True):
-            ids = faiss.rev_swig_ptr(self.index.invlists.get_ids(one), int(self.size[one]))
+            ids, _ = self._view(one)
             ids[ids == row] = other
 
     def _remove(self, one: int, rows: Ints) -> None:

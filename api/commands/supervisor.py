@@ -26,8 +26,8 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from api.siblings import bound, socket_of
-from memory_service.embedded import embedded_valkey, ending_with
-from memory_service.settings import MemorySettings, user_data_dir
+from memory_service.embedded import embedded_valkey, end_processes, ending_with
+from memory_service.settings import MemorySettings, url_of, user_data_dir
 from memory_service.telemetry import PROCESS
 from model.checkpoint import load_checkpoint
 from model.config import describe
@@ -100,14 +100,14 @@ def serve(
             if memory_url is None:
                 told = _token() | stack.enter_context(_redis(run, redis_url, data_dir or data_dir_of(run)))
                 kinds.append(_replicas(run, ports, told))
-                memory_url = ",".join(_url(LOOPBACK, one) for one in ports)
+                memory_url = ",".join(url_of(LOOPBACK, one) for one in ports)
             else:
                 told = {}
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ramrec-")))
             words = ["--run", str(run), "--host", host, "--port", str(port), "--memory-url", memory_url, *guard]
             kinds.append(_workers(workers, words, folder, told))
             stack.callback(_stop, kinds)
-            _run(kinds, _url(host, port))
+            _run(kinds, url_of(host, port))
     except KeyboardInterrupt:
         return 0
 
@@ -144,10 +144,6 @@ def data_dir_of(run: Path) -> Path:
     """Where the memories of a run are kept: in the user's data folder, one folder a run."""
     path = run.resolve()
     return user_data_dir() / f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-
-
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _check_ports(ports: range, api_port: int) -> None:
@@ -257,7 +253,7 @@ def _replicas(run: Path, ports: Sequence[int], told: Mapping[str, str]) -> list[
     found = []
     for number, port in enumerate(ports, 1):
         words = ["--run", str(run), "--host", LOOPBACK, "--port", str(port)]
-        url = _url(LOOPBACK, port)
+        url = url_of(LOOPBACK, port)
         found.append(_child("memory_service", number, len(ports), words, {**told, ADVERTISE: url}, url))
     return found
 
@@ -313,24 +309,12 @@ def _stop(kinds: Sequence[Sequence[Child]]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     for kind in reversed(kinds):
-        _end_all([child.process for child in kind if hasattr(child, "process")], GRACE_S)
+        end_processes([child.process for child in kind if hasattr(child, "process")], GRACE_S)
 
 
 def end(child: subprocess.Popen[bytes], grace_s: float) -> None:
     """Ask a process to stop; kill it where it does not within the grace period."""
-    _end_all([child], grace_s)
-
-
-def _end_all(processes: Sequence[subprocess.Popen[bytes]], grace_s: float) -> None:
-    for process in processes:
-        process.terminate()
-    deadline = time.monotonic() + grace_s
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    end_processes([child], grace_s)
 
 
 # ------------------------------------------------------------------------------------------------- readiness
