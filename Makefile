@@ -44,9 +44,9 @@ sbom: $(DOCKER_TOOLS)/.ready
 screenshots: $(BIN)/.ready-dev
 	$(BIN)/python -m docs.screenshots
 
-# The generated calls of tests/test_conformance.py, ten times as many.
+# The generated calls of tests/system/test_conformance.py, ten times as many.
 conformance: $(BIN)/.ready-dev
-	RAMREC_TEST_EXAMPLES=500 $(BIN)/pytest tests/test_conformance.py
+	RAMREC_TEST_EXAMPLES=500 $(BIN)/pytest tests/system/test_conformance.py
 
 check: $(BIN)/.ready-dev
 	$(BIN)/ruff format --check .

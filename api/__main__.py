@@ -11,11 +11,11 @@ from typing import Any
 import uvicorn
 from pydantic import ValidationError
 
-from api.app import create_app
-from api.draining import DrainingServer
+from api.http.app import create_app
+from api.http.draining import DrainingServer
 from api.settings import ApiSettings
 from api.siblings import Worker
-from memory_service.telemetry import configure_logs, tracer_of
+from memory_service.protocol.telemetry import configure_logs, tracer_of
 from model.config import describe
 from model.errors import RamrecError
 

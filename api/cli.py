@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 if TYPE_CHECKING:
-    from model.dataset import Dataset
-    from model.optimisation import Epoch
+    from model.data.dataset import Dataset
+    from model.training.optimisation import Epoch
 
 app = typer.Typer(
     help="RAMRec: a recommendation service that remembers.",
@@ -131,9 +131,9 @@ def train(
     from contextlib import nullcontext
 
     from model.config import Config, load_config
-    from model.dataset import read_dataset
-    from model.distributed import joined
-    from model.training import train as fit
+    from model.data.dataset import read_dataset
+    from model.training.distributed import joined
+    from model.training.train import train as fit
 
     settings = load_config(config) if config else Config()
     if seed is not None:
@@ -229,9 +229,9 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
 ) -> None:
     """Leave-one-out on the test items, all items ranked: encoder, memory, fixed K, shuffled; both protocols."""
-    from model.dataset import read_dataset
-    from model.evaluation import evaluate as measure
-    from model.recommender import Recommender
+    from model.data.dataset import read_dataset
+    from model.serving.recommender import Recommender
+    from model.training.evaluation import evaluate as measure
 
     recommenders = [Recommender.load(one) for one in run]
     data = read_dataset(dataset, recommenders[0].config.dataset)
@@ -315,7 +315,7 @@ def serve(
     process that ends is started anew as long as others of its kind go on.
     """
     from api.commands.supervisor import serve as supervise
-    from memory_service.telemetry import configure_logs
+    from memory_service.protocol.telemetry import configure_logs
 
     configure_logs("info")
     sys.exit(
@@ -388,7 +388,7 @@ def keys_create(
     per_second: Annotated[int | None, typer.Option(min=1, max=1_000_000, help="Requests a second at most.")] = None,
 ) -> None:
     """Make a key and print it, this once: the file holds only its hash. A running api takes it up within a second."""
-    from api.keys import create_key
+    from api.access.keys import create_key
 
     typer.echo(create_key(file, name, tuple(scope), per_second))
 
@@ -396,7 +396,7 @@ def keys_create(
 @keys_app.command("list")
 def keys_list(file: KeyFileOption) -> None:
     """Names, scopes, limits and first digits of the hashes of all keys."""
-    from api.keys import read_keys
+    from api.access.keys import read_keys
 
     for key in read_keys(file):
         limit = f"{key.per_second}/s" if key.per_second else "no limit"
@@ -406,7 +406,7 @@ def keys_list(file: KeyFileOption) -> None:
 @keys_app.command("revoke")
 def keys_revoke(file: KeyFileOption, name: Annotated[str, typer.Option(help="The key to remove.")]) -> None:
     """Remove a key. A running api refuses it within a second."""
-    from api.keys import revoke_key
+    from api.access.keys import revoke_key
 
     revoke_key(file, name)
     typer.echo(f"revoked {name}", err=True)

@@ -8,9 +8,9 @@ from typing import Self
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from api.batching import PATIENCE_S
+from api.recommend.batching import PATIENCE_S
+from memory_service.protocol.telemetry import LogLevel
 from memory_service.settings import TOKEN_LENGTH, is_loopback, secrets_dir
-from memory_service.telemetry import LogLevel
 
 
 class ApiSettings(BaseSettings):

@@ -14,10 +14,10 @@ from typing import Any
 import uvicorn
 from pydantic import ValidationError
 
-from memory_service.app import create_app
-from memory_service.embedded import embedded_valkey
+from memory_service.http.app import create_app
+from memory_service.protocol.telemetry import configure_logs, tracer_of
 from memory_service.settings import MemorySettings
-from memory_service.telemetry import configure_logs, tracer_of
+from memory_service.store.embedded import embedded_valkey
 from model.config import describe
 from model.errors import RamrecError
 

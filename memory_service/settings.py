@@ -13,7 +13,7 @@ from urllib.parse import quote, urlsplit
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from memory_service.telemetry import LogLevel
+from memory_service.protocol.telemetry import LogLevel
 
 TOKEN_LENGTH = 16
 """Characters that a token has at least."""

@@ -3,7 +3,7 @@
 JSON lines: items first (`{"item": …}`), then users (`{"user": …}`).
 
 Items are named by id, so numbers need not agree; keys travel as base64 of little-endian fp16, sums and state of f4.
-An export from before habits were kept is taken, too; they are made from its logs (`model.events.with_habits`).
+An export from before habits were kept is taken, too; they are made from its logs (`model.memory.events.with_habits`).
 Tombstones stay behind: who was forgotten is known only to the deployment that forgot.
 """
 
@@ -24,16 +24,16 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from memory_service.embedded import embedded_valkey, running_valkey
-from memory_service.link import StoreUnavailable
 from memory_service.settings import RedisSettings, user_data_dir
-from memory_service.store import CatalogueItem, Store
-from model.bank import ENTRY_FIELDS, KEY, NOT_SHARED, Banks
-from model.collective import cells_of
+from memory_service.store.embedded import embedded_valkey, running_valkey
+from memory_service.store.link import StoreUnavailable
+from memory_service.store.store import CatalogueItem, Store
 from model.config import RulesConfig, describe
 from model.errors import RamrecError
-from model.events import EncodeJob, UserRecord, rekey_job, with_habits
-from model.habits import DAY_HALF_LIVES, OCCASION_HALF_LIVES, SUMS
+from model.memory.bank import ENTRY_FIELDS, KEY, NOT_SHARED, Banks
+from model.memory.collective import cells_of
+from model.memory.events import EncodeJob, UserRecord, rekey_job, with_habits
+from model.memory.habits import DAY_HALF_LIVES, OCCASION_HALF_LIVES, SUMS
 
 BATCH = 500
 TIMEOUT_S = 30.0

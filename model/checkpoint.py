@@ -22,10 +22,10 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from model.collective import Layout
 from model.config import Config, describe
 from model.errors import RamrecError
 from model.files import replace_file
+from model.memory.collective import Layout
 
 FORMAT = 3
 """2: the rules of habits, and the repeat head, in config and weights. 3: neighbours of items in place of centroids."""
@@ -44,8 +44,8 @@ class Checkpoint:
     """A model and what belongs to it. Item index 0 is padding; `item_ids[i - 1]` is the id of index i.
 
     item_clusters: (items + 1,) int32, −1 for padding. popularity: (items + 1,) float32 share of training interactions.
-    key_span (2, d), item_near, item_nearness (items + 1, n): see `model.collective.Layout`. key_plane: (3, d), see
-    `model.plane.Plane`. weights: empty when read without them.
+    key_span (2, d), item_near, item_nearness (items + 1, n): see `collective.Layout`. key_plane: (3, d), see
+    `plane.Plane`. weights: empty when read without them.
     """
 
     config: Config

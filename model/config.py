@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model.errors import RamrecError
-from model.habits import FEATURES
+from model.memory.habits import FEATURES
 from model.recbole import RecBoleError, read_recbole
 
 RECBOLE_SUFFIXES = (".yaml", ".yml")
@@ -84,7 +84,7 @@ class EncoderConfig(_Section):
 
 
 class RulesConfig(_Section):
-    """Parameters of the memory rules (`model.rules`)."""
+    """Parameters of the memory rules (`model.memory.rules`)."""
 
     capacity: int = Field(75, ge=1, le=1000)
     time_unit: Literal["seconds", "position"] = Field(
@@ -129,7 +129,7 @@ class RulesConfig(_Section):
     )
     activation: dict[str, float] = Field(
         {},
-        description="weights by which own memories are retrieved (names: `model.habits.FEATURES`, `similarity`); "
+        description="weights by which own memories are retrieved (names: `habits.FEATURES`, `similarity`); "
         "training fits them, none: by similarity alone",
     )
 

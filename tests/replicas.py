@@ -9,11 +9,11 @@ from typing import Any
 import httpx2
 import msgspec
 
-from api.app import create_app as create_api
+from api.http.app import create_app as create_api
 from api.settings import ApiSettings
 from benchmarks.ports import free_port
-from memory_service.app import create_app as create_memory
-from memory_service.schemas import ReplicasReply
+from memory_service.http.app import create_app as create_memory
+from memory_service.protocol.structs import ReplicasReply
 from memory_service.settings import MemorySettings
 from tests.conftest import served
 from tests.redis_cluster import until

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from model.bank import Banks, Entries, Retrieved
 from model.checkpoint import Checkpoint
 from model.config import Config, EncoderConfig, FusionConfig, RulesConfig, TrainingConfig
-from model.dataset import Dataset
-from model.encoder import SequenceEncoder
-from model.fusion import MemoryFusion
-from model.habits import FEATURES
-from model.optimisation import named_weights
+from model.data.dataset import Dataset
+from model.memory.bank import Banks, Entries, Retrieved
+from model.memory.habits import FEATURES
+from model.network.encoder import SequenceEncoder
+from model.network.fusion import MemoryFusion
+from model.training.optimisation import named_weights
 
 ACTIVATION = {name: round(0.9 * (-1) ** n / (n % 5 + 1), 3) for n, name in enumerate(FEATURES)} | {"similarity": 2.0}
 """Weights of every sign for all that a memory tells."""
@@ -86,7 +86,7 @@ def random_checkpoint(config: Config | None = None, items: int = 30, seed: int =
 
 
 def span_of(width: int) -> np.ndarray:
-    """Where most dimensions of unit vectors of any direction lie, see `model.collective.Layout`."""
+    """Where most dimensions of unit vectors of any direction lie, see `model.memory.collective.Layout`."""
     reach = 2.5 / np.sqrt(width)
     return np.float32([[-reach] * width, [reach] * width])
 
@@ -118,7 +118,7 @@ def random_memories(rows: int, width: int, items: int, seed: int = 0, empty_row:
 
 
 def random_banks(users: int, events: int, dim: int, rules: RulesConfig, items: int = 30, seed: int = 0) -> Banks:
-    from model.rules import unit
+    from model.memory.rules import unit
 
     rng = np.random.default_rng(seed)
     banks = Banks(users, dim, rules)

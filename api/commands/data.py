@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from model.dataset import DatasetError
+from model.data.dataset import DatasetError
 from model.files import replace_file
 
 DOWNLOAD_TIMEOUT_S = 300
@@ -70,7 +70,7 @@ def fetch_ml_100k(out: Path, source: Path | None = None) -> Path:
         source: the RecBole wheel, or a folder that holds the two files; without it the wheel is downloaded.
 
     Returns:
-        `out`, which `model.dataset.read_dataset` takes.
+        `out`, which `model.data.dataset.read_dataset` takes.
 
     Raises:
         DatasetError: no download, the files are not in `source` or not the known ones, or `out` cannot be
@@ -143,7 +143,7 @@ def fetch_groceries(
         households: keep only so many households, those with the lowest ids, with all of their baskets.
 
     Returns:
-        `out`, which `model.dataset.read_dataset` takes.
+        `out`, which `model.data.dataset.read_dataset` takes.
 
     Raises:
         DatasetError: no download, the files are not in `source` or not the known ones, `out` was made with other

@@ -23,7 +23,14 @@ from rich.console import Console
 
 from api.commands.drawing import Titles, plain
 from api.commands.portrait import Lists, nameable, portrait
-from api.schemas import ITEMS_LIMIT, ItemsResponse, RecommendBatchResponse, RecommendResponse, Scope, UserMemoryResponse
+from api.http.schemas import (
+    ITEMS_LIMIT,
+    ItemsResponse,
+    RecommendBatchResponse,
+    RecommendResponse,
+    Scope,
+    UserMemoryResponse,
+)
 from model.errors import RamrecError
 
 TIMEOUT_S = 60.0

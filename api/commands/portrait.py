@@ -30,7 +30,7 @@ from api.commands.drawing import (
     plain,
     stacked,
 )
-from api.schemas import (
+from api.http.schemas import (
     Because,
     Habit,
     HowMany,

@@ -91,9 +91,9 @@ def tour(where: Tour) -> None:
     Raises:
         QuickstartError, DatasetError, CheckpointError: a step failed.
     """
-    from api.catalogue import title_of
+    from api.catalogue.catalogue import title_of
     from api.jobs.backfill import backfill
-    from model.dataset import read_interactions
+    from model.data.dataset import read_interactions
 
     console.rule(f"1. {where.title}")
     console.print(f"in {where.fetch()}")

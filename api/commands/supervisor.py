@@ -26,9 +26,9 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from api.siblings import bound, socket_of
-from memory_service.embedded import embedded_valkey, end_processes, ending_with
+from memory_service.protocol.telemetry import PROCESS
 from memory_service.settings import MemorySettings, url_of, user_data_dir
-from memory_service.telemetry import PROCESS
+from memory_service.store.embedded import embedded_valkey, end_processes, ending_with
 from model.checkpoint import load_checkpoint
 from model.config import describe
 from model.errors import RamrecError

@@ -27,11 +27,11 @@ from rich.console import Console
 from api.jobs.bulk import HERE, Report, Runner, divided
 from api.jobs.journal import Journal, JournalFile, Tally, joined, journal_file, journal_path, state_folder
 from api.jobs.parcels import LAYOUT, Parcel, named, parcels
-from memory_service.slots import ALL_SLOTS, slot_of
+from memory_service.protocol.slots import ALL_SLOTS, slot_of
 from model.config import DatasetConfig
+from model.data.interactions import DatasetError, log_file
+from model.data.streaming import PORTION, LogLine, portions
 from model.errors import RamrecError
-from model.interactions import DatasetError, log_file
-from model.streaming import PORTION, LogLine, portions
 
 UNDER_WAY = 3
 TIMEOUT_S = 60.0

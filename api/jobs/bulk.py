@@ -16,7 +16,7 @@ from itertools import pairwise
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
-from memory_service.slots import ALL_SLOTS
+from memory_service.protocol.slots import ALL_SLOTS
 from model.errors import RamrecError
 
 RANGES_A_WORKER = 4

@@ -22,15 +22,15 @@ import msgspec
 import pyarrow as pa
 from pyarrow import parquet
 
+from api.http.schemas import RecommendRequest, RecommendResponse, refused_time
 from api.jobs.bulk import HERE, BulkError, Report, Runner, divided
 from api.jobs.workers import PAUSE_S, TIMEOUT_S, TRIES, connected, patiently
-from api.lifecycle import Models
 from api.memory.client import MemoryClient, Remembered
 from api.memory.replicas import MemoryReplicas
-from api.recommend import recommend
-from api.schemas import RecommendRequest, RecommendResponse, refused_time
-from memory_service.schemas import RetrieveRequest
-from memory_service.slots import slot_of
+from api.models.lifecycle import Models
+from api.recommend.recommend import recommend
+from memory_service.protocol.slots import slot_of
+from memory_service.protocol.structs import RetrieveRequest
 from model.files import replace_file
 
 BATCH = 256

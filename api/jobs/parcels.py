@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil, inf
 
-from model.streaming import LogLine
+from model.data.streaming import LogLine
 
 PARCEL = 1000
 """Interactions of a request, as many as `POST /memories` takes."""

@@ -15,12 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from api.engine import Engine
 from api.jobs.bulk import HERE, BulkError, Job, Report, Runner, shares
 from api.jobs.workers import PAUSE_S, TIMEOUT_S, Reply, connected, patiently
 from api.memory.replicas import MemoryReplicas
-from memory_service.schemas import ModelReply, ModelRequest
-from memory_service.slots import ALL_SLOTS
+from api.models.engine import Engine
+from memory_service.protocol.slots import ALL_SLOTS
+from memory_service.protocol.structs import ModelReply, ModelRequest
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

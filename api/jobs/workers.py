@@ -9,12 +9,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
-from api.engine import Engine
+from api.http.metrics import Metrics
+from api.http.problems import ApiProblem, MemoryUnavailable, ModelGone
 from api.jobs.bulk import BulkError
 from api.memory.replicas import MemoryReplicas
-from api.metrics import Metrics
-from api.problems import ApiProblem, MemoryUnavailable, ModelGone
-from model.recommender import Recommender
+from api.models.engine import Engine
+from model.serving.recommender import Recommender
 
 TIMEOUT_S = 60.0
 TRIES, PAUSE_S = 10, 1.0

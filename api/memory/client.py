@@ -13,8 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from api.memory.replies import check_inspected, check_listed, check_planned, check_retrieved, check_written
-from api.problems import (
+from api.http.problems import (
     ApiProblem,
     CheckpointRefused,
     DeadlineExceeded,
@@ -22,7 +21,9 @@ from api.problems import (
     MemoryUnreachable,
     ModelGone,
 )
-from memory_service.schemas import (
+from api.memory.replies import check_inspected, check_listed, check_planned, check_retrieved, check_written
+from memory_service.protocol.slots import ALL_SLOTS
+from memory_service.protocol.structs import (
     CONTENT_TYPE,
     CatalogueReply,
     Forgotten,
@@ -49,10 +50,9 @@ from memory_service.schemas import (
     WriteReply,
     WriteRequest,
 )
-from memory_service.slots import ALL_SLOTS
-from memory_service.telemetry import CALL, span
-from model.bank import Retrieved
-from model.habits import FEATURES
+from memory_service.protocol.telemetry import CALL, span
+from model.memory.bank import Retrieved
+from model.memory.habits import FEATURES
 
 CONNECT_S = 1.0
 """A replica that is there is connected to in far less."""

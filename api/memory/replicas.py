@@ -17,9 +17,10 @@ from zlib import crc32
 
 from msgspec import structs
 
+from api.http.problems import MemoryUnavailable, MemoryUnreachable
 from api.memory.client import MemoryClient, Readiness, Remembered
-from api.problems import MemoryUnavailable, MemoryUnreachable
-from memory_service.schemas import (
+from memory_service.protocol.slots import ALL_SLOTS
+from memory_service.protocol.structs import (
     CatalogueReply,
     Forgotten,
     ModelReply,
@@ -39,7 +40,6 @@ from memory_service.schemas import (
     WriteReply,
     WriteRequest,
 )
-from memory_service.slots import ALL_SLOTS
 
 LOOK_S = 1.0
 """How often it is looked which replicas are there."""

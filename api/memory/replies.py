@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 import numpy as np
 
-from memory_service.schemas import (
+from memory_service.protocol.structs import (
     CatalogueReply,
     Columns,
     Item,
@@ -29,7 +29,7 @@ from memory_service.schemas import (
     WriteReply,
     WriteRequest,
 )
-from model.habits import FEATURES
+from model.memory.habits import FEATURES
 
 MOST_ENTRIES = 1000
 """Entries retrieved for one user: at most what a bank can hold."""

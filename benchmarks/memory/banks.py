@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from memory_service.store import Store
-from model.bank import Banks
+from memory_service.store.store import Store
 from model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from model.collective import cells
 from model.config import Config, EncoderConfig
-from model.events import UserRecord
-from model.habits import first_taken
-from model.rules import unit
+from model.memory.bank import Banks
+from model.memory.collective import cells
+from model.memory.events import UserRecord
+from model.memory.habits import first_taken
+from model.memory.rules import unit
 
 DIM, ENTRIES, ITEMS = 64, 75, 3000
 START, HOUR = 1.7e9, 3600.0
@@ -29,9 +29,9 @@ def checkpoint(folder: Path) -> Checkpoint:
     """A checkpoint of random weights in a folder: all that a memory service needs to serve such banks."""
     import torch
 
-    from model.encoder import SequenceEncoder
-    from model.fusion import MemoryFusion
-    from model.optimisation import named_weights
+    from model.network.encoder import SequenceEncoder
+    from model.network.fusion import MemoryFusion
+    from model.training.optimisation import named_weights
 
     config = Config(encoder=EncoderConfig(dim=DIM, layers=1, heads=2))
     torch.manual_seed(0)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from model.bank import Banks
-from model.collective import LAST, Layout, cells
-from model.collective_training import SPAN, best_neighbours, followers
 from model.config import RulesConfig
-from model.dataset import Dataset, training_part
-from model.rules import unit
+from model.data.dataset import Dataset, training_part
+from model.memory.bank import Banks
+from model.memory.collective import LAST, Layout, cells
+from model.memory.rules import unit
+from model.training.collective_layout import SPAN, best_neighbours, followers
 
 DIM = 128
 ENTRIES = 10

@@ -26,16 +26,16 @@ import torch
 
 from benchmarks.memory.generated import DIM, World, banks_of, last_of
 from benchmarks.serving.deployment import present_layout
-from model.bank import Banks, Entries
-from model.collective import CollectiveIndex, give_back
 from model.config import RulesConfig, load_config
-from model.dataset import Dataset, read_dataset, split_of
-from model.evaluation import Asked, ask_test, both_scopes, no_memory
-from model.fusion_training import memory_ranks
-from model.metrics import ndcg
-from model.recommender import Recommender
-from model.replay import ask_others, filled, last_items, trajectory
-from model.rules import unit
+from model.data.dataset import Dataset, read_dataset, split_of
+from model.memory.bank import Banks, Entries
+from model.memory.collective import CollectiveIndex, give_back
+from model.memory.rules import unit
+from model.serving.recommender import Recommender
+from model.training.evaluation import Asked, ask_test, both_scopes, no_memory
+from model.training.fusion_stage import memory_ranks
+from model.training.metrics import ndcg
+from model.training.replay import ask_others, filled, last_items, trajectory
 
 FIGURES, PAGE = (Path(__file__).parent / name for name in ("lists.json", "lists.md"))
 KS = (20, 40, 75)

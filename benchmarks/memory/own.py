@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from benchmarks.measures import Measure, measured, percentile, resident_bytes
 from benchmarks.memory import banks as made
-from memory_service.index import OwnIndex
-from memory_service.residents import Residents, Wish
+from memory_service.index.own import OwnIndex
+from memory_service.index.residents import Residents, Wish
 from model.checkpoint import Checkpoint
-from model.habits import FEATURES
-from model.rules import unit
+from model.memory.habits import FEATURES
+from model.memory.rules import unit
 
 BATCH, K, ROUNDS = 1024, 10, 1000
 POOL = 20_000

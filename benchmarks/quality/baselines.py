@@ -21,13 +21,13 @@ import torch
 from api.cli import measured_with
 from benchmarks.quality.run import FILES
 from model.config import load_config
-from model.dataset import Dataset, Targets, read_dataset, split_of
-from model.encoder import encode_states
-from model.encoder_training import fit_encoder
-from model.metrics import ranks, summary
-from model.optimisation import Epoch
-from model.recommender import Recommender
-from model.replay import state_requests
+from model.data.dataset import Dataset, Targets, read_dataset, split_of
+from model.network.encoder import encode_states
+from model.serving.recommender import Recommender
+from model.training.encoder_stage import fit_encoder
+from model.training.metrics import ranks, summary
+from model.training.optimisation import Epoch
+from model.training.replay import state_requests
 
 ENVIRONMENTS = {
     "recbole": ("recbole==1.2.1", "torch==2.13.0", "numpy<2", "pandas<3", "scipy<1.14", "setuptools<81"),

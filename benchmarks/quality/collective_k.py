@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from api.cli import measured_with
-from model.dataset import Dataset, read_dataset
-from model.evaluation import MAIN_VARIANTS, Tested, rank_test_items
-from model.metrics import ndcg, relative_gain
-from model.recommender import Recommender
+from model.data.dataset import Dataset, read_dataset
+from model.serving.recommender import Recommender
+from model.training.evaluation import MAIN_VARIANTS, Tested, rank_test_items
+from model.training.metrics import ndcg, relative_gain
 
 RESULTS = Path(__file__).with_suffix(".json")
 MOST = 100

@@ -21,11 +21,11 @@ from api.cli import measured_with
 from benchmarks.quality import next_basket
 from benchmarks.quality.pruning import evictions
 from model.config import Config, load_config
-from model.dataset import Dataset, read_dataset
-from model.evaluation import BASELINE, FIXED_VARIANTS, MAIN_VARIANTS, Tested, rank_test_items, report
-from model.metrics import ndcg, relative_gain
-from model.recommender import Recommender
-from model.training import train
+from model.data.dataset import Dataset, read_dataset
+from model.serving.recommender import Recommender
+from model.training.evaluation import BASELINE, FIXED_VARIANTS, MAIN_VARIANTS, Tested, rank_test_items, report
+from model.training.metrics import ndcg, relative_gain
+from model.training.train import train
 
 HERE = Path(__file__).parent
 LOGS = {  # name: file, config, what is kept from training

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.dataset import Dataset, Targets, split_of, training_part
-from model.metrics import basket_summary, ndcg, ranks
+from model.data.dataset import Dataset, Targets, split_of, training_part
+from model.training.metrics import basket_summary, ndcg, ranks
 
 ROWS = 512
 GROUP_BASKETS = 7

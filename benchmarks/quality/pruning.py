@@ -14,12 +14,12 @@ import numpy as np
 
 from benchmarks.quality.streams import trained
 from model.config import Config, RulesConfig
-from model.dataset import Dataset, Targets, split_of
-from model.evaluation import memory_space_of
-from model.fusion_training import memory_ranks
-from model.metrics import ndcg, relative_gain, summary
-from model.recommender import Recommender
-from model.replay import MemorySpace, adaptive, collective, replay, trajectory
+from model.data.dataset import Dataset, Targets, split_of
+from model.serving.recommender import Recommender
+from model.training.evaluation import memory_space_of
+from model.training.fusion_stage import memory_ranks
+from model.training.metrics import ndcg, relative_gain, summary
+from model.training.replay import MemorySpace, adaptive, collective, replay, trajectory
 
 CAPACITIES = (10, 25, 75)
 EVICTIONS = ("quality", "first-in", "random")

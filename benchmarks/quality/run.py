@@ -21,10 +21,10 @@ import numpy as np
 from api.cli import measured_with
 from benchmarks.quality import adaptive, pruning, report, streams
 from model.config import load_config
-from model.dataset import Dataset, read_dataset
-from model.evaluation import MAIN_VARIANTS, VARIANTS, Tested, rank_test_items
-from model.evaluation import report as report_of
-from model.recommender import Recommender
+from model.data.dataset import Dataset, read_dataset
+from model.serving.recommender import Recommender
+from model.training.evaluation import MAIN_VARIANTS, VARIANTS, Tested, rank_test_items
+from model.training.evaluation import report as report_of
 
 HERE = Path(__file__).parent
 FILES = {

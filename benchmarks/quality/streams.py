@@ -4,7 +4,7 @@ over_time   ML-100K by the clock: trained on the first 70 % of the interactions,
 new_users   trained on a random 80 % of the users, the other 20 % arrive through the memory alone
 new_items   5 % of the items are kept out of training entirely; can they be recommended through the memory?
 
-All go through `model.bank` and `model.collective`, as serving does. Trainings are kept in the run folder and reused.
+All go through `model.memory`, as serving does. Trainings are kept in the run folder and reused.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from model.bank import Banks, Retrieved
-from model.collective import cells
 from model.config import Config
-from model.dataset import Dataset, Targets, split_of
-from model.evaluation import ask_test, both_scopes, memory_space_of
-from model.fusion_training import memory_ranks
-from model.metrics import summary
-from model.optimisation import Epoch
-from model.recommender import Recommender
-from model.replay import Replay, adaptive, ask_others, index_of, last_items, replay, trajectory
-from model.rules import unit
-from model.training import train
+from model.data.dataset import Dataset, Targets, split_of
+from model.memory.bank import Banks, Retrieved
+from model.memory.collective import cells
+from model.memory.rules import unit
+from model.serving.recommender import Recommender
+from model.training.evaluation import ask_test, both_scopes, memory_space_of
+from model.training.fusion_stage import memory_ranks
+from model.training.metrics import summary
+from model.training.optimisation import Epoch
+from model.training.replay import Replay, adaptive, ask_others, index_of, last_items, replay, trajectory
+from model.training.train import train
 
 CHUNK = 0.01
 """Share of all interactions that is predicted before it is ingested."""

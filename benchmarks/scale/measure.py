@@ -30,7 +30,7 @@ from benchmarks.memory.service import Replica, cpu_s, post, service
 from benchmarks.ports import free_port
 from benchmarks.serving.asking import open_loop
 from benchmarks.serving.deployment import running
-from memory_service.schemas import RetrieveRequest
+from memory_service.protocol.structs import RetrieveRequest
 from model.checkpoint import Checkpoint
 
 BATCH, CALLS, CALLERS = 16, 600, 2

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from model.dataset import Dataset
+from model.data.dataset import Dataset
 
 LUA = Path(__file__).with_name("wrk.lua")
 TOP_N, SEQUENCE, BATCH = 10, 50, 64

@@ -30,16 +30,16 @@ import torch
 from benchmarks.measures import Measure, measured, percentile, resident_bytes, store
 from benchmarks.memory.banks import tables
 from benchmarks.serving.deployment import Deployment, serving
-from model.bank import Retrieved
 from model.checkpoint import Checkpoint, save_checkpoint
 from model.config import Config, EncoderConfig
-from model.encoder import SequenceEncoder
-from model.events import EncodeJob
-from model.fusion import MemoryFusion
-from model.item_index import ItemIndex
-from model.optimisation import named_weights
-from model.recommender import NO_ITEMS, Query, Recommender
-from model.rules import unit
+from model.memory.bank import Retrieved
+from model.memory.events import EncodeJob
+from model.memory.rules import unit
+from model.network.encoder import SequenceEncoder
+from model.network.fusion import MemoryFusion
+from model.serving.item_index import ItemIndex
+from model.serving.recommender import NO_ITEMS, Query, Recommender
+from model.training.optimisation import named_weights
 
 RESULTS = Path(__file__).with_name("results.json")
 CENTRES, SPREAD, TRAINED_DRAWN = 4000, 0.11, 1000

@@ -24,10 +24,10 @@ from safetensors.numpy import load_file
 from api.commands.supervisor import DIRECT, end, wait_until_ready
 from benchmarks.ports import free_port
 from model.checkpoint import FORMAT, HEADER_FILE, ITEMS_FILE, WEIGHTS_FILE, Checkpoint, save_checkpoint
-from model.collective_training import layout_of, plane_of, sampled_keys
 from model.config import Config
-from model.dataset import Dataset
-from model.encoder import SequenceEncoder
+from model.data.dataset import Dataset
+from model.network.encoder import SequenceEncoder
+from model.training.collective_layout import layout_of, plane_of, sampled_keys
 
 TICKS = os.sysconf("SC_CLK_TCK")
 GRACE_S = 60.0

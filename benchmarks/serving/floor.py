@@ -12,7 +12,7 @@ import argparse
 import uvicorn
 from fastapi import FastAPI
 
-from api import schemas as face
+from api.http import schemas as face
 
 ITEMS = 10
 

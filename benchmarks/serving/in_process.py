@@ -7,15 +7,15 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from api.engine import Engine
-from api.lifecycle import Models
+from api.http.metrics import Metrics
 from api.memory.client import MemoryClient, Remembered, unpack
-from api.metrics import Metrics
-from memory_service.app import create_app
-from memory_service.schemas import CatalogueReply, RetrieveRequest
-from memory_service.service import MemoryService
+from api.models.engine import Engine
+from api.models.lifecycle import Models
+from memory_service.http.app import create_app
+from memory_service.protocol.structs import CatalogueReply, RetrieveRequest
+from memory_service.service.service import MemoryService
 from memory_service.settings import MemorySettings
-from model.recommender import Recommender
+from model.serving.recommender import Recommender
 
 
 class InProcess(MemoryClient):

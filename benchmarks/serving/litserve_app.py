@@ -21,9 +21,9 @@ import torch
 import uvloop
 from starlette.responses import Response
 
-from api.lifecycle import Models
-from api.recommend import recommend
-from api.schemas import RecommendRequest
+from api.http.schemas import RecommendRequest
+from api.models.lifecycle import Models
+from api.recommend.recommend import recommend
 from benchmarks.serving.floor import answer
 from benchmarks.serving.in_process import with_memory_inside, with_memory_service
 

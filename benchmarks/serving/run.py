@@ -25,7 +25,7 @@ from benchmarks.serving.asking import write_bodies
 from benchmarks.serving.deployment import Deployment, ingest, is_empty, present_layout, serving
 from model.checkpoint import load_checkpoint
 from model.config import load_config
-from model.dataset import Dataset, read_dataset
+from model.data.dataset import Dataset, read_dataset
 
 RESULTS = Path(__file__).with_name("results.json")
 PARTS = ("ingest", "speed", "overload", "litserve")

@@ -8,7 +8,7 @@ import faiss
 import numpy as np
 
 from benchmarks.memory.engines.harness import Floats, Ints, K, run
-from memory_service.index import OwnIndex
+from memory_service.index.own import OwnIndex
 
 USERS_A_PUT = 500
 
@@ -16,7 +16,7 @@ USERS_A_PUT = 500
 class Ours:
     """`OwnIndex` as the memory service uses it: a slot for each user, banks put whole, many users at a time."""
 
-    about = "memory_service.index.OwnIndex, keys in fp16, batches of 1024"
+    about = "memory_service.index.own.OwnIndex, keys in fp16, batches of 1024"
     version = f"this checkout, faiss {faiss.__version__}"
     batch = 1024
     on_disk = False

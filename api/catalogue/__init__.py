@@ -1,0 +1,1 @@
+"""The items: numbers and ids, metadata, filters."""

@@ -1,0 +1,1 @@
+"""The routes of the memory service and what every call passes through."""

@@ -1,0 +1,1 @@
+"""The use cases, and what belongs to one model."""

@@ -1,0 +1,1 @@
+"""What answers a request: encode, fuse, score, choose the best items, explain."""
