@@ -15,7 +15,8 @@ import uvicorn
 from pydantic import ValidationError
 
 from memory_service.http.app import create_app
-from memory_service.protocol.telemetry import configure_logs, tracer_of
+from memory_service.protocol.logs import configure_logs
+from memory_service.protocol.tracing import tracer_of
 from memory_service.settings import MemorySettings
 from memory_service.store.embedded import embedded_valkey
 from model.config import describe
@@ -23,8 +24,8 @@ from model.errors import RamrecError
 
 
 def main() -> int:
-    """Serve until told to stop. Exit code 2 with one line where something expected is missing."""
-    # uvicorn hands a SIGTERM on once it has stopped; as KeyboardInterrupt it lets the embedded Valkey stop too.
+    """Serve until stopped; returns the exit code. Expected errors end it with exit code 2 and one line on stderr."""
+    # uvicorn re-raises SIGTERM once it has stopped; as KeyboardInterrupt it ends the embedded Valkey, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         settings = MemorySettings(**_options())
@@ -33,7 +34,7 @@ def main() -> int:
             if settings.redis_url is None:
                 url = stack.enter_context(embedded_valkey(settings.data_dir, settings.fsync))
                 settings = settings.model_copy(update={"redis_url": url})
-            server = Server(
+            server = LeavingServer(
                 uvicorn.Config(
                     create_app(settings, tracer_of("ramrec-memory")),
                     host=settings.host,
@@ -43,7 +44,7 @@ def main() -> int:
                     timeout_graceful_shutdown=10,
                 )
             )
-            gc.freeze()  # what was loaded stays: looking through it would hold up all calls
+            gc.freeze()  # what was loaded stays, and collecting it would delay all calls
             server.run()
             return 0 if server.started else 1
     except ValidationError as error:
@@ -55,11 +56,11 @@ def main() -> int:
     return 2
 
 
-class Server(uvicorn.Server):
-    """Answers on until callers ask the other replicas."""
+class LeavingServer(uvicorn.Server):
+    """Keeps answering until callers ask the other memory replicas."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Leave, then stop."""
+        """Let others take over, then stop."""
         app: Any = self.config.app
         if not self.force_exit:
             await app.state.service.leave(app.state.settings.leave_s)
@@ -67,7 +68,7 @@ class Server(uvicorn.Server):
 
 
 def _options() -> dict[str, Any]:
-    """What the command line says; the rest comes from the environment and the defaults."""
+    """The options of the command line; other settings come from the environment and the defaults."""
     parser = argparse.ArgumentParser(prog="python -m memory_service", description=__doc__)
     parser.add_argument("--run", type=Path, help="checkpoint folder")
     parser.add_argument("--host", help="address to listen on")

@@ -1,4 +1,4 @@
-"""The end of tasks that would go on for good."""
+"""Ending tasks that run until they are cancelled."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from collections.abc import Iterable
 from typing import Any
 
 AGAIN_S = 0.5
-"""Until a task that goes on although it was cancelled is cancelled again."""
+"""How long to wait for a cancelled task before it is cancelled again."""
 
 
-async def end(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
-    """Cancel tasks and wait until all have ended, however they do; None is one that never began. Who cancels this waits
-    for them, too.
+async def cancel_and_wait(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
+    """Cancel tasks and wait until all of them have ended, by a result, an error or the cancellation; None is skipped.
+    If the caller is cancelled meanwhile, the cancellation is raised once all tasks have ended.
 
     One cancellation is not enough: redis-py sends with `asyncio.wait_for`, which up to Python 3.11 loses a cancellation
-    that comes just when what it waits for is done, and the task would go on.
+    that arrives just when the awaited result does, and the task would go on.
     """
-    all_of_them, interrupted = [task for task in tasks if task is not None], False
-    while left := [task for task in all_of_them if not task.done()]:
-        for task in left:
+    started, is_cancelled = [task for task in tasks if task is not None], False
+    while running := [task for task in started if not task.done()]:
+        for task in running:
             task.cancel()
         try:
-            await asyncio.wait(left, timeout=AGAIN_S)
+            await asyncio.wait(running, timeout=AGAIN_S)
         except asyncio.CancelledError:
-            interrupted = True
-    for task in all_of_them:
+            is_cancelled = True
+    for task in started:
         if not task.cancelled():
-            task.exception()  # nobody else asks, and asyncio would complain of that
-    if interrupted:
+            task.exception()  # marks it as retrieved, or asyncio would log that it never was
+    if is_cancelled:
         raise asyncio.CancelledError

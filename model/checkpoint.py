@@ -1,9 +1,9 @@
-"""A trained model on disk: safetensors and JSON, never pickle. Read without torch.
+"""A trained model on disk: safetensors and JSON, never pickle. It can be read without torch.
 
-RUN/model.safetensors   weights (`encoder.*`, `fusion.*`) and what belongs to them: `item_clusters`,
-                        `popularity`, `key_span`, `key_plane`, `item_near`, `item_nearness`
-RUN/checkpoint.json     format, version (content hash), config, item ids in order of their index
-RUN/items.json          item_id → metadata (title, …), as far as the dataset has any
+RUN/model.safetensors   weights (`encoder.*`, `fusion.*`) and side tables: `item_clusters`, `popularity`,
+                        `key_span`, `key_plane`, `item_near`, `item_nearness`
+RUN/checkpoint.json     format, version (hash of the content), config, item ids in order of their index
+RUN/items.json          metadata (title, …) by item id, if the dataset has any
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from safetensors.numpy import save
 from model.config import Config, describe
 from model.errors import RamrecError
 from model.files import replace_file
-from model.memory.collective import Layout
+from model.memory.collective.layout import Layout
 
 FORMAT = 3
-"""2: the rules of habits, and the repeat head, in config and weights. 3: neighbours of items in place of centroids."""
+"""Format 2 added habits and the repeat head; 3 replaced centroids by neighbours of items."""
 WEIGHTS_FILE = "model.safetensors"
 HEADER_FILE = "checkpoint.json"
 ITEMS_FILE = "items.json"
@@ -36,16 +36,16 @@ SIDE_TABLES = ("item_clusters", "popularity", "key_span", "key_plane", "item_nea
 
 
 class CheckpointError(RamrecError):
-    """The folder holds no checkpoint that this version can use; the message says what and where."""
+    """The folder holds no checkpoint that can be used; the message says what is wrong and where."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model and what belongs to it. Item index 0 is padding; `item_ids[i - 1]` is the id of index i.
+    """A model: config, items, weights and side tables. Item index 0 is padding; `item_ids[i - 1]` is the id of index i.
 
-    item_clusters: (items + 1,) int32, −1 for padding. popularity: (items + 1,) float32 share of training interactions.
-    key_span (2, d), item_near, item_nearness (items + 1, n): see `collective.Layout`. key_plane: (3, d), see
-    `plane.Plane`. weights: empty when read without them.
+    item_clusters: (items + 1,) int32, −1 for padding. popularity: (items + 1,) float32, shares of training events.
+    key_span (2, d), item_near and item_nearness (items + 1, n): see `collective.layout`. key_plane: (3, d), see
+    `plane.Plane`. weights: empty if read without them. metadata: attributes by item id. version: "" if not saved.
     """
 
     config: Config
@@ -62,16 +62,16 @@ class Checkpoint:
 
     @property
     def layout(self) -> Layout:
-        """What the model says about its collective index."""
+        """The layout of the model's collective index."""
         return Layout(self.item_near, self.item_nearness, self.key_span, self.popularity)
 
     def tensors(self) -> dict[str, NDArray[Any]]:
-        """All arrays by their names in the file."""
+        """All arrays, by their names in the file."""
         return {**self.weights, **{name: getattr(self, name) for name in SIDE_TABLES}}
 
 
 def content_version(checkpoint: Checkpoint) -> str:
-    """16 hex digits of a SHA-256 over config, item ids and every array: equal content, equal version."""
+    """The version: 16 hex digits of a SHA-256 over config, item ids and all arrays."""
     digest = hashlib.sha256(f"{FORMAT}\n{checkpoint.config.model_dump_json()}\n".encode())
     digest.update(json.dumps(checkpoint.item_ids).encode())
     for name, values in sorted(checkpoint.tensors().items()):
@@ -81,7 +81,7 @@ def content_version(checkpoint: Checkpoint) -> str:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> str:
-    """Write a checkpoint, replacing one that is there; the version is computed and returned."""
+    """Write a checkpoint to a folder, replacing one that it holds; returns its version. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     version = content_version(checkpoint)
     header = {
@@ -98,15 +98,15 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> str:
 
 
 def load_checkpoint(folder: Path, *, with_weights: bool = True) -> Checkpoint:
-    """Read a checkpoint; without weights only what the memory service needs.
+    """Read a checkpoint. with_weights: False reads only what the memory service needs.
 
     Raises:
-        CheckpointError: missing, unreadable, of another format, or its content does not fit its version.
+        CheckpointError: it is missing, unreadable, of another format, or its content does not match its version.
     """
     header = _read_json(folder / HEADER_FILE)
     if header.get("format") != FORMAT:
         found = f"{folder}: checkpoint format {header.get('format')!r}, this version reads {FORMAT}"
-        raise CheckpointError(f"{found}: train the model anew")
+        raise CheckpointError(f"{found}: train the model again")
     try:
         tensors = _read_tensors(folder / WEIGHTS_FILE, str(header["version"]), with_weights)
         checkpoint = Checkpoint(
@@ -126,18 +126,18 @@ def load_checkpoint(folder: Path, *, with_weights: bool = True) -> Checkpoint:
 
 
 def find_checkpoint(version: str, folders: Sequence[Path]) -> Checkpoint:
-    """The checkpoint of a version, whole and checked against it, from the first of these folders that has it.
+    """The checkpoint of a version, with its weights, from the first of the folders that holds it.
 
     Raises:
-        CheckpointError: none has; says what is in each.
+        CheckpointError: none of the folders holds it; the message says what each one holds.
     """
     found = []
     for folder in dict.fromkeys(folders):
         try:
-            there = load_checkpoint(folder, with_weights=False).version
-            if there == version:
+            held = load_checkpoint(folder, with_weights=False).version
+            if held == version:
                 return load_checkpoint(folder)
-            found.append(f"{folder}: holds model {there}")
+            found.append(f"{folder}: holds model {held}")
         except CheckpointError as error:
             found.append(str(error))
     raise CheckpointError(f"no model {version}: {'; '.join(found)}")
@@ -145,7 +145,7 @@ def find_checkpoint(version: str, folders: Sequence[Path]) -> Checkpoint:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = msgspec.json.decode(file.read_bytes())  # stricter than `json`: no NaN, nothing that UTF-8 lacks
+        content = msgspec.json.decode(file.read_bytes())  # stricter than `json`: no NaN, no lone surrogates
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint at {file.parent}: {file.name} is missing") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -157,7 +157,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _item_ids(folder: Path, found: Any) -> tuple[str, ...]:
     if not isinstance(found, list) or not all(isinstance(item, str) and item for item in found):
-        raise CheckpointError(f"{folder}/{HEADER_FILE}: item_ids is no list of ids")
+        raise CheckpointError(f"{folder}/{HEADER_FILE}: item_ids is not a list of ids")
     if len(set(found)) < len(found):
         raise CheckpointError(f"{folder}/{HEADER_FILE}: item_ids names an item twice")
     return tuple(found)
@@ -166,12 +166,12 @@ def _item_ids(folder: Path, found: Any) -> tuple[str, ...]:
 def _metadata(folder: Path) -> dict[str, dict[str, Any]]:
     found = _read_json(folder / ITEMS_FILE)
     try:
-        msgspec.msgpack.encode(found)  # as it will travel
+        msgspec.msgpack.encode(found)  # as it is sent
     except (OverflowError, RecursionError) as error:
         raise CheckpointError(f"cannot use {folder / ITEMS_FILE}: {error}") from error
     for item, about in found.items():
         if not isinstance(about, dict):
-            raise CheckpointError(f"{folder / ITEMS_FILE}: what is said about {item!r} is no JSON object")
+            raise CheckpointError(f"{folder / ITEMS_FILE}: the metadata of {item!r} is not a JSON object")
     return found
 
 
@@ -184,7 +184,13 @@ def _read_tensors(file: Path, version: str, with_weights: bool) -> dict[str, NDA
             return {name: opened.get_tensor(name) for name in names}
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint at {file.parent}: {file.name} is missing") from error
-    except (AttributeError, OSError, SafetensorError, TypeError, ValueError) as error:  # the last: types NumPy lacks
+    except (
+        AttributeError,
+        OSError,
+        SafetensorError,
+        TypeError,
+        ValueError,
+    ) as error:  # ValueError: a type that NumPy lacks
         raise CheckpointError(f"cannot read {file}: {error}") from error
 
 
@@ -203,10 +209,10 @@ def _check(folder: Path, checkpoint: Checkpoint, with_weights: bool) -> None:
     if with_weights and content_version(checkpoint) != checkpoint.version:
         raise CheckpointError(f"{folder}: content does not match version {checkpoint.version}; the files are damaged")
     if near.dtype.kind != "i" or near.min(initial=0) < 0 or near.max(initial=0) >= rows:
-        raise CheckpointError(f"{folder}: item_near names an item that there is not")
+        raise CheckpointError(f"{folder}: item_near names an item that does not exist")
     clusters = checkpoint.item_clusters
     if clusters.dtype.kind != "i" or clusters.min() < -1 or clusters.max() >= checkpoint.config.rules.clusters:
-        raise CheckpointError(f"{folder}: item_clusters names a cluster that there is not")
+        raise CheckpointError(f"{folder}: item_clusters names a cluster that does not exist")
     for name, values in checkpoint.tensors().items():
         if values.dtype.kind not in "fiub" or not np.isfinite(values).all():
-            raise CheckpointError(f"{folder}: {name} holds something else than finite numbers")
+            raise CheckpointError(f"{folder}: {name} holds values that are not finite numbers")

@@ -1,5 +1,5 @@
-"""The one base of refusals."""
+"""The base of all errors that the user can correct."""
 
 
 class RamrecError(ValueError):
-    """Something the caller can mend (a file, a config, a run); the message is one clear line."""
+    """Something that the caller can correct, such as a file or a config; the message is one line."""

@@ -1,7 +1,6 @@
-"""RecBole's YAML configs, for people who come from RecBole, DuoRec, RaSeRec or the published RAMRec code.
+"""Translates RecBole's YAML configs, for users of RecBole, DuoRec, RaSeRec or the published RAMRec code.
 
-Every key is mapped to RAMRec's config, or ignored with a reason that the user is shown, or an error: nothing is dropped
-in silence.
+Every key is translated, ignored with a reason that the user is shown, or an error. No key is dropped silently.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from model.errors import RamrecError
 
 
 class RecBoleError(RamrecError):
-    """A RecBole config that cannot be translated; names the key."""
+    """A RecBole config cannot be translated; the message names the key."""
 
 
 MAPPED: dict[str, tuple[str, str]] = {
@@ -46,46 +45,46 @@ MAPPED: dict[str, tuple[str, str]] = {
     "lmd_sem": ("training", "contrast_weight"),
     "tau": ("training", "contrast_temperature"),
 }
-"""RecBole key → (section, key) of RAMRec's config."""
+"""(section, key) of RAMRec's config, by RecBole key."""
 
 _PROTOCOL = "evaluation is fixed: leave-one-out, all items ranked, unmasked and masked, HR and NDCG at 5 and 10"
-_MACHINE = "the machine is chosen by the environment (OMP_NUM_THREADS, training.threads)"
-_DISPLAY = "progress and results are always shown; --json writes them"
+_MACHINE = "processor and threads are chosen by --device, OMP_NUM_THREADS and training.threads"
+_DISPLAY = "progress and results are always shown; `ramrec evaluate --json` writes them to a file"
 _FIXED = "fixed in RAMRec's encoder"
-_MEMORY = "RAMRec's memory has no such switch: the gate learns how much memory counts"
+_MEMORY = "memory cannot be switched off: the gate learns how much it counts"
 IGNORED: dict[str, str] = {
     "train_batch_size": "batches are counted in positions (training.batch_tokens), not in augmented prefixes",
     "eval_batch_size": _PROTOCOL,
-    "attn_dropout_prob": "one dropout for all places: hidden_dropout_prob",
+    "attn_dropout_prob": "one dropout for all layers: hidden_dropout_prob",
     "inner_size": "always 4 times hidden_size",
     "hidden_act": _FIXED,
     "layer_norm_eps": _FIXED,
     "initializer_range": _FIXED,
-    "learner": "AdamW with cosine decay",
+    "learner": "always AdamW with cosine decay",
     "clip_grad_norm": "gradients are clipped to norm 1",
-    "train_neg_sample_args": "no negatives are sampled for the full softmax; see training.objective, negatives",
-    "neg_sampling": "no negatives are sampled for the full softmax; see training.objective, negatives",
+    "train_neg_sample_args": "the full softmax needs no negatives; see training.objective and training.negatives",
+    "neg_sampling": "the full softmax needs no negatives; see training.objective and training.negatives",
     "sim": "the contrastive terms always compare by cosine",
     "contrast": "both contrastive terms are used where lmd_sem or lmd is above 0",
     "eval_args": _PROTOCOL,
     "eval_setting": _PROTOCOL,
-    "eval_step": "validated after every epoch",
+    "eval_step": "validation follows every epoch",
     "metrics": _PROTOCOL,
     "topk": _PROTOCOL,
-    "valid_metric": "NDCG@10",
-    "valid_metric_bigger": "NDCG@10",
-    "repeatable": "histories are kept as they are; repeats count",
-    "data_path": "taken by --dataset",
-    "dataset": "taken by --dataset",
-    "model": "RAMRec",
+    "valid_metric": "always NDCG@10",
+    "valid_metric_bigger": "always NDCG@10",
+    "repeatable": "histories are kept as they are, with repeats",
+    "data_path": "given by --dataset",
+    "dataset": "given by --dataset",
+    "model": "always RAMRec",
     "load_col": "the columns named by *_FIELD are read",
-    "field_separator": "found from the file",
-    "seq_separator": "found from the file",
+    "field_separator": "recognised from the file",
+    "seq_separator": "recognised from the file",
     "benchmark_filename": "split by RAMRec: leave-one-out",
     "LIST_SUFFIX": "sequences are made from the interactions",
     "ITEM_LIST_LENGTH_FIELD": "sequences are made from the interactions",
     "alias_of_item_id": "sequences are made from the interactions",
-    "NEG_PREFIX": "no negatives are sampled for the full softmax",
+    "NEG_PREFIX": "the full softmax needs no negatives",
     "gpu_id": _MACHINE,
     "use_gpu": _MACHINE,
     "device": _MACHINE,
@@ -98,24 +97,24 @@ IGNORED: dict[str, str] = {
     "show_progress": _DISPLAY,
     "log_wandb": _DISPLAY,
     "wandb_project": _DISPLAY,
-    "checkpoint_dir": "--out",
-    "save_dataset": "reading takes a second",
-    "save_dataloaders": "reading takes a second",
-    "dataset_save_path": "reading takes a second",
-    "dataloaders_save_path": "reading takes a second",
+    "checkpoint_dir": "given by --out",
+    "save_dataset": "the dataset is read again, which takes a second",
+    "save_dataloaders": "the dataset is read again, which takes a second",
+    "dataset_save_path": "the dataset is read again, which takes a second",
+    "dataloaders_save_path": "the dataset is read again, which takes a second",
     "use_memory": _MEMORY,
-    "use_adaptive_k": "rules.k_rule says how K is chosen",
-    "memory_update_momentum": "rules.key_update: the paper's weight grows with the frequency",
+    "use_adaptive_k": "K is always adaptive; rules.k_rule chooses how",
+    "memory_update_momentum": "the weight grows with the frequency, as in the paper; see rules.key_update",
 }
-"""RecBole key → why it has no effect."""
+"""Why a RecBole key has no effect, by key."""
 
 _SPECIAL = ("loss_type", "user_inter_num_interval", "item_inter_num_interval", "lmd")
 
 
 @dataclass(frozen=True)
 class Translated:
-    """A RecBole config in RAMRec's terms: `config` for `Config.model_validate`, what was `ignored` and why, and the
-    folder that RecBole would look for datasets in.
+    """A translated RecBole config: `config` for `Config.model_validate`, the `ignored` keys with reasons, and
+    `data_path`, the folder in which RecBole looks for datasets.
     """
 
     config: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -124,7 +123,7 @@ class Translated:
 
 
 def read_recbole(text: str) -> Translated:
-    """Translate the text of a YAML file. Raises RecBoleError."""
+    """Translate the text of a YAML file. Raises RecBoleError; see `translate`."""
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -138,7 +137,7 @@ def translate(values: Mapping[Any, Any]) -> Translated:
     """Translate RecBole's keys.
 
     Raises:
-        RecBoleError: a key is unknown (with the nearest known ones), or its value has no counterpart here.
+        RecBoleError: a key is unknown (the message names similar ones), or its value cannot be translated.
     """
     done = Translated(data_path=values.get("data_path"))
     for key, value in values.items():
@@ -149,7 +148,7 @@ def translate(values: Mapping[Any, Any]) -> Translated:
             done.ignored[key] = IGNORED[key]
         elif key not in _SPECIAL:
             near = get_close_matches(str(key), [*MAPPED, *IGNORED, *_SPECIAL], n=2)
-            raise RecBoleError(f"{key}: unknown key" + (f", meant: {' or '.join(near)}?" if near else ""))
+            raise RecBoleError(f"{key}: unknown key" + (f", did you mean {' or '.join(near)}?" if near else ""))
     _loss(values, done)
     _core(values, done)
     _contrast(values, done)
@@ -159,11 +158,13 @@ def translate(values: Mapping[Any, Any]) -> Translated:
 def _loss(values: Mapping[Any, Any], done: Translated) -> None:
     kind = values.get("loss_type", "CE")
     if kind != "CE":
-        raise RecBoleError(f"loss_type: {kind} is not offered; CE is, and gBCE by training.objective in a TOML config")
+        raise RecBoleError(
+            f"loss_type: {kind} is not supported; use CE, or training.objective in a TOML config for gBCE"
+        )
 
 
 def _core(values: Mapping[Any, Any], done: Translated) -> None:
-    """`[5,inf)` for users and items: the k of the k-core."""
+    """Translate `[5,inf)` for users and items to the k of the k-core."""
     wanted = {key: values[key] for key in ("user_inter_num_interval", "item_inter_num_interval") if key in values}
     cores = {key: re.fullmatch(r"\[\s*(\d+)\s*,\s*inf\s*[)\]]", str(value)) for key, value in wanted.items()}
     for key, match in cores.items():
@@ -171,19 +172,19 @@ def _core(values: Mapping[Any, Any], done: Translated) -> None:
             raise RecBoleError(f"{key}: {wanted[key]!r} is not of the form [5,inf)")
     found = {int(match[1]) for match in cores.values() if match}
     if len(found) > 1:
-        raise RecBoleError(f"user_ and item_inter_num_interval must agree, they ask for {sorted(found)}")
+        raise RecBoleError(f"user_ and item_inter_num_interval must be equal, they are {sorted(found)}")
     if found:
         done.config.setdefault("dataset", {})["core"] = max(1, found.pop())
 
 
 def _contrast(values: Mapping[Any, Any], done: Translated) -> None:
-    """One weight for both terms of DuoRec: lmd_sem, or lmd where only that is given; none for contrast: none."""
+    """Translate the weight of DuoRec's terms: lmd_sem, or lmd if lmd_sem is missing, or 0 if contrast is none."""
     training = done.config.setdefault("training", {})
     if str(values.get("contrast", "us_x")).lower() in ("none", "false"):
         training["contrast_weight"] = 0
     elif "lmd" in values and "lmd_sem" not in values:
         training["contrast_weight"] = values["lmd"]
     elif "lmd" in values:
-        done.ignored["lmd"] = "one weight for both contrastive terms: lmd_sem"
+        done.ignored["lmd"] = "both contrastive terms have one weight: lmd_sem"
     if not training:
         del done.config["training"]

@@ -1,4 +1,4 @@
-"""Real Valkey, real FAISS, real HTTP: what the service tests run on."""
+"""Fixtures of all tests: a real Valkey, a real FAISS index, real HTTP servers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MONDAY = 1_599_436_800.0
 
 @pytest.fixture(scope="session", autouse=True)
 def _small_services() -> Iterator[None]:
-    """Hundreds of memory services are made here: each with room for few users, in child processes, too."""
+    """Limit memory services to a few users each, also in child processes: the tests start hundreds of them."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("RAMREC_MEMORY_RESIDENT_USERS", "2000")
         yield
@@ -42,7 +42,7 @@ def _small_services() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def valkey_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterOfValkeys]:
-    """A Redis Cluster of three primaries with a replica each."""
+    """A Redis Cluster of three primaries, each with a replica."""
     with redis_cluster(tmp_path_factory.mktemp("cluster")) as cluster:
         yield cluster
 
@@ -56,7 +56,7 @@ def _valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def valkey_url(_valkey: str, request: pytest.FixtureRequest) -> str:
-    """An empty Valkey; with RAMREC_TEST_REDIS=cluster a Redis Cluster, to try what was written for one on the other."""
+    """An empty Valkey; with RAMREC_TEST_REDIS=cluster an empty Redis Cluster."""
     if os.environ.get("RAMREC_TEST_REDIS") == "cluster":
         cluster: ClusterOfValkeys = request.getfixturevalue("valkey_cluster")
         cluster.flush()
@@ -86,8 +86,8 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def habit_log() -> Dataset:
-    """Four weeks of 40 users, from a Monday on: each comes back to three of 30 items at an hour of its own, most days,
-    and every other day takes any item, a minute after any hour.
+    """Four weeks of 40 users, from a Monday on. Each takes three of 30 items again on most days, each at an hour of
+    its own, and every other day a random item, a minute after a random hour.
     """
     rng, users, items, days = np.random.default_rng(3), 40, 30, 28
     histories = []
@@ -111,7 +111,7 @@ def habit_log() -> Dataset:
 
 @pytest.fixture(scope="session")
 def habit_run(habit_log: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that has learned from `habit_log` that people come back, and when; else of the shape of `run`."""
+    """A model of the shape of `run`, trained on `habit_log`: it knows that users come back, and when."""
     folder = tmp_path_factory.mktemp("habits")
     train(habit_log, small_config(repeat_samples=1500), folder)
     return folder
@@ -119,7 +119,7 @@ def habit_run(habit_log: Dataset, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @contextmanager
 def served(app: FastAPI, port: int | None = None) -> Iterator[str]:
-    """An application behind a real HTTP server on loopback; gives its URL."""
+    """Serve an application over real HTTP on loopback; yields its URL."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", port or 0))
@@ -141,46 +141,52 @@ def served(app: FastAPI, port: int | None = None) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join(30)
-            assert not thread.is_alive(), "the server goes on, into other tests"
-
-
-@pytest.fixture
-def memory_url(valkey_url: str, run: Path) -> Iterator[str]:
-    """A memory service over an empty Valkey."""
-    with served(create_memory(MemorySettings(run=run, redis_url=valkey_url))) as url:
-        yield url
-
-
-@pytest.fixture
-def api_url(memory_url: str, run: Path) -> Iterator[str]:
-    """The whole service: api, memory service, Valkey."""
-    with served(create_api(ApiSettings(run=run, memory_url=memory_url))) as url:
-        yield url
-
-
-@pytest.fixture
-def habit_memory_url(valkey_url: str, habit_run: Path) -> Iterator[str]:
-    """A memory service of the model that has learned habits, over an empty Valkey."""
-    with served(create_memory(MemorySettings(run=habit_run, redis_url=valkey_url))) as url:
-        yield url
-
-
-@pytest.fixture
-def habit_url(habit_memory_url: str, habit_run: Path) -> Iterator[str]:
-    """The whole service of the model that has learned habits."""
-    with served(create_api(ApiSettings(run=habit_run, memory_url=habit_memory_url))) as url:
-        yield url
+            assert not thread.is_alive(), "the server still runs and would disturb other tests"
 
 
 @pytest.fixture
 def stack() -> Iterator[ExitStack]:
-    """Closes what a test opens on the way."""
+    """Closes what a test opens."""
     with ExitStack() as opened:
         yield opened
 
 
+def serve_memory(stack: ExitStack, run: Path, redis_url: str) -> str:
+    """Start a memory service over Redis; returns its URL."""
+    return stack.enter_context(served(create_memory(MemorySettings(run=run, redis_url=redis_url))))
+
+
+def serve_api(stack: ExitStack, run: Path, memory_url: str) -> str:
+    """Start an api over a memory service; returns its URL."""
+    return stack.enter_context(served(create_api(ApiSettings(run=run, memory_url=memory_url))))
+
+
+@pytest.fixture
+def memory_url(valkey_url: str, run: Path, stack: ExitStack) -> str:
+    """A memory service over an empty Valkey."""
+    return serve_memory(stack, run, valkey_url)
+
+
+@pytest.fixture
+def api_url(memory_url: str, run: Path, stack: ExitStack) -> str:
+    """The whole service: api, memory service, Valkey."""
+    return serve_api(stack, run, memory_url)
+
+
+@pytest.fixture
+def habit_memory_url(valkey_url: str, habit_run: Path, stack: ExitStack) -> str:
+    """As `memory_url`, with the model that has learned habits."""
+    return serve_memory(stack, habit_run, valkey_url)
+
+
+@pytest.fixture
+def habit_url(habit_memory_url: str, habit_run: Path, stack: ExitStack) -> str:
+    """As `api_url`, with the model that has learned habits."""
+    return serve_api(stack, habit_run, habit_memory_url)
+
+
 @pytest.fixture
 def go() -> Callable[[Coroutine[Any, Any, Any]], Any]:
-    """Run a coroutine on one event loop for the whole test."""
+    """Runs coroutines on one event loop for the whole test."""
     with asyncio.Runner() as runner:
         yield runner.run

@@ -1,4 +1,4 @@
-"""Teaches schemathesis the wire of the memory service (`SCHEMATHESIS_HOOKS=tests.msgpack_cases`)."""
+"""Hooks that let schemathesis speak msgpack with the memory service (`SCHEMATHESIS_HOOKS=tests.msgpack_cases`)."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import msgspec
 import schemathesis
 from schemathesis.transport.serialization import Binary
 
-from memory_service.http.openapi import CALLS
+from memory_service.http.operations import OPERATIONS
 from memory_service.protocol.structs import CONTENT_TYPE, RetrieveRequest
 
-BODIES = {call.path: type(call.body) for call in CALLS if call.body is not None}
+BODIES = {call.path: type(call.body) for call in OPERATIONS if call.body is not None}
 COLUMNS = set(RetrieveRequest.__struct_fields__) - {"model_version", "users"}
 NEVER_USED = b"\xc1"
-"""The byte that no msgpack holds."""
+"""A byte that never occurs in msgpack."""
 
 
 @schemathesis.hook
 def before_call(context: schemathesis.HookContext, case: schemathesis.Case, kwargs: dict[str, Any]) -> None:
-    """Name the model that the service serves: any other is refused before anything else is looked at. For every other
-    number of users leave out columns, which do not fit by chance.
+    """Puts the serving model into requests, since others are refused at once. Leaves out the columns for odd numbers of
+    users, since random columns hardly ever fit.
     """
     body = case.body
     for named in (body, case.query):
@@ -39,7 +39,7 @@ def before_call(context: schemathesis.HookContext, case: schemathesis.Case, kwar
 
 @schemathesis.serializer(CONTENT_TYPE)
 def packed(context: schemathesis.SerializationContext, value: Any) -> bytes:
-    """A body of the right shape as its struct, any other as it stands."""
+    """Encodes a body of the right shape as its struct, and any other as it is."""
     plain = _as_sent(value)
     with suppress(msgspec.ValidationError):
         plain = msgspec.convert(plain, BODIES.get(context.case.path, Any), str_keys=True)
@@ -51,7 +51,7 @@ def packed(context: schemathesis.SerializationContext, value: Any) -> bytes:
 
 @schemathesis.deserializer(CONTENT_TYPE)
 def unpacked(context: schemathesis.DeserializationContext, response: schemathesis.Response) -> Any:
-    """An answer in the JSON rendering that the document speaks of."""
+    """Decodes a response into the JSON that the OpenAPI document describes."""
     return _as_json(msgspec.msgpack.decode(response.content))
 
 
@@ -59,13 +59,13 @@ def _as_sent(value: Any) -> Any:
     if isinstance(value, Binary):
         return value.data
     if isinstance(value, dict):
-        return {key: _as_sent(one) for key, one in value.items()}
-    return [_as_sent(one) for one in value] if isinstance(value, list) else value
+        return {key: _as_sent(inner) for key, inner in value.items()}
+    return [_as_sent(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _as_json(value: Any) -> Any:
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
     if isinstance(value, dict):
-        return {str(key): _as_json(one) for key, one in value.items()}
-    return [_as_json(one) for one in value] if isinstance(value, list) else value
+        return {str(key): _as_json(inner) for key, inner in value.items()}
+    return [_as_json(inner) for inner in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Seeded damage to bytes, msgpack and JSON, for the fuzz tests."""
+"""Seeded damage to bytes, msgpack, JSON and safetensors files, for the fuzz tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NOTHINGS: list[Any] = [None, True, False, [], {}, [None], {"x": None}, {"": {"":
 
 
 def damaged(rng: random.Random, data: bytes) -> bytes:
-    """Bytes cut, flipped, doubled, overwritten."""
+    """Cuts, flips, overwrites, removes or repeats some bytes."""
     at, end = sorted(rng.randrange(len(data) + 1) for _ in range(2))
     kind = rng.randrange(6)
     if kind == 0:
@@ -38,7 +38,7 @@ def damaged(rng: random.Random, data: bytes) -> bytes:
 
 
 def damaged_msgpack(rng: random.Random, data: bytes) -> bytes:
-    """A message damaged in its bytes, in one of its values, or by a header that promises too much."""
+    """Damages the bytes or a value of a message, or inserts a header that promises too much."""
     kind = rng.randrange(10)
     if kind < 3:
         return damaged(rng, data)
@@ -51,7 +51,7 @@ def damaged_msgpack(rng: random.Random, data: bytes) -> bytes:
 
 
 def damaged_json(rng: random.Random, data: bytes) -> bytes:
-    """The same for JSON text."""
+    """Damages the bytes or a value of JSON text, or nests it too deeply."""
     kind = rng.randrange(8)
     if kind < 2:
         return damaged(rng, data)
@@ -61,7 +61,7 @@ def damaged_json(rng: random.Random, data: bytes) -> bytes:
 
 
 def damaged_safetensors(rng: random.Random, data: bytes) -> bytes:
-    """The same for a safetensors file: its bytes, the length of its header, or a value in the header."""
+    """Damages the bytes of a safetensors file, the length of its header, or a value in the header."""
     kind = rng.randrange(8)
     if kind < 3:
         return damaged(rng, data)
@@ -75,17 +75,18 @@ def damaged_safetensors(rng: random.Random, data: bytes) -> bytes:
 
 
 def with_one_changed(rng: random.Random, value: Any, other: Callable[[random.Random, Any], Any] | None = None) -> Any:
-    """A copy with one value somewhere in it replaced, removed or repeated."""
+    """Returns a copy in which one value is replaced, removed or repeated."""
     other = other or _other
     place = rng.choice(list(_places(value)))
     return _replaced(rng, value, place, other)
 
 
 def _places(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths of keys to a value and to all values inside it."""
     yield way
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, one in inner:
-        yield from _places(one, (*way, key))
+    for key, child in inner:
+        yield from _places(child, (*way, key))
 
 
 def _replaced(rng: random.Random, value: Any, place: tuple[Any, ...], other: Callable[..., Any]) -> Any:
@@ -103,7 +104,7 @@ def _replaced(rng: random.Random, value: Any, place: tuple[Any, ...], other: Cal
 
 
 def _other(rng: random.Random, value: Any) -> Any:
-    """A value in place of another: mostly of the same type."""
+    """A value to replace another one, mostly of the same type."""
     if rng.random() < 0.3:
         return rng.choice([*NOTHINGS, *NUMBERS, *REALS, *TEXTS, b"", b"\xff" * 8])
     if isinstance(value, bytes):
@@ -118,11 +119,11 @@ def _other(rng: random.Random, value: Any) -> Any:
 
 
 def _other_bytes(rng: random.Random, value: bytes) -> bytes:
-    """A column: longer, shorter, of other numbers, of NaN, of the largest and smallest numbers."""
+    """A column to replace another one: longer, shorter, or with other numbers, NaN or extreme numbers."""
     nan, low, high = b"\x00\x00\xc0\x7f", b"\xff" * 4, b"\xff\xff\xff\x7f"
-    filled = [(one * (len(value) // 4 + 1))[: len(value)] for one in (nan, low, high, b"\0" * 4)]
+    filled = [(number * (len(value) // 4 + 1))[: len(value)] for number in (nan, low, high, b"\0" * 4)]
     at = rng.randrange(len(value) // 4 + 1) * 4
-    spoilt = [value[:at] + one + value[at + 4 :] for one in (nan, low, high)]
+    spoilt = [value[:at] + number + value[at + 4 :] for number in (nan, low, high)]
     lengths = [value + b"\0", value + value, value[:-1], value[:-4], value + b"\0\0\x80\x3f" * 4]
     return rng.choice([*filled, *spoilt, *lengths, rng.randbytes(len(value)), rng.randbytes(rng.randint(0, 64))])
 

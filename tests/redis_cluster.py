@@ -1,4 +1,4 @@
-"""A real Redis Cluster on loopback: Valkey processes, primaries first, then the replica of each."""
+"""A real Redis Cluster of Valkey processes on loopback."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ PATIENCE_S = 60.0
 
 
 def until(done: Callable[[], Any], patience_s: float = PATIENCE_S) -> Any:
-    """Wait for something that other processes do; what `done` said at last, errors of Redis counting as no."""
-    end = time.monotonic() + patience_s
+    """Wait until `done` returns something true, and return it; errors of Redis count as false."""
+    deadline = time.monotonic() + patience_s
     while True:
         with suppress(redis.RedisError, OSError):
-            said = done()
-            if said:
-                return said
-        assert time.monotonic() < end, f"waited for {done}"
+            result = done()
+            if result:
+                return result
+        assert time.monotonic() < deadline, f"waited in vain for {done}"
         time.sleep(0.02)
 
 
 class ClusterOfValkeys:
-    """`primaries` with a replica each (or none)."""
+    """Primaries with replicas. Nodes are numbered: primaries first, then the first replica of each, and so on."""
 
     def __init__(
         self, folder: Path, primaries: int = 3, replicas: int = 1, node_timeout_ms: int = NODE_TIMEOUT_MS
@@ -72,59 +72,60 @@ class ClusterOfValkeys:
         until(lambda: all(self.is_whole(n) for n in range(len(clients))))
 
     def client(self, n: int) -> redis.Redis:
-        """A plain client of one node."""
+        """A client of one node."""
         return redis.Redis(port=self.ports[n], socket_timeout=5)
 
     def is_whole(self, n: int) -> bool:
-        """Whether a node sees all nodes and slots, and, where it is a replica, is in step with its primary."""
+        """Whether a node sees all nodes and hash slots; if it is a replica, also whether it has caught up."""
         client = self.client(n)
         info, replication = client.execute_command("CLUSTER", "INFO"), client.info("replication")
-        told = info if isinstance(info, dict) else dict(line.split(":") for line in info.decode().split())
-        in_step = replication["role"] == "master" or replication["master_link_status"] == "up"
-        return told["cluster_state"] == "ok" and int(told["cluster_known_nodes"]) == len(self.servers) and in_step
+        state = info if isinstance(info, dict) else dict(line.split(":") for line in info.decode().split())
+        has_caught_up = replication["role"] == "master" or replication["master_link_status"] == "up"
+        sees_all = state["cluster_state"] == "ok" and int(state["cluster_known_nodes"]) == len(self.servers)
+        return sees_all and has_caught_up
 
     @property
     def url(self) -> str:
-        """Seeds, as the memory service takes them."""
+        """The URLs of all nodes, as the memory service takes them."""
         return ",".join(f"redis://127.0.0.1:{port}" for port in self.ports)
 
     def primary_of(self, key: bytes) -> int:
-        """Which node has a key now."""
+        """The number of the node that has a key now."""
         slot = self.client(0).execute_command("CLUSTER", "KEYSLOT", key)
         return self.primary_of_slot(slot)
 
     def primary_of_slot(self, slot: int) -> int:
-        """Which node has a slot now, as the nodes that answer see it."""
+        """The number of the node that has a hash slot now, according to the first node that answers."""
         for n in range(len(self.servers)):
             with suppress(redis.RedisError, OSError):
                 for first, last, (_, port, *_), *_ in self.client(n).execute_command("CLUSTER", "SLOTS"):
                     if first <= slot <= last:
                         return self.ports.index(port)
-        raise AssertionError(f"nobody has slot {slot}")
+        raise AssertionError(f"no node has hash slot {slot}")
 
     def signal(self, n: int, what: signal.Signals) -> None:
-        """Send a signal to a node's process."""
+        """Send a signal to the process of a node."""
         os.kill(self.servers[n]._process.pid, what)
 
     def kill(self, n: int) -> None:
-        """kill -9."""
+        """Kill the process of a node (SIGKILL)."""
         self.signal(n, signal.SIGKILL)
         self.servers[n]._process.wait(30)
 
     def start_again(self, n: int) -> None:
-        """Start a killed node on its files and its port."""
+        """Start a killed node again, on the same files and port."""
         self.servers[n].stop(30)
         self.servers[n] = self._server(n)
         self.servers[n].start(30)
 
     def flush(self) -> None:
-        """Empty it."""
+        """Delete all keys."""
         for n in range(len(self.servers)):
             with suppress(redis.ReadOnlyError):
                 self.client(n).flushall()
 
     def stop(self) -> None:
-        """End all processes."""
+        """Stop all processes."""
         for server in self.servers:
             with suppress(ProcessLookupError):
                 os.kill(server._process.pid, signal.SIGCONT)
@@ -135,7 +136,7 @@ class ClusterOfValkeys:
 def redis_cluster(
     folder: Path, primaries: int = 3, replicas: int = 1, node_timeout_ms: int = NODE_TIMEOUT_MS
 ) -> Iterator[ClusterOfValkeys]:
-    """A cluster, ended at the end."""
+    """Run a cluster."""
     cluster = ClusterOfValkeys(folder, primaries, replicas, node_timeout_ms)
     try:
         yield cluster

@@ -7,8 +7,9 @@ import numpy as np
 from model.checkpoint import Checkpoint
 from model.config import Config, EncoderConfig, FusionConfig, RulesConfig, TrainingConfig
 from model.data.dataset import Dataset
-from model.memory.bank import Banks, Entries, Retrieved
+from model.memory.bank import Banks
 from model.memory.habits import FEATURES
+from model.memory.retrieval import Entries, Retrieved
 from model.network.encoder import SequenceEncoder
 from model.network.fusion import MemoryFusion
 from model.training.optimisation import named_weights
@@ -86,7 +87,7 @@ def random_checkpoint(config: Config | None = None, items: int = 30, seed: int =
 
 
 def span_of(width: int) -> np.ndarray:
-    """Where most dimensions of unit vectors of any direction lie, see `model.memory.collective.Layout`."""
+    """Where most dimensions of unit vectors of any direction lie, see `model.memory.collective.layout.Layout`."""
     reach = 2.5 / np.sqrt(width)
     return np.float32([[-reach] * width, [reach] * width])
 

@@ -1,9 +1,9 @@
-"""API keys in a JSON file: made, listed, revoked, and read again when it changes.
+"""API keys in a JSON file: created, listed and revoked, and read again when the file changes.
 
     {"keys": [{"name": "web", "sha256": "…", "scopes": ["recommend"], "created": "2026-11-25", "per_second": 100}]}
 
-A key is 256 random bits, so its plain SHA-256 is all that is kept: there is nothing to guess that a salt or a slow
-hash would protect. The key itself is shown once, when it is made.
+A key has 256 random bits. Only its plain SHA-256 is stored: random bits cannot be guessed, so a salt or a slow hash
+would protect nothing. The key itself is shown once, when it is created.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import msgspec
 from model.errors import RamrecError
 from model.files import replace_file
 
-Scope = Literal["recommend", "ingest", "admin"]
+KeyScope = Literal["recommend", "ingest", "admin"]
 LOOK_S = 1.0
-"""How often the file is looked at: a revoked key works at most this much longer."""
+"""Interval at which the file is checked: a revoked key works for at most this much longer."""
 log = logging.getLogger(__name__)
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
@@ -36,45 +36,45 @@ Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
 
 
 class KeyFileError(RamrecError):
-    """The file of API keys cannot be used; says why."""
+    """The file of API keys cannot be used."""
 
 
 class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One key: what it may do, and how many requests a second (None: any number)."""
+    """An API key: what it allows, and how many requests per second (None: any number)."""
 
     name: Name
     sha256: Digest
-    scopes: Annotated[tuple[Scope, ...], msgspec.Meta(min_length=1)]
+    scopes: Annotated[tuple[KeyScope, ...], msgspec.Meta(min_length=1)]
     created: str
     per_second: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] | None = None
 
 
 class KeyFile(msgspec.Struct, forbid_unknown_fields=True):
-    """What the file holds."""
+    """The content of the file."""
 
     keys: list[Key]
 
 
 def read_keys(file: Path) -> list[Key]:
-    """The keys in a file. Raises KeyFileError."""
+    """The keys in a file. Raises KeyFileError if it cannot be read or is not a key file."""
     try:
         keys = msgspec.json.decode(file.read_bytes(), type=KeyFile).keys
     except OSError as error:
         raise KeyFileError(f"cannot read the API keys in {file}: {error.strerror}") from error
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise KeyFileError(f"{file} holds no API keys as `ramrec keys create` writes them: {error}") from error
+        raise KeyFileError(f"{file} is not a file of API keys as `ramrec keys create` writes it: {error}") from error
     for what in ("name", "sha256"):
         if len({getattr(key, what) for key in keys}) < len(keys):
-            raise KeyFileError(f"{file} holds two keys of the same {what}")
+            raise KeyFileError(f"{file} holds two keys with the same {what}")
     return keys
 
 
 def create_key(file: Path, name: str, scopes: Sequence[str], per_second: int | None) -> str:
-    """Add a key to a file, which is made where there is none. Returns the key: it cannot be had again.
+    """Add a key to a file, which is created if it does not exist. Returns the key, which is not stored anywhere.
 
     Raises:
-        KeyFileError: the name is taken or not of letters, digits and `._-`; there is no such scope; the file cannot
-            be read or written.
+        KeyFileError: the name is in use or has other characters than letters, digits and `._-`; a scope is unknown; the
+            file cannot be read or written.
     """
     secret = f"ramrec_{secrets.token_urlsafe(32)}"
     made = {
@@ -87,28 +87,28 @@ def create_key(file: Path, name: str, scopes: Sequence[str], per_second: int | N
     try:
         key = msgspec.convert(made, Key)
     except msgspec.ValidationError as error:
-        raise KeyFileError(f"no such key can be made: {error}") from error
-    with _alone(file):
+        raise KeyFileError(f"the key is invalid: {error}") from error
+    with _locked(file):
         keys = read_keys(file) if file.exists() else []
         if any(other.name == name for other in keys):
-            raise KeyFileError(f"there is a key {name!r} already in {file}")
+            raise KeyFileError(f"{file} already holds a key {name!r}")
         _write(file, [*keys, key])
     return secret
 
 
 def revoke_key(file: Path, name: str) -> None:
-    """Remove a key from a file. Raises KeyFileError where there is no such key."""
-    with _alone(file):
+    """Remove a key from a file. Raises KeyFileError if it is not there."""
+    with _locked(file):
         keys = read_keys(file)
         rest = [key for key in keys if key.name != name]
         if len(rest) == len(keys):
-            raise KeyFileError(f"there is no key {name!r} in {file}")
+            raise KeyFileError(f"{file} holds no key {name!r}")
         _write(file, rest)
 
 
 @contextmanager
-def _alone(file: Path) -> Iterator[None]:
-    """Other writers of files in this folder wait, so that no key is lost between reading and writing."""
+def _locked(file: Path) -> Iterator[None]:
+    """Lock the folder of the file, so that no other writer changes it between reading and writing."""
     try:
         folder = os.open(file.absolute().parent, os.O_RDONLY)
     except OSError as error:
@@ -121,7 +121,7 @@ def _alone(file: Path) -> Iterator[None]:
 
 
 def _write(file: Path, keys: list[Key]) -> None:
-    """Replace the file: readable by its owner alone, although it holds only hashes."""
+    """Replace the file; only its owner can read it, although it holds hashes only."""
     try:
         replace_file(file, msgspec.json.format(msgspec.json.encode(KeyFile(keys)), indent=1) + b"\n", 0o600)
     except OSError as error:
@@ -129,7 +129,7 @@ def _write(file: Path, keys: list[Key]) -> None:
 
 
 class KeyRing:
-    """The keys of a file as of now. A file that breaks or goes away leaves the keys as they were, and is logged.
+    """The present keys of a file. If the file breaks or disappears, the keys stay as they were, and that is logged.
 
     Raises:
         KeyFileError: the file cannot be used at the start.
@@ -141,11 +141,11 @@ class KeyRing:
         self._take(read_keys(file))
 
     def find(self, presented: bytes) -> Key | None:
-        """The key that a caller brought; None where there is no such key."""
+        """The key that a caller presents; None if it is unknown."""
         if self._clock() >= self._next_look:
             self._look()
         digest = sha256(presented).digest()
-        # The look-up may be timed, but it tells of digests, which nobody can steer; the comparison takes constant time.
+        # The look-up takes a time that depends on the digest, which callers do not control; the comparison does not.
         expected, key = self._keys.get(digest, (b"", None))
         return key if hmac.compare_digest(digest, expected) else None
 
@@ -170,7 +170,7 @@ class KeyRing:
         log.info("API keys read again", extra={"fields": {"keys": len(keys)}})
 
     def _signature(self) -> tuple[int, ...]:
-        """What changes when the file does; empty where there is none."""
+        """Changes when the file changes; empty if there is no file."""
         try:
             now = self._file.stat()
         except OSError:

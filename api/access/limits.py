@@ -1,8 +1,9 @@
-"""Requests per second of an API key, shared by all api processes.
+"""Requests per second of an API key, limited over all api processes together.
 
-The memory service counts in Redis what each process took for the present second; a process takes a portion at a time
-and spends it by itself, so that most requests wait for nothing. Where it cannot be asked, each process grants the
-whole limit by itself. Seconds are those of the api's clock; each begins with a full allowance.
+The memory service counts in Redis how many requests all processes took for the present second. A process takes a
+portion at a time and spends it by itself, so that most requests need no call. While the memory service cannot be
+reached, each process grants the whole limit by itself. Seconds are those of the api's clock, and each begins with the
+full limit.
 """
 
 from __future__ import annotations
@@ -16,22 +17,22 @@ from hashlib import sha256
 
 from api.access.keys import Key
 from api.http.problems import MemoryUnavailable, RateLimited
+from memory_service.protocol.context import CALL
 from memory_service.protocol.structs import QuotaRequest
-from memory_service.protocol.telemetry import CALL
 
 PORTIONS = 10
-"""Portions that a limit is taken in: what other processes cannot use is at most one for each."""
+"""Portions that a limit is divided into; a process can keep at most one from being used by the others."""
 PATIENCE_S = 0.25
-"""How long the memory service may take to grant a portion."""
+"""Timeout of a call for a portion."""
 ALONE_S = 1.0
-"""How long it is not asked again after it did not answer."""
+"""Time after a failed call in which the memory service is not called again."""
 Lease = Callable[[QuotaRequest], Awaitable[int]]
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Spending:
-    """One key's requests in one second: granted in all, left of that, and whether no more are granted."""
+    """Requests of one key in one second: how many were granted and are left, and whether more were refused."""
 
     second: int = -1
     granted: int = 0
@@ -40,13 +41,13 @@ class Spending:
     asking: asyncio.Task[None] | None = None
 
     def turn(self, second: int) -> None:
-        """A new second begins."""
+        """Begin a new second, if it is one."""
         if second != self.second:
             self.second, self.granted, self.left, self.refused = second, 0, 0, False
 
 
 class Limits:
-    """What is left to each key. `lease` asks the memory service; `clock` gives seconds UTC."""
+    """The requests that each key has left. `lease` calls the memory service; `clock` returns seconds UTC."""
 
     def __init__(self, lease: Lease, clock: Callable[[], float] = time.time) -> None:
         self._lease, self._clock = lease, clock
@@ -54,48 +55,48 @@ class Limits:
         self._alone_until = 0.0
 
     def take(self, key: Key) -> bool:
-        """Spend a request of what is at hand; False: ask `more`."""
-        one = self._spending.get(key.sha256)
-        if one is None:
-            one = self._spending[key.sha256] = Spending()
-        one.turn(int(self._clock()))
-        if not one.left:
+        """Spend a request that was granted already. Returns False if there is none: then call `more`."""
+        spending = self._spending.get(key.sha256)
+        if spending is None:
+            spending = self._spending[key.sha256] = Spending()
+        spending.turn(int(self._clock()))
+        if not spending.left:
             return False
-        one.left -= 1
+        spending.left -= 1
         return True
 
     async def more(self, key: Key) -> None:
-        """Spend a request after another portion was granted. Raises RateLimited."""
-        one = self._spending[key.sha256]
+        """Get another portion and spend a request of it. Raises RateLimited if the limit is used up."""
+        spending = self._spending[key.sha256]
         while not self.take(key):
-            if one.refused:
+            if spending.refused:
                 raise RateLimited(f"the API key {key.name!r} has {key.per_second} requests a second")
-            if one.asking is None:
-                one.asking = asyncio.create_task(self._ask(key, one))
-            await asyncio.shield(one.asking)
+            if spending.asking is None:
+                spending.asking = asyncio.create_task(self._ask(key, spending))
+            await asyncio.shield(spending.asking)
 
-    async def _ask(self, key: Key, one: Spending) -> None:
-        CALL.set(None)  # this is for all who wait: the deadline of the one who asks first is not theirs
-        limit, second = key.per_second or 0, one.second
+    async def _ask(self, key: Key, spending: Spending) -> None:
+        CALL.set(None)  # the call is for all that wait, not for the first of them with its deadline
+        limit, second = key.per_second or 0, spending.second
         try:
             granted = await self._granted(key, second, limit)
-            if granted is None:  # out of reach: all that this process has not granted yet
-                granted = max(0, limit - one.granted)
-            if second == one.second:
-                one.granted, one.left, one.refused = one.granted + granted, granted, granted == 0
+            if granted is None:  # unreachable: grant the rest of the limit
+                granted = max(0, limit - spending.granted)
+            if second == spending.second:
+                spending.granted, spending.left, spending.refused = spending.granted + granted, granted, granted == 0
         finally:
-            one.asking = None
+            spending.asking = None
 
     async def _granted(self, key: Key, second: int, limit: int) -> int | None:
         if self._clock() < self._alone_until:
             return None
-        name = sha256(key.sha256.encode()).hexdigest()[:32]  # not what a key is known by
+        name = sha256(key.sha256.encode()).hexdigest()[:32]  # a name from which the key's own hash cannot be told
         try:
             async with asyncio.timeout(PATIENCE_S):
                 granted = await self._lease(QuotaRequest(name, second, limit, -(-limit // PORTIONS)))
         except (MemoryUnavailable, TimeoutError):
             if not self._alone_until:
-                log.warning("limits of API keys are not shared: the memory service does not answer")
+                log.warning("limits of API keys are not shared between processes: the memory service does not answer")
             self._alone_until = self._clock() + ALONE_S
             return None
         if self._alone_until:

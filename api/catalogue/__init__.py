@@ -1,1 +1,1 @@
-"""The items: numbers and ids, metadata, filters."""
+"""The item catalogue: numbers and ids, metadata, filters."""

@@ -1,4 +1,4 @@
-"""The api's mirror of the item catalogue: numbers ↔ ids ↔ model indices, metadata, hidden items, filters."""
+"""A mirror of the item catalogue: catalogue numbers ↔ ids ↔ item indices, metadata, hidden items, filters."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from memory_service.protocol.structs import CatalogueReply, Item
 from model.memory.rules import Ints
 
 TITLES = ("title", "name")
-"""Attributes that say what an item is called, or ends of their names: `movie_title`."""
+"""Attributes with the title of an item; also as the end of a name, as in `movie_title`."""
 
 
 def title_of(item_id: str, metadata: Mapping[str, Any]) -> str:
-    """What an item's metadata calls it; without such an attribute its id."""
+    """The title in an item's metadata; without one, its id."""
     for end in TITLES:
         for name, value in metadata.items():
             if name.casefold().rpartition("_")[2] == end and isinstance(value, str) and value.strip():
@@ -27,16 +27,19 @@ def title_of(item_id: str, metadata: Mapping[str, Any]) -> str:
 
 
 class CatalogueMirror:
-    """Append-only in its numbers; refreshed from the memory service's replies."""
+    """What the memory service has listed of the catalogue. Numbers are only ever added.
+
+    `index_of`: item id → item index of the model.
+    """
 
     def __init__(self, index_of: dict[str, int]) -> None:
         self._index_of = index_of
         self.items: list[Item] = []
         self.number_of: dict[str, int] = {}
         self.model_index: NDArray[np.int64] = np.zeros(1, np.int64)
-        """Catalogue number → model item index; 0 where the model does not know the item."""
+        """Catalogue number → item index; 0 if the model does not know the item."""
         self.number: NDArray[np.int64] = np.zeros(len(index_of) + 1, np.int64)
-        """Model item index → catalogue number; 0 where the catalogue does not hold the item (yet)."""
+        """Item index → catalogue number; 0 if the catalogue does not hold the item yet."""
         self.hidden: NDArray[np.int64] = np.zeros(0, np.int64)
         """Catalogue numbers of hidden items."""
         self.filters = Filters()
@@ -44,30 +47,30 @@ class CatalogueMirror:
 
     @property
     def size(self) -> int:
-        """Items known."""
+        """Number of items."""
         return len(self.items)
 
     def take(self, reply: CatalogueReply) -> None:
-        """Learn from a listing of what follows the last number known, and of what changed before.
+        """Add a listing of the items after the last number, and of earlier items that changed.
 
-        The model's thread reads the arrays meanwhile: they are replaced, never changed.
+        The model's thread may be reading the arrays: they are replaced, never changed.
         """
         assert reply.since == self.size + 1, (reply.since, self.size)
         self.revision = reply.revision
-        told = [*(reply.changed or ()), *enumerate(reply.items, start=reply.since)]
-        if not told:
+        listed = [*(reply.changed or ()), *enumerate(reply.items, start=reply.since)]
+        if not listed:
             return
         self.items += reply.items
         for number, item in reply.changed or ():
             self.items[number - 1] = item
-        self.number_of |= {item.item_id: number for number, item in told}
-        before = np.setdiff1d(self.hidden, [number for number, _ in told])
-        self.hidden = np.union1d(before, np.array([number for number, item in told if item.hidden], np.int64))
+        self.number_of |= {item.item_id: number for number, item in listed}
+        before = np.setdiff1d(self.hidden, [number for number, _ in listed])
+        self.hidden = np.union1d(before, np.array([number for number, item in listed if item.hidden], np.int64))
         self.filters.runs = extended(self.filters.runs, self.items, [number - 1 for number, _ in reply.changed or ()])
         self._place(reply)
 
     def _place(self, reply: CatalogueReply) -> None:
-        """Where the model has the new items. Comes last: filters must reach as far as the numbers do."""
+        """Add the item indices of new items. This comes last, so that filters cover all numbers that are in use."""
         indices = np.array([self._index_of.get(item.item_id, 0) for item in reply.items], np.int64)
         self.model_index = np.concatenate([self.model_index, indices])
         known = np.flatnonzero(indices)
@@ -77,30 +80,30 @@ class CatalogueMirror:
             self.number = number
 
     def item_id(self, number: int) -> str:
-        """Id of a catalogue number."""
+        """The id of a catalogue number."""
         return self.items[number - 1].item_id
 
     def indices(self, numbers: Ints) -> NDArray[np.int64]:
-        """Model indices of catalogue numbers, 0 for items unknown to the model. Any shape."""
+        """Item indices of catalogue numbers, of any shape; 0 for items that the model does not know."""
         return self.model_index[numbers]
 
     def numbers(self, item_ids: Iterable[str]) -> list[int]:
-        """Numbers of those ids that are known."""
+        """The catalogue numbers of item ids, without unknown ones."""
         return [self.number_of[item] for item in item_ids if item in self.number_of]
 
     def named(self, item_ids: Iterable[str]) -> list[Item]:
-        """Those of these items that are known."""
+        """The items with these ids, without unknown ones."""
         return [self.items[number - 1] for number in self.numbers(item_ids)]
 
     def find(self, query: str, limit: int) -> list[Item]:
-        """Items whose id or any text in their metadata contains the query, whatever the case. May run in any thread."""
+        """Items whose id or metadata contains the query, regardless of case. May run in any thread."""
         found = (item for run in self.filters.runs for item in run.mentioning(query.casefold()))
         return list(islice(found, limit))
 
 
 class Indices:
-    """Model indices of catalogue items for one batch. Items that the model does not know, but that others' memories
-    name, get places beyond the model's items, so that copying can recommend them; all others are 0.
+    """Item indices of catalogue items, for one batch. Items that the model does not know, but that are among the
+    collective memories (`numbers`), get indices beyond the model's, so that copying can recommend them; others are 0.
     """
 
     def __init__(self, catalogue: CatalogueMirror, index_of: dict[str, int], numbers: Ints) -> None:
@@ -108,7 +111,7 @@ class Indices:
         self._beyond = np.unique(numbers[(numbers > 0) & (catalogue.indices(numbers) == 0)])
 
     def of(self, numbers: Ints) -> NDArray[np.int64]:
-        """Catalogue numbers to indices. Any shape."""
+        """The indices of catalogue numbers, of any shape."""
         index = self._catalogue.indices(numbers)
         if not len(self._beyond):
             return index
@@ -116,25 +119,25 @@ class Indices:
         return np.where(self._beyond[place] == numbers, self._first + place, index)
 
     def named(self, item_ids: Iterable[str]) -> NDArray[np.int64]:
-        """Ids to indices; the model's own items need no catalogue."""
+        """The indices of item ids. Items of the model need not be in the catalogue."""
         ids = list(item_ids)
         numbers = np.array([self._catalogue.number_of.get(item, 0) for item in ids], np.int64)
         own = np.array([self._index_of.get(item, 0) for item in ids], np.int64)
         return np.where(own > 0, own, self.of(numbers))
 
     def passing(self, wanted: Filter) -> Mask:
-        """Index → whether the item fulfils a filter."""
+        """Whether each item passes a filter, by index."""
         number = self._catalogue.number
         mask = self._catalogue.filters.mask(wanted)
         return np.concatenate([mask[number], mask[self._beyond]])
 
     @property
     def reaches_beyond(self) -> bool:
-        """Whether there are items that the model does not know."""
+        """Whether there are indices beyond the model's."""
         return len(self._beyond) > 0
 
     def item_ids(self, indices: Ints, own: Sequence[str]) -> list[str]:
-        """Ids of indices (n,); `own` are the model's items."""
+        """The item ids of indices (n,); `own`: the ids of the model's items."""
         return [
             own[index - 1] if index < self._first else self._catalogue.item_id(int(self._beyond[index - self._first]))
             for index in indices.tolist()

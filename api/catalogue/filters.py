@@ -1,9 +1,9 @@
-"""Which catalogue items a metadata filter lets through: attributes in sorted columns, masks kept for filters in use.
+"""Which catalogue items pass a metadata filter. Attributes are kept in sorted columns, results as masks.
 
     {"genres": {"any": ["Comedy", "Drama"]}, "year": {"gte": 1990, "lt": 2000}}     all conditions must hold
 
-An attribute that holds a list stands for its elements; objects, null and lists within lists are no values. The items
-come in runs that are never changed, only replaced: a new or changed item costs the columns of its run, not of all.
+An attribute that is a list stands for its elements; objects, null and lists within lists are ignored. Items are divided
+into runs that are never changed, only replaced: a new or changed item costs the columns of its run only.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from numpy.typing import NDArray
 from memory_service.protocol.structs import Item
 
 RUN = 8192
-"""Items of a run: its columns take milliseconds to build, and a million items are few runs."""
+"""Items in a run: few enough to build its columns in milliseconds, many enough that a million items make few runs."""
 KEPT = 64
-"""Filters whose masks are kept, a byte for each item of the catalogue."""
+"""Number of filters whose masks are kept; a mask has one byte for each item."""
 KIND: dict[type, int] = {bool: 0, int: 1, float: 1, str: 2}
-"""Values of one kind can be compared. True is not 1, and "1" is neither."""
+"""Only values of one kind are compared: True, 1 and "1" are all different."""
 Mask = NDArray[np.bool_]
 Conditions = Mapping[str, Any]
-"""Operators and their operands, as `api.http.schemas.Condition` lets them through."""
+"""Operator → operand, as validated by `api.http.schemas.filters.Condition`."""
 Filter = Mapping[str, Conditions]
 
 
 class Column:
-    """One attribute of a run of items: who has it, and the places (from 0) of its values in their order."""
+    """One attribute of a run of items: which items have it (`present`), and its values in sorted order."""
 
     def __init__(self, attributes: Sequence[Any]) -> None:
         self.present: Mask = np.array([attribute is not None for attribute in attributes], bool)
@@ -48,21 +48,21 @@ class Column:
         self._of_kind = [_Sorted(*column) for column in zip(values, places, strict=True)]
 
     def among(self, values: Iterable[Any]) -> Mask:
-        """Where one of the values is among the attribute's."""
+        """Items of which the attribute has one of the values."""
         found = np.zeros(len(self.present), bool)
         for value in values:
             found[self._of_kind[KIND[type(value)]].between(value, value)] = True
         return found
 
     def within(self, bounds: Conditions) -> Mask:
-        """Where one of the attribute's values is inside all of the bounds."""
+        """Items of which one value of the attribute is within all bounds."""
         found = np.zeros(len(self.present), bool)
         found[self._of_kind[KIND[type(next(iter(bounds.values())))]].inside(bounds)] = True
         return found
 
 
 class _Sorted:
-    """Values of one kind in order, and the place of each."""
+    """Values of one kind in order, and the position in the run of the item of each."""
 
     def __init__(self, values: Sequence[Any], places: Sequence[int]) -> None:
         order = sorted(range(len(values)), key=values.__getitem__)
@@ -70,11 +70,11 @@ class _Sorted:
         self._places: NDArray[np.int32] = np.array(places, np.int32)[order]
 
     def between(self, low: Any, high: Any) -> NDArray[np.int32]:
-        """Places of the values from `low` to `high`, both included."""
+        """Positions of the values from `low` to `high`, both inclusive."""
         return self._places[bisect_left(self._values, low) : bisect_right(self._values, high)]
 
     def inside(self, bounds: Conditions) -> NDArray[np.int32]:
-        """Places of the values inside the bounds."""
+        """Positions of the values within the bounds."""
         begin, end = 0, len(self._values)
         for name, bound in bounds.items():
             cut = (bisect_left if name in ("gte", "lt") else bisect_right)(self._values, bound)
@@ -91,21 +91,21 @@ OPERATORS: dict[str, Callable[[Column, Any], Mask]] = {
     "exists": lambda column, wanted: column.present == wanted,
 }
 BOUNDS = ("gt", "gte", "lt", "lte")
-"""Operators that work together: one value has to be inside all of them."""
+"""Operators that apply together: one value must be within all of them."""
 
 
 class Run:
-    """Some items one after another, and what has been found out about them. Never changed, only replaced."""
+    """Consecutive items, and columns of their attributes. A run is never changed, only replaced."""
 
     def __init__(self, items: Sequence[Item]) -> None:
         self.items = items
         self.columns: dict[str, Column] = {}
-        """Those asked for so far, of attributes that some item has: callers may name any others."""
+        """Columns that were used so far; only of attributes that some item has, as callers may name any."""
         self._names: frozenset[str] | None = None
         self._text: tuple[str, list[int]] | None = None
 
     def matching(self, wanted: Filter) -> Mask:
-        """Which items fulfil all conditions."""
+        """Which items satisfy all conditions."""
         allowed = np.ones(len(self.items), bool)
         for name, conditions in wanted.items():
             column = self._column(name)
@@ -117,17 +117,17 @@ class Run:
         return allowed
 
     def mentioning(self, folded: str) -> Iterator[Item]:
-        """Items whose id or metadata contains a text, whatever the case; `folded`: the text, casefolded."""
-        text, starts = self._folded()
-        at = text.find(folded)
+        """Items whose id or metadata contains a text, regardless of case; `folded`: the text, casefolded."""
+        joined, starts = self._folded()
+        at = joined.find(folded)
         while at >= 0:
             place = bisect_right(starts, at) - 1
-            if any(folded in one for one in _texts(self.items[place])):  # and not across two texts
+            if any(folded in text for text in _texts(self.items[place])):  # and not across two of them
                 yield self.items[place]
-            at = text.find(folded, starts[place + 1]) if place + 1 < len(starts) else -1
+            at = joined.find(folded, starts[place + 1]) if place + 1 < len(starts) else -1
 
     def _folded(self) -> tuple[str, list[int]]:
-        """All texts in one, so that one search goes through them, and where each item's begin."""
+        """All texts joined, so that a single search covers them, and where those of each item begin."""
         if self._text is None:
             texts = ["\0".join(_texts(item)) + "\0" for item in self.items]
             self._text = "".join(texts), list(accumulate(map(len, texts[:-1]), initial=0))
@@ -138,17 +138,17 @@ class Run:
             self._names = frozenset(name for item in self.items for name in item.metadata or ())
         if name not in self._names:
             return Column([None] * len(self.items))
-        if name not in self.columns:  # two threads may build the same: no harm
+        if name not in self.columns:  # two threads may both build it, which does no harm
             self.columns[name] = Column([(item.metadata or {}).get(name) for item in self.items])
         return self.columns[name]
 
 
-NOTHING_KNOWN = Run([Item("")])
+NO_METADATA = Run([Item("")])
 
 
 def extended(runs: tuple[Run, ...], items: Sequence[Item], changed: Iterable[int] = ()) -> tuple[Run, ...]:
-    """The runs of the whole catalogue `items`, given those of its beginning; `changed`: places that hold another item
-    since. What is not touched is kept.
+    """The runs of the whole catalogue `items`, given the runs of its beginning; `changed`: positions whose items have
+    changed since. Runs without a new or changed item are kept.
     """
     full = sum(len(run.items) == RUN for run in runs)
     kept = list(runs[:full]) + [Run(items[at : at + RUN]) for at in range(full * RUN, len(items), RUN)]
@@ -158,8 +158,8 @@ def extended(runs: tuple[Run, ...], items: Sequence[Item], changed: Iterable[int
 
 
 class Filters:
-    """Masks of filters over the catalogue as it is now. The last `KEPT` are kept; where runs were replaced, only those
-    are looked at again. May be asked from several threads.
+    """Masks of filters over the present catalogue. The last `KEPT` masks are kept; after a change of the catalogue,
+    only the runs that were replaced are examined again. Safe to use from several threads.
     """
 
     def __init__(self) -> None:
@@ -168,27 +168,27 @@ class Filters:
         self._lock = Lock()
 
     def is_ready(self, wanted: Filter) -> bool:
-        """Whether `mask` has nothing left to do."""
+        """Whether the mask of a filter is up to date."""
         kept = self._kept.get(_key(wanted))
         return kept is not None and kept[0] is self.runs
 
     def mask(self, wanted: Filter) -> Mask:
-        """Catalogue number → whether the item fulfils the filter. Number 0 is an item of which nothing is known."""
+        """Whether each item passes a filter, by catalogue number. Number 0 is an item without metadata."""
         key, runs = _key(wanted), self.runs
         with self._lock:
-            seen, mask = self._kept[key] = self._kept.get(key) or ((), NOTHING_KNOWN.matching(wanted))
+            seen, mask = self._kept[key] = self._kept.get(key) or ((), NO_METADATA.matching(wanted))
             self._kept.move_to_end(key)
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         if seen is not runs:
-            mask = _brought_up_to(runs, seen, mask, wanted)
+            mask = _updated(runs, seen, mask, wanted)
             with self._lock:
                 self._kept[key] = runs, mask
         return mask
 
 
-def _brought_up_to(runs: tuple[Run, ...], seen: tuple[Run, ...], mask: Mask, wanted: Filter) -> Mask:
-    """The mask of `runs`, given the one of `seen`."""
+def _updated(runs: tuple[Run, ...], seen: tuple[Run, ...], mask: Mask, wanted: Filter) -> Mask:
+    """The mask of `runs`, given that of the earlier runs `seen`."""
     parts = [mask[:1]]
     for n, run in enumerate(runs):
         known = n < len(seen) and seen[n] is run

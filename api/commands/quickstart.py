@@ -19,7 +19,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from api.commands.drawing import DAY_S, ago
+from api.commands.inspect.text import DAY_S, ago
 from api.commands.supervisor import DIRECT, end, wait_until_ready
 from model.errors import RamrecError
 
@@ -65,7 +65,8 @@ class Tour:
 
     def fetch(self) -> Path:
         """See to it that the data is there."""
-        from api.commands.data import fetch_groceries, fetch_ml_100k
+        from api.commands.groceries import fetch_groceries
+        from api.commands.movielens import fetch_ml_100k
 
         if self.name == "ml-100k":
             return fetch_ml_100k(self.data, self.source)
@@ -93,7 +94,7 @@ def tour(where: Tour) -> None:
     """
     from api.catalogue.catalogue import title_of
     from api.jobs.backfill import backfill
-    from model.data.dataset import read_interactions
+    from model.data.reading import read_interactions
 
     console.rule(f"1. {where.title}")
     console.print(f"in {where.fetch()}")

@@ -1,6 +1,4 @@
-"""`ramrec serve`: an embedded Valkey, memory replicas and api workers as child processes, started, watched and stopped
-together.
-"""
+"""`ramrec serve`: starts, watches and stops an embedded Valkey, memory replicas and api workers as child processes."""
 
 from __future__ import annotations
 
@@ -25,8 +23,8 @@ from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
-from api.siblings import bound, socket_of
-from memory_service.protocol.telemetry import PROCESS
+from api.workers import bound, socket_of
+from memory_service.protocol.logs import PROCESS
 from memory_service.settings import MemorySettings, url_of, user_data_dir
 from memory_service.store.embedded import embedded_valkey, end_processes, ending_with
 from model.checkpoint import load_checkpoint
@@ -36,14 +34,14 @@ from model.errors import RamrecError
 READY_TIMEOUT_S = 120.0
 GRACE_S = 20.0
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""Banks on huge pages are searched a good twentieth faster; unknown to other C libraries, and harmless there."""
+"""Asks glibc for huge pages, on which banks are searched about 5 % faster. Other C libraries ignore it."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-"""Services on a few cores: threads that wait for each other inside NumPy or FAISS would only get in the way."""
+"""Several services share the cores, so threads inside NumPy or FAISS would only wait for each other."""
 POLL_S = 0.1
 PAUSE_S, PAUSE_LIMIT_S = 0.5, 30.0
-"""Until a process that ended is started anew: doubled each time, up to the limit."""
+"""Seconds before a process that ended is restarted: doubled each time, up to the limit."""
 STEADY_S = 60.0
-"""Who lived so long begins with the shortest pause again."""
+"""A process that ran this long is restarted after the shortest pause."""
 LOOPBACK, LAST_PORT = "127.0.0.1", 65535
 REDIS_URL, ADVERTISE = "RAMREC_MEMORY_REDIS_URL", "RAMREC_MEMORY_ADVERTISE"
 UNIX = "unix:"
@@ -52,12 +50,12 @@ NAMES = {"api": "the api", "memory_service": "the memory service", "api.cli": "r
 ONE_OF_MANY = {"api": "api worker {}", "memory_service": "memory replica {}"}
 
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""Our own processes are never asked through a proxy that the environment names."""
+"""Calls our own processes without the proxy that the environment may name."""
 log = logging.getLogger(__name__)
 
 
 class ServeError(RamrecError):
-    """Serving cannot start, or one of its processes ended; says which."""
+    """Serving cannot start, or one of its processes ended; the message says which."""
 
 
 # -------------------------------------------------------------------------------------------------- serving
@@ -75,27 +73,29 @@ def serve(
     everybody: bool = False,
     workers: int = 1,
     memory_replicas: int = 1,
+    device: str | None = None,
 ) -> int:
     """Serve until Ctrl-C or SIGTERM. Returns the exit code. `everybody`: listen beyond loopback without API keys.
 
-    The memory service takes calls only from our api: both are given one token, that of RAMREC_MEMORY_TOKEN or a new
-    one. It travels in the environment, as the URL of Redis does: others can read the arguments of a process.
+    The memory service accepts calls only from our api: both get the same token, RAMREC_MEMORY_TOKEN or a new one. The
+    token and the URL of Redis are passed in the environment, because other users can read the arguments of a process.
 
     Raises:
-        CheckpointError: no usable checkpoint. EmbeddedError: the embedded Valkey cannot run. ServeError: a port is
-        taken, or the last process of a kind ended by itself.
+        CheckpointError: there is no usable checkpoint.
+        EmbeddedError: the embedded Valkey cannot run.
+        ServeError: a port is taken, or the last process of a kind ended by itself.
     """
     load_checkpoint(run, with_weights=False)
     ports = range(memory_port, memory_port + memory_replicas)
     if memory_url is None:
         _check_ports(ports, port)
     elif memory_replicas > 1:
-        raise ServeError("--memory-replicas: the memory service at --memory-url is not ours to start")
+        raise ServeError("--memory-replicas: `ramrec serve` does not start the memory service at --memory-url")
     guard = [*(["--keys", str(keys)] if keys else []), *(["--open"] if everybody else [])]
     try:
         with ExitStack() as stack:
             stack.enter_context(held(host, port))
-            _hear_signals()
+            _handle_signals()
             kinds: list[list[Child]] = []
             if memory_url is None:
                 told = _token() | stack.enter_context(_redis(run, redis_url, data_dir or data_dir_of(run)))
@@ -105,6 +105,7 @@ def serve(
                 told = {}
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ramrec-")))
             words = ["--run", str(run), "--host", host, "--port", str(port), "--memory-url", memory_url, *guard]
+            words += ["--device", device] if device else []
             kinds.append(_workers(workers, words, folder, told))
             stack.callback(_stop, kinds)
             _run(kinds, url_of(host, port))
@@ -112,19 +113,19 @@ def serve(
         return 0
 
 
-def _hear_signals() -> None:
+def _handle_signals() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background jobs begin with it ignored
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: shells start background jobs with it ignored
         signal.signal(number, signal.default_int_handler)
 
 
 def _run(kinds: Sequence[Sequence[Child]], url: str) -> NoReturn:
-    """Start all, and see to it that they go on. The last kind are the api workers, to whom a SIGHUP is handed on."""
+    """Start all processes and keep them running. The last kind are the api workers, which also receive our SIGHUP."""
     everybody = [child for kind in kinds for child in kind]
     for child in everybody:
         child.start()
     wait_until_ready([child.process for child in everybody], *(child.ready_at for child in everybody))
-    signal.signal(signal.SIGHUP, lambda *_: _hand_on(kinds[-1], signal.SIGHUP))
+    signal.signal(signal.SIGHUP, lambda *_: _forward(kinds[-1], signal.SIGHUP))
     print(f"RAMRec serves on {url} (open it in a browser to look into memories; API: /docs, stop: Ctrl-C)", flush=True)
     while True:
         for kind in kinds:
@@ -132,7 +133,7 @@ def _run(kinds: Sequence[Sequence[Child]], url: str) -> NoReturn:
         time.sleep(POLL_S)
 
 
-def _hand_on(children: Sequence[Child], number: signal.Signals) -> None:
+def _forward(children: Sequence[Child], number: signal.Signals) -> None:
     for child in children:
         child.process.send_signal(number)
 
@@ -141,13 +142,13 @@ def _hand_on(children: Sequence[Child], number: signal.Signals) -> None:
 
 
 def data_dir_of(run: Path) -> Path:
-    """Where the memories of a run are kept: in the user's data folder, one folder a run."""
+    """The folder for the memories of a run, inside the user's data folder."""
     path = run.resolve()
     return user_data_dir() / f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
 def _check_ports(ports: range, api_port: int) -> None:
-    """Memory replicas listen on loopback, on the memory port and those after it."""
+    """Check that memory replicas can listen on the memory port and the ports after it. Raises ServeError."""
     if ports[-1] > LAST_PORT:
         raise ServeError(f"{len(ports)} memory replicas need the ports {ports[0]} to {ports[-1]}, beyond {LAST_PORT}")
     if api_port in ports:
@@ -167,10 +168,10 @@ def _check_port(host: str, port: int) -> None:
 
 @contextmanager
 def held(host: str, port: int) -> Iterator[None]:
-    """Keep the port for our workers, also while none listens. Only they do: connections come to no socket of ours.
+    """Reserve the port for our workers, also while none listens. We do not listen, so no connection comes to us.
 
-    They let other processes of this user listen beside them, so that the port alone keeps no second `ramrec serve` out
-    that starts at the same time. A name in the kernel does, which goes with this process.
+    Workers share the port with any process of this user (SO_REUSEPORT), so the port itself does not keep out a second
+    `ramrec serve`. A socket in the kernel's abstract namespace does, and it ends with this process. Raises ServeError.
     """
     _check_port(host, port)
     with ExitStack() as stack:
@@ -185,7 +186,7 @@ def held(host: str, port: int) -> Iterator[None]:
 
 @contextmanager
 def _redis(run: Path, redis_url: str | None, data_dir: Path) -> Iterator[dict[str, str]]:
-    """What tells memory replicas where memories are kept: where the settings say, else in a Valkey of our own."""
+    """Environment that names Redis for memory replicas. Runs an embedded Valkey if the settings name none."""
     named: dict[str, Any] = {} if redis_url is None else {"redis_url": redis_url}
     try:
         settings = MemorySettings(run=run, data_dir=data_dir, **named)
@@ -208,10 +209,10 @@ def _token() -> dict[str, str]:
 
 @dataclass
 class Child:
-    """A process of ours: what messages call it, its command, what it is told that nobody else may read, and where it
-    says whether it is ready.
+    """A child process: its name in messages, its command, variables for its environment (which may hold secrets), and
+    the URL that says whether it is ready.
 
-    `again_at`: of `time.monotonic`, when it is started anew; None while it runs.
+    `again_at` is the time of `time.monotonic` at which it is restarted; None while it runs.
     """
 
     name: str
@@ -224,7 +225,7 @@ class Child:
     _started_at: float = field(init=False)
 
     def start(self) -> None:
-        """In a session of its own: Ctrl-C reaches only us, and we stop all in order."""
+        """Start it in a session of its own: Ctrl-C reaches only us, and we stop the children in order."""
         self.process = subprocess.Popen(
             self.command,
             start_new_session=True,
@@ -235,21 +236,21 @@ class Child:
 
     @property
     def has_ended(self) -> bool:
-        """Whether there is no such process now."""
+        """Whether the process has ended."""
         return self.process.poll() is not None
 
     def pause(self) -> None:
-        """Have it started anew, the later the more often it ended one time after another."""
+        """Schedule a restart, after a pause that grows with every failure in a row."""
         now = time.monotonic()
         if now - self._started_at >= STEADY_S:
             self._pause_s = PAUSE_S
-        log.error("%s; it is started anew in %g s", _end_of(self.name, self.process), self._pause_s)
+        log.error("%s; it is restarted in %g s", _end_of(self.name, self.process), self._pause_s)
         self.again_at = now + self._pause_s
         self._pause_s = min(2 * self._pause_s, PAUSE_LIMIT_S)
 
 
 def _replicas(run: Path, ports: Sequence[int], told: Mapping[str, str]) -> list[Child]:
-    """Memory replicas, one a port."""
+    """A memory replica for each port."""
     found = []
     for number, port in enumerate(ports, 1):
         words = ["--run", str(run), "--host", LOOPBACK, "--port", str(port)]
@@ -259,7 +260,7 @@ def _replicas(run: Path, ports: Sequence[int], told: Mapping[str, str]) -> list[
 
 
 def _workers(count: int, words: Sequence[str], folder: Path, told: Mapping[str, str]) -> list[Child]:
-    """Api workers, each with a place in the folder."""
+    """Api workers, each with a path of its own in the folder."""
     found = []
     for number in range(1, count + 1):
         place = folder / str(number)
@@ -275,7 +276,7 @@ def _child(module: str, number: int, of: int, words: Sequence[str], told: Mappin
 
 
 def _prepared(parent: int) -> Callable[[], None]:
-    """What a child does first: a SIGHUP that comes before it can read its checkpoint anew must not end it."""
+    """What a child does first: ignore SIGHUP until it has a handler, and end with its parent."""
     end_with_parent = ending_with(parent)
 
     def prepare() -> None:
@@ -286,7 +287,7 @@ def _prepared(parent: int) -> Callable[[], None]:
 
 
 def tend(kind: Sequence[Child]) -> None:
-    """Have those who ended started anew, while others of their kind live. Raises ServeError where none does."""
+    """Restart processes that ended while others of their kind run. Raises ServeError if none runs."""
     for child in kind:
         if child.again_at is None:
             if child.has_ended:
@@ -302,9 +303,9 @@ def _end_of(name: str, process: subprocess.Popen[bytes]) -> str:
 
 
 def _stop(kinds: Sequence[Sequence[Child]]) -> None:
-    """Stop the api first, so that it can finish what it accepted; then the memory service.
+    """Stop the api first, so that it can finish what it accepted, then the memory service.
 
-    From here on further signals change nothing: it ends within two grace periods anyway.
+    Further signals are ignored: all processes end within two grace periods.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -313,7 +314,7 @@ def _stop(kinds: Sequence[Sequence[Child]]) -> None:
 
 
 def end(child: subprocess.Popen[bytes], grace_s: float) -> None:
-    """Ask a process to stop; kill it where it does not within the grace period."""
+    """Ask a process to stop; kill it if it has not ended after the grace period."""
     end_processes([child], grace_s)
 
 
@@ -321,8 +322,10 @@ def end(child: subprocess.Popen[bytes], grace_s: float) -> None:
 
 
 def wait_until_ready(children: Sequence[subprocess.Popen[bytes]], *urls: str) -> None:
-    """Wait until services answer that they are ready, at `http://…` or at a socket (`unix:PATH`). Raises ServeError
-    where a child ends or the time is up.
+    """Wait until the services at these URLs (`http://…` or `unix:PATH`) are ready.
+
+    Raises:
+        ServeError: a child ended, or a service is not ready within READY_TIMEOUT_S.
     """
     deadline = time.monotonic() + READY_TIMEOUT_S
     for url in urls:
@@ -344,7 +347,7 @@ def _check_alive(children: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _complaint(url: str) -> str | None:
-    """Why a service is not ready; None: it is."""
+    """Why a service is not ready, or None if it is."""
     connection = _connection(url)
     try:
         connection.request("GET", "/health/ready")
@@ -364,7 +367,7 @@ def _connection(url: str) -> http.client.HTTPConnection:
 
 
 class _UnixConnection(http.client.HTTPConnection):
-    """HTTP over a unix socket."""
+    """HTTP over a Unix socket."""
 
     def __init__(self, path: str) -> None:
         super().__init__("localhost", timeout=ASK_S)

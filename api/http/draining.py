@@ -1,4 +1,4 @@
-"""A server that is told to stop, and leaves nobody without an answer on its way."""
+"""A server that stops without leaving a request unanswered."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ import time
 from types import FrameType
 
 import uvicorn
-from fastapi import FastAPI
+
+from api.http.services import Services
 
 
 class DrainingServer(uvicorn.Server):
-    """On SIGTERM it goes on for `drain_s` seconds: it is not ready any more, and each answer closes its connection, so
-    that callers, and what balances their load, go elsewhere. Then it stops as uvicorn does. Without connections, and on
-    SIGINT or a second SIGTERM, it stops at once.
+    """On SIGTERM it goes on serving for `drain_s` seconds, in which it reports that it is not ready and closes each
+    connection with its next response, so that callers and load balancers turn elsewhere. Then it stops as uvicorn does.
+    Once it has no connections, on SIGINT or on a second SIGTERM, it stops at once.
 
-    Without that a kept connection is closed at a moment when its caller may just be using it.
+    Without this, a kept-alive connection could be closed just as its caller sends a request.
     """
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, drain_s: float) -> None:
         super().__init__(config)
-        self._app, self._drain_s = app, drain_s
+        self._drain_s = drain_s
         self._until: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -30,10 +31,11 @@ class DrainingServer(uvicorn.Server):
             return
         self._captured_signals.append(sig)
         self._until = time.monotonic() + self._drain_s
-        self._app.state.leaving = True
+        services: Services = self.lifespan.state["services"]
+        services.stopping.set()
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second."""
+        """Called ten times a second; returns whether to stop."""
         if self._until is not None and (time.monotonic() >= self._until or not self.server_state.connections):
             self.should_exit = True
         return await super().on_tick(counter)

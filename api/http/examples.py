@@ -1,10 +1,10 @@
-"""Examples for the OpenAPI document: the problems that operations end in, and an answer of every operation."""
+"""Examples for the OpenAPI document: errors and responses, which the routes declare (`api.http.policy`)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from api.http.middleware import BODY_LIMIT_BYTES
+from api.http.middleware import BODY_LIMIT
 from api.http.problems import (
     BodyTooLarge,
     CheckpointRefused,
@@ -18,9 +18,10 @@ from api.http.problems import (
     WriteConflict,
 )
 
+BODY_TOO_LARGE = BodyTooLarge(BODY_LIMIT)
 INVALID_BODY = (
     InvalidJson("Expecting value"),
-    BodyTooLarge(f"a body has at most {BODY_LIMIT_BYTES} bytes"),
+    BODY_TOO_LARGE,
     InvalidRequest(
         "top_n: Input should be less than or equal to 1000",
         errors=[{"field": "top_n", "message": "Input should be less than or equal to 1000"}],
@@ -28,7 +29,7 @@ INVALID_BODY = (
 )
 INVALID_RELOAD = (
     InvalidJson("Expecting value"),
-    BodyTooLarge(f"a body has at most {BODY_LIMIT_BYTES} bytes"),
+    BODY_TOO_LARGE,
     InvalidRequest(
         "runs: Extra inputs are not permitted",
         errors=[{"field": "runs", "message": "Extra inputs are not permitted"}],
@@ -40,21 +41,21 @@ INVALID = InvalidRequest(
     errors=[{"field": "limit", "message": "Input should be greater than or equal to 1"}],
 )
 INVALID_ID = InvalidRequest(
-    "user_id: Value error, an id holds no NUL",
-    errors=[{"field": "user_id", "message": "Value error, an id holds no NUL"}],
+    "user_id: Value error, an id must not contain NUL",
+    errors=[{"field": "user_id", "message": "Value error, an id must not contain NUL"}],
 )
 UNAVAILABLE = MemoryUnavailable("memory service: no answer in time")
-NOT_KEPT = (
-    IngestionFull("10000 interactions are being written, at most 10000 at once"),
+NOT_STORED = (
+    IngestionFull("10000 of at most 10000 interactions are being written"),
     MemoryUnavailable("memory service: no answer in time", committed=["196"]),
-    WriteConflict("1 users were written by others 3 times in a row; nothing of theirs was kept", committed=["196"]),
+    WriteConflict("1 users were written by others 3 times in a row; they were not changed", committed=["196"]),
 )
-LATE = DeadlineExceeded("no answer within 0.200 s, the time there was")
-FULL = Overloaded("2048 of at most 2048 requests are waiting already")
+LATE = DeadlineExceeded("no answer within the 0.200 s that the caller waits")
+FULL = Overloaded("2048 of at most 2048 requests are waiting")
 NO_USER = NotFound("nothing is known about this user", "user_not_found")
 NO_ITEM = NotFound("this item is not in the catalogue", "item_not_found")
 
-MODEL, NEXT = "5f0c2a7be1d94386", "0a6c19d2f48b7e53"
+VERSION, NEXT = "5f0c2a7be1d94386", "0a6c19d2f48b7e53"
 HABIT = {
     "count": 7,
     "since_s": 259200.0,
@@ -98,7 +99,7 @@ RECOMMENDED: dict[str, Any] = {
         "degraded": False,
     },
     "unknown_items": [],
-    "model_version": MODEL,
+    "model_version": VERSION,
 }
 ITEM = {
     "item_id": "alien",
@@ -111,7 +112,7 @@ ITEM = {
 BANK = {
     "user_id": "196",
     "version": 39,
-    "model_version": MODEL,
+    "model_version": VERSION,
     "events": 39,
     "bank_size": 1,
     "capacity": 75,
@@ -150,32 +151,19 @@ BANK = {
     },
     "pruned_items": [],
 }
-ANSWERS: dict[str, Any] = {
-    "recommend_one": RECOMMENDED,
-    "recommend_batch": {"results": [RECOMMENDED]},
-    "remember": {
-        "accepted": 1,
-        "duplicates": 1,
-        "rejected": [{"index": 2, "code": "forgotten", "detail": "the user was forgotten after this event"}],
-        "versions": {"196": 40},
-    },
-    "user_memory": BANK,
-    "forget": {"user_id": "196", "existed": True},
-    "users": {"users": ["196", "1960"]},
-    "items": {"items": [ITEM]},
-    "item": ITEM,
-    "put_item": ITEM,
-    "patch_item": ITEM | {"hidden": True},
-    "model": {
-        "model_version": MODEL,
-        "wanted": MODEL,
-        "items": 1682,
-        "scopes": ["own", "collective"],
-        "config": {"encoder": {"dim": 64, "window": 50}},
-    },
-    "live": {"status": "alive"},
-    "reload_model": {"serving": MODEL, "wanted": NEXT, "state": "moving", "users": 943, "moved": 0},
-    "ready": {"status": "ready", "model_version": MODEL, "memory_s": 0.0007},
-    "metrics": "# HELP ramrec_requests_total Answers by route and status\n",
+INGESTED = {
+    "accepted": 1,
+    "duplicates": 1,
+    "rejected": [{"index": 2, "code": "forgotten", "detail": "the user was forgotten after this event"}],
+    "versions": {"196": 40},
 }
-"""By operation id (the endpoint's name)."""
+FORGOTTEN = {"user_id": "196", "existed": True}
+MODEL = {
+    "model_version": VERSION,
+    "wanted": VERSION,
+    "items": 1682,
+    "scopes": ["own", "collective"],
+    "config": {"encoder": {"dim": 64, "window": 50}},
+}
+RELOADED = {"serving": VERSION, "wanted": NEXT, "state": "moving", "users": 943, "moved": 0}
+READY = {"status": "ready", "model_version": VERSION, "memory_s": 0.0007}

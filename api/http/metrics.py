@@ -1,4 +1,4 @@
-"""Prometheus metrics of the api. A registry of its own, so that several apps fit in one process."""
+"""Prometheus metrics of the api, in a registry of their own, so that several apps fit in one process."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector
 
-from api.http.schemas import MemoryUse
+from api.http.schemas.recommend import MemoryUse
 from api.recommend.feedback import Feedback
-from api.siblings import Worker
+from api.workers import Worker
 
 STAGES = ("queue", "retrieve", "encode", "fuse", "score")
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
-class Metrics:
-    """Everything that `/metrics` shows. `worker`: this process among those whose figures are shown together."""
+class ApiMetrics:
+    """All metrics of the api. `worker`: this process among those whose metrics are summed."""
 
     def __init__(self, feedback_key: str = "", worker: Worker | None = None) -> None:
         self.worker, self.registry = worker, CollectorRegistry()
@@ -78,24 +78,24 @@ class Metrics:
         )
 
     def collect(self) -> Iterator[Metric]:
-        """What `/metrics` shows now: of all workers where there are others."""
+        """For `GET /metrics`: the metrics of this process, or the sums over all workers."""
         yield from self.registry.collect() if self.worker is None else self.worker.collect(self.registry)
 
     def stage(self, name: str, begin: float) -> float:
-        """A batch was done with a stage that began at `begin` (of `time.perf_counter`); the time now."""
+        """Record that a batch finished a stage that began at `begin` (of `time.perf_counter`). Returns the time now."""
         now = time.perf_counter()
         self._stages[name].observe(now - begin)
         return now
 
     def works_with(self, serving: str, wanted: str, *, stuck: bool) -> None:
-        """Which models are loaded; `stuck`: and that another one cannot be."""
+        """Record which models are loaded; `stuck`: another one cannot be loaded."""
         self.model.clear()
         self.model.labels("serving", serving).set(1)
         self.model.labels("wanted", wanted).set(1)
         self.model_trouble.set(stuck)
 
     def answered(self, source: str, memory: MemoryUse, *, known: bool) -> None:
-        """A recommendation was given; `known`: to a user of whom something is remembered."""
+        """Record a response; `known`: its user has a record."""
         self.sources.labels(source).inc()
         if memory["degraded"]:
             self.degraded.inc()

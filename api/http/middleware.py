@@ -1,98 +1,86 @@
-"""What every request passes through before a route sees it."""
+"""What every request passes through before it reaches a route."""
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-from collections.abc import Mapping
-from typing import Any
 
-from starlette.responses import Response
+from fastapi import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.access.keys import Key, KeyRing
-from api.access.scopes import admit, needed
-from api.http.metrics import Metrics
+from api.access.scopes import admit
+from api.http.policy import Policy, RouteTable, policy_of
 from api.http.problems import ApiProblem, BodyTooLarge, InvalidRequest, refusal
-from memory_service.protocol.telemetry import CALL, REQUEST_ID, AccessLog, Call, begin_request, end_request
+from api.http.services import Services
+from memory_service.protocol.context import REQUEST_ID
+from memory_service.protocol.envelope import UNKNOWN, Envelope, Exchange
 
 BODY_LIMIT_BYTES = 4 * 2**20
-LIMIT = f"a body has at most {BODY_LIMIT_BYTES} bytes"
-QUIET = frozenset({"/metrics"})
-"""Admin calls that come all the time."""
-UNHURRIED = frozenset({"/model/reload"})
-"""Calls that take what they take, unless their caller says otherwise."""
-PROBES = frozenset({"/health/live", "/health/ready"})
-LEAVING = ((b"connection", b"close"),)
-"""What answers say once the service is about to stop."""
+BODY_LIMIT = f"a body must have at most {BODY_LIMIT_BYTES} bytes"
+REQUEST_ID_HEADER = REQUEST_ID.lower().encode()
+CLOSE = (b"connection", b"close")
 
 
-class Gate:
-    """The outermost: gives each request its id and deadline, lets in whose key may do this, counts and logs the
-    answers, those that fail unforeseen included. Without `ring` everybody is let in.
+class RequestMiddleware:
+    """ASGI middleware, the outermost: gives a request its id and deadline, checks its API key, records its response.
+
+    `ring`: the API keys; None: nobody needs one. `timeout_s`: deadline of requests whose caller names none.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, ring: KeyRing | None, timeout_s: float, tracer: Any) -> None:
-        self.app, self._metrics, self._ring = app, metrics, ring
-        self._timeout_s, self._tracer = timeout_s, tracer
-        self._log = AccessLog(logging.getLogger("api.access"))
+    def __init__(
+        self, app: ASGIApp, envelope: Envelope, routes: RouteTable, ring: KeyRing | None, timeout_s: float
+    ) -> None:
+        self.app, self._envelope, self._routes = app, envelope, routes
+        self._ring, self._timeout_s = ring, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        begin, status = time.perf_counter(), 500
-        key: Key | None = None
-        headers = dict(scope["headers"])
-        template, wanted = needed(scope["method"], scope["path"])
-        call = Call.arriving(headers, self._deadline(template))
-        CALL.set(call)
-        if self._tracer is not None:
-            begin_request(call, self._tracer, scope["method"])
+        services: Services = scope["state"]["services"]
+        route, policy = self._routes.find(scope["method"], scope["path"])
+        deadline = time.monotonic() + self._timeout_s if policy.has_deadline else math.inf
+        with self._envelope.open(scope, deadline) as exchange:
+            request_id = (REQUEST_ID_HEADER, exchange.call.request_id.encode())
+            send = exchange.recorded(send, lambda: [request_id, CLOSE] if services.stopping.is_set() else [request_id])
+            try:
+                _set_deadline(exchange)
+                await self._admit(exchange, policy, services)
+                await self.app(scope, receive, send)
+            except ApiProblem as error:  # of deadline or key: errors of the application are answered within it
+                await refusal(error)(scope, receive, send)
+            finally:
+                _describe(exchange, scope, route, policy)
 
-        async def noting(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                own = (REQUEST_ID.lower().encode(), call.request_id.encode())
-                leaving = LEAVING if scope["app"].state.leaving else ()
-                message = {**message, "headers": [*message.get("headers", ()), own, *leaving]}
-            await send(message)
-
-        try:
-            _hear_timeout(call, headers)
-            if self._ring is not None and wanted is not None:
-                key = admit(self._ring, wanted, headers)
-                if key.per_second is not None and not scope["app"].state.limits.take(key):
-                    await scope["app"].state.limits.more(key)
-            await self.app(scope, receive, noting)
-        except ApiProblem as error:  # of deadline and key: the application answers its own
-            await refusal(error)(scope, receive, noting)
-        finally:
-            if template == "unknown":
-                template = getattr(scope.get("route"), "path", template)
-            self._metrics.requests.labels(template, status).inc()
-            self._metrics.request_seconds.labels(template).observe(time.perf_counter() - begin)
-            if call.span is not None:
-                end_request(call, scope["method"], template, status)
-            if template not in PROBES:
-                notable = wanted == "admin" and template not in QUIET
-                self._log.note(scope["method"], template, status, begin, notable=notable, key=key.name if key else None)
-
-    def _deadline(self, template: str) -> float:
-        return math.inf if template in UNHURRIED else time.monotonic() + self._timeout_s
+    async def _admit(self, exchange: Exchange, policy: Policy, services: Services) -> None:
+        """Check the caller's API key, and take a request from its rate limit."""
+        if self._ring is None or policy.scope is None:
+            return
+        key: Key = admit(self._ring, policy.scope, exchange.headers)
+        exchange.key = key.name
+        if key.per_second is not None and not services.limits.take(key):
+            await services.limits.more(key)
 
 
-def _hear_timeout(call: Call, headers: Mapping[bytes, bytes]) -> None:
+def _set_deadline(exchange: Exchange) -> None:
     try:
-        call.hear_timeout(headers)
+        exchange.call.hear_timeout(exchange.headers)
     except ValueError as error:
         raise InvalidRequest(str(error)) from error
 
 
-class BodyLimit:
-    """Refuses bodies beyond the limit while they arrive, whatever their Content-Length says."""
+def _describe(exchange: Exchange, scope: Scope, route: str, policy: Policy) -> None:
+    """Say which route a request was for, and how it is logged; a route that is not in the table is that which ran."""
+    ran = scope.get("route") if route == UNKNOWN else None
+    about = policy if ran is None else policy_of(getattr(ran, "endpoint", None))
+    exchange.route = getattr(ran, "path", route)
+    exchange.is_notable = policy.scope == "admin" and not about.is_polled
+    exchange.is_logged = not (about.is_polled and about.scope is None)
+
+
+class BodyLimitMiddleware:
+    """ASGI middleware: refuses a body that is too large while it arrives, whatever its Content-Length says."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -109,14 +97,14 @@ class BodyLimit:
             message = await receive()
             received += len(message.get("body", b""))
             if received > BODY_LIMIT_BYTES:
-                raise BodyTooLarge(LIMIT)
+                raise BodyTooLarge(BODY_LIMIT)
             return message
 
         async def answered(message: Message) -> None:
             nonlocal refused
             if received <= BODY_LIMIT_BYTES:
                 await send(message)
-            elif not refused:  # whatever was made of the broken-off body, this is the reason
+            elif not refused:  # whatever error the cut-off body led to, the caller is told of its size
                 refused = True
                 await _too_large()(scope, receive, send)
 
@@ -131,4 +119,4 @@ def _declared_bytes(scope: Scope) -> int:
 
 
 def _too_large() -> Response:
-    return refusal(BodyTooLarge(LIMIT))
+    return refusal(BodyTooLarge(BODY_LIMIT))

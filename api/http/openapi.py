@@ -1,44 +1,52 @@
-"""The OpenAPI document beyond what FastAPI derives from routes and schemas: which errors an operation has, an
-example of every answer (`api/http/examples.py`), one schema of all problems.
+"""The OpenAPI document beyond what FastAPI derives from routes and schemas: the errors of each operation and an example
+of its response (both declared on the route, see `api.http.policy`), and one schema for all errors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic.json_schema import models_json_schema
 
-from api.access.scopes import ROUTES
-from api.http.examples import ANSWERS
+from api.http.policy import Policy, policy_of
 from api.http.problems import MEDIA_TYPE, RETRY_AFTER_S, ApiProblem, Forbidden, RateLimited, Unauthorized, members
-from api.http.schemas import Problem
+from api.http.schemas.problem import Problem
 
 Json = dict[str, Any]
 TAGS = {
-    "recommend": "Ask for recommendations.",
-    "memory": "What is kept about users: add to it, look at it, forget it.",
-    "catalogue": "Items: what is known about them, and which are hidden.",
-    "model": "The checkpoint that answers.",
-    "probes": "For orchestration and Prometheus.",
+    "recommend": "Recommendations.",
+    "memory": "What is known about users: store it, look at it, forget it.",
+    "catalogue": "Items: their metadata, and which of them are hidden.",
+    "model": "The model that serves.",
+    "probes": "For orchestrators and Prometheus.",
 }
 SCHEMES = {
-    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key of `ramrec keys create`."},
+    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key, made by `ramrec keys create`."},
     "apiKey": {
         "type": "apiKey",
         "in": "header",
         "name": "X-API-Key",
-        "description": "The same in a header of its own.",
+        "description": "The same key in a header of its own.",
     },
 }
 REFS = "#/components/schemas/{model}"
 
 
+class DescribedRoute(APIRoute):
+    """A route whose documented responses include the errors that its endpoint declares."""
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        options["responses"] = {**(options.get("responses") or {}), **failures(*policy_of(endpoint).errors)}
+        super().__init__(path, endpoint, **options)
+
+
 def failures(*problems: ApiProblem) -> dict[int | str, Json]:
-    """The `responses` of a route that can end in these problems; each is its own example."""
+    """The `responses` of a route that can end in these problems, each of which is its own example."""
     answers: dict[int | str, Json] = {}
     for problem in problems:
         answer = answers.setdefault(problem.status, _failure(problem.status))
@@ -59,12 +67,12 @@ def _failure(status: int) -> Json:
 
 
 def operation_id(route: APIRoute) -> str:
-    """What generated clients call an operation: the endpoint's name."""
+    """The name of an operation in generated clients: that of the endpoint."""
     return route.name
 
 
-def document(app: FastAPI, *, guarded: bool) -> Json:
-    """The OpenAPI document, made once; `guarded`: callers need API keys."""
+def document(app: FastAPI, routers: Iterable[APIRouter], *, guarded: bool) -> Json:
+    """The OpenAPI document, made once. `guarded`: callers need API keys."""
     if app.openapi_schema is None:
         tags = [{"name": name, "description": about} for name, about in TAGS.items()]
         made = get_openapi(
@@ -72,43 +80,48 @@ def document(app: FastAPI, *, guarded: bool) -> Json:
         )
         schemas = made["components"]["schemas"]
         schemas |= models_json_schema([(Problem, "serialization")], ref_template=REFS)[1]["$defs"]
-        for methods in made["paths"].values():
-            for operation in methods.values():
-                _show_answer(operation, schemas)
         if guarded:
-            _secure(made)
+            made["components"]["securitySchemes"] = SCHEMES
+        for operation, policy in _operations(made, routers):
+            _show_response(operation, policy.example, schemas)
+            if guarded and policy.scope is not None:
+                _require_key(operation, policy.scope)
         app.openapi_schema = made
     return app.openapi_schema
 
 
-def _secure(made: Json) -> None:
-    """Say which operation needs which scope, and how it refuses."""
-    made["components"]["securitySchemes"] = SCHEMES
-    for (method, path), scope in ROUTES.items():
-        operation = made["paths"].get(path.replace(":id}", "}"), {}).get(method.lower())
-        if operation is not None and scope is not None:
-            operation["security"] = [{name: [scope]} for name in SCHEMES]  # OpenAPI 3.1 has scopes for any scheme
-            refusals = failures(
-                Unauthorized("an API key is wanted"),
-                Forbidden(f"the scope {scope} is wanted"),
-                RateLimited("the API key 'web' has 100 requests a second"),
-            )
-            for status, answer in refusals.items():
-                _add_answer(operation["responses"], str(status), answer)
+def _operations(made: Json, routers: Iterable[APIRouter]) -> Iterator[tuple[Json, Policy]]:
+    """The operations of a document, and what their routes declare."""
+    for route in (route for router in routers for route in router.routes):
+        if isinstance(route, APIRoute) and route.include_in_schema:
+            for method in route.methods or ():
+                yield made["paths"][route.path_format][method.lower()], policy_of(route.endpoint)
 
 
-def _add_answer(responses: Json, status: str, answer: Json) -> None:
-    """Add a failure to an operation, which may have others of this status."""
-    there = responses.setdefault(status, answer)
-    if there is not answer:
-        there["description"] += answer["description"].partition(":")[2]
-        there["content"][MEDIA_TYPE]["examples"] |= answer["content"][MEDIA_TYPE]["examples"]
-
-
-def _show_answer(operation: Json, schemas: Json) -> None:
-    """Describe the answer by its schema, and add the example."""
-    answer = operation["responses"]["200"]
-    for media in answer["content"].values():
+def _show_response(operation: Json, example: Any, schemas: Json) -> None:
+    """Describe the response by its schema, and add the example."""
+    response = operation["responses"]["200"]
+    for media in response["content"].values():
         name = media["schema"].get("$ref", "").rpartition("/")[2]
-        answer["description"] = schemas.get(name, {}).get("description", operation["description"])
-        media["example"] = ANSWERS.get(operation["operationId"])
+        response["description"] = schemas.get(name, {}).get("description", operation["description"])
+        media["example"] = example
+
+
+def _require_key(operation: Json, scope: str) -> None:
+    """Say which scope a key needs, and how calls without it are refused."""
+    operation["security"] = [{name: [scope]} for name in SCHEMES]  # OpenAPI 3.1 has scopes for any scheme
+    refusals = failures(
+        Unauthorized("an API key is required"),
+        Forbidden(f"the scope {scope} is required"),
+        RateLimited("the API key 'web' has 100 requests a second"),
+    )
+    for status, refusal in refusals.items():
+        _add_failure(operation["responses"], str(status), refusal)
+
+
+def _add_failure(responses: Json, status: str, failure: Json) -> None:
+    """Add a failure to the responses, which may already describe another one of this status."""
+    present = responses.setdefault(status, failure)
+    if present is not failure:
+        present["description"] += failure["description"].partition(":")[2]
+        present["content"][MEDIA_TYPE]["examples"] |= failure["content"][MEDIA_TYPE]["examples"]

@@ -1,4 +1,4 @@
-"""Errors as callers see them: RFC 9457 `application/problem+json` with a stable `code`.
+"""Errors as callers get them: RFC 9457 `application/problem+json` with a stable `code`.
 
     ApiProblem                 status, code, title
     ├─ InvalidJson             400 invalid_json
@@ -14,11 +14,11 @@
     ├─ WriteConflict           503 write_conflict, Retry-After
     ├─ MemoryUnavailable       503 memory_unavailable, Retry-After
     │  ├─ DeadlineExceeded     503 deadline_exceeded, Retry-After
-    │  └─ ModelGone            the same, where the memory service has let go of the model that it was asked with
-    └─ CallerGone              499 caller_gone (nobody reads it; it shows in the metrics)
+    │  └─ ModelGone            the same: the memory service does not work with the model of the call any more
+    └─ CallerGone              499 caller_gone (nobody reads it; it appears in the metrics)
 
-Unknown paths and methods are 404 `not_found` and 405 `method_not_allowed`; anything that should not
-happen is 500 `internal`, with no detail of the inside. `request_id` is that of the log.
+Unknown paths and methods are 404 `not_found` and 405 `method_not_allowed`; an unexpected error is 500 `internal`,
+without details. `request_id` is that of the log.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from memory_service.protocol.telemetry import CALL, REQUEST_ID
+from memory_service.protocol.context import CALL, REQUEST_ID
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_S = 1
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 HTTP_CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
-"""400: FastAPI's word for a body that is no JSON text at all (not UTF-8, nested too deeply)."""
+"""400: FastAPI raises it for a body that is not JSON at all (not UTF-8, or nested too deeply)."""
 
 
-class ApiProblem(Exception):  # noqa: N818 - the word of RFC 9457
-    """An error with a status and a stable code; `extra` becomes extension members."""
+class ApiProblem(Exception):  # noqa: N818 - the term of RFC 9457
+    """An error with a status and a stable code; `extra` holds further members of the problem document."""
 
     status, code, title = 500, "internal", "Internal error"
 
@@ -52,7 +52,7 @@ class ApiProblem(Exception):  # noqa: N818 - the word of RFC 9457
 
 
 class Unauthorized(ApiProblem):
-    """No API key, or none that is known."""
+    """The request carries no API key, or an unknown one."""
 
     status, code, title = 401, "unauthorized", "API key wanted"
 
@@ -62,49 +62,49 @@ class Unauthorized(ApiProblem):
 
 
 class Forbidden(ApiProblem):
-    """The API key may do other things."""
+    """The API key does not allow the scope of the route."""
 
     status, code, title = 403, "forbidden", "Scope missing"
 
 
 class InvalidJson(ApiProblem):
-    """The body is no JSON."""
+    """The body is not JSON."""
 
     status, code, title = 400, "invalid_json", "Invalid JSON"
 
 
 class InvalidRequest(ApiProblem):
-    """The request can be read but not be answered as it is."""
+    """The request can be read, but something in it is invalid."""
 
     status, code, title = 422, "invalid_request", "Invalid request"
 
 
 class CheckpointRefused(ApiProblem):
-    """The folder holds no checkpoint that could be served; the one that serves goes on."""
+    """The folder holds no checkpoint that could serve; the present model goes on serving."""
 
     status, code, title = 422, "checkpoint_refused", "Checkpoint refused"
 
 
 class NotFound(ApiProblem):
-    """Nothing is known about what was asked for."""
+    """The user, item or file is not known."""
 
     status, code, title = 404, "not_found", "Not found"
 
 
 class BodyTooLarge(ApiProblem):
-    """The body exceeds the limit."""
+    """The body is larger than the limit."""
 
     status, code, title = 413, "body_too_large", "Body too large"
 
 
 class Overloaded(ApiProblem):
-    """The queue is full."""
+    """The queue of requests is full."""
 
     status, code, title = 503, "overloaded", "Overloaded"
 
 
 class RateLimited(ApiProblem):
-    """The API key has used up its requests of this second."""
+    """The API key has used its requests of this second."""
 
     status, code, title = 429, "rate_limited", "Too many requests"
 
@@ -116,7 +116,7 @@ class IngestionFull(ApiProblem):
 
 
 class WriteConflict(ApiProblem):
-    """Other writers were faster three times."""
+    """Other writers changed the same users, several times in a row."""
 
     status, code, title = 503, "write_conflict", "Write conflict"
 
@@ -128,21 +128,21 @@ class MemoryUnavailable(ApiProblem):
 
 
 class MemoryUnreachable(MemoryUnavailable):
-    """A memory service cannot be reached, or does not answer in time; another replica may."""
+    """A memory replica cannot be reached or does not answer in time; another replica may."""
 
 
 class ModelGone(MemoryUnavailable):
-    """The memory service works with another model by now; following it helps."""
+    """The memory service works with another model; taking that model over and asking again helps."""
 
 
 class DeadlineExceeded(MemoryUnavailable):
-    """The time that the caller or the settings gave was not enough."""
+    """The deadline of the caller or of the settings has passed."""
 
     status, code, title = 503, "deadline_exceeded", "Deadline exceeded"
 
 
 class CallerGone(ApiProblem):
-    """The caller closed the connection before its turn came."""
+    """The caller closed the connection while its request waited."""
 
     status, code, title = 499, "caller_gone", "Caller gone"
 
@@ -163,7 +163,7 @@ def problem(status: int, code: str, title: str, detail: str, **extra: Any) -> JS
 
 
 def refusal(error: ApiProblem) -> JSONResponse:
-    """An error of ours as a response."""
+    """An `ApiProblem` as a response."""
     answer = problem(error.status, error.code, error.title, error.detail, **error.extra)
     answer.headers.update(error.headers)
     return answer
@@ -173,18 +173,17 @@ def install(app: FastAPI) -> None:
     """Answer every error of the application as a problem document."""
 
     @app.exception_handler(ApiProblem)
-    async def ours(request: Request, error: ApiProblem) -> JSONResponse:
+    async def api_problem(request: Request, error: ApiProblem) -> JSONResponse:
         return refusal(error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        found = error.errors()
-        if any(one["type"] == "json_invalid" for one in found):
-            return problem(
-                400, InvalidJson.code, InvalidJson.title, str(found[0].get("ctx", {}).get("error", "no JSON"))
-            )
-        fields = [{"field": _field(one["loc"]), "message": one["msg"]} for one in found]
-        detail = "; ".join(f"{one['field']}: {one['message']}" for one in fields[:5])
+        errors = error.errors()
+        if any(found["type"] == "json_invalid" for found in errors):
+            detail = str(errors[0].get("ctx", {}).get("error", "no JSON"))
+            return problem(400, InvalidJson.code, InvalidJson.title, detail)
+        fields = [{"field": _field(found["loc"]), "message": found["msg"]} for found in errors]
+        detail = "; ".join(f"{field['field']}: {field['message']}" for field in fields[:5])
         return problem(422, "invalid_request", "Invalid request", detail, errors=fields)
 
     @app.exception_handler(HTTPException)
@@ -192,7 +191,7 @@ def install(app: FastAPI) -> None:
         code = HTTP_CODES.get(error.status_code, f"http_{error.status_code}")
         answer = problem(error.status_code, code, str(error.detail), f"{request.method} {request.url.path}")
         answer.headers.update(error.headers or {})
-        if error.status_code == 405:  # the framework names the methods of one route, not all of this path
+        if error.status_code == 405:  # the framework names the methods of one route only
             answer.headers["Allow"] = ", ".join(_methods(request))
         return answer
 
@@ -200,13 +199,13 @@ def install(app: FastAPI) -> None:
     async def internal(request: Request, error: Exception) -> JSONResponse:
         answer = problem(500, ApiProblem.code, ApiProblem.title, "see the log of the api")
         call = CALL.get()
-        if call is not None:  # this answer is given outside of the middleware that adds it to the others
+        if call is not None:  # this response is made outside of the middleware that adds the header
             answer.headers[REQUEST_ID] = call.request_id
         return answer
 
 
 def _methods(request: Request) -> list[str]:
-    """The methods that the path of a request has."""
+    """The methods that the path of a request allows."""
     routes = request.app.routes
     return [
         method

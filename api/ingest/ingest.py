@@ -1,7 +1,7 @@
 """The use case behind `POST /memories`: validate, plan, encode, write, acknowledge.
 
-Only what is in Redis is acknowledged. A write carries the version that its keys were computed from; where another
-writer was faster, the current plan comes back and is encoded again.
+Only what is in Redis is acknowledged. A write names the version that its keys were computed from; if another writer was
+faster, it returns the present plan, which is encoded and written again.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from api.http.problems import IngestionFull, MemoryUnavailable, ModelGone, WriteConflict
-from api.http.schemas import IngestResponse, Interaction, Rejected, refused_time
+from api.http.schemas.fields import refused_time
+from api.http.schemas.memories import IngestResponse, Interaction, Rejected
 from api.models.engine import Engine
-from api.models.lifecycle import MODEL_TRIES, Models
+from api.models.lifecycle import MODEL_TRIES, LoadedModels
+from memory_service.protocol.columns import Job
 from memory_service.protocol.structs import (
     EventIn,
-    Job,
     PlanRequest,
     UserEvents,
     UserPlan,
@@ -24,25 +25,30 @@ from memory_service.protocol.structs import (
     UserWritten,
     WriteRequest,
 )
+from memory_service.protocol.vectors import Vectors
 from model.config import EncoderConfig
 from model.memory.rules import Floats
 
 TRIES = 3
+"""How often a user is written who is changed by others meanwhile."""
 SLICE_TOKENS = 2000
-"""What the model encodes in one go: about 15 ms, for which recommendations wait beside a backfill."""
+"""Tokens that the model encodes at a time: about 15 ms, for which recommendations have to wait."""
 
 
 class Intake:
-    """Keeps the interactions that are being written within a limit."""
+    """Limits how many interactions are being written at a time."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.under_way = limit, 0
 
     @contextmanager
     def admitted(self, count: int) -> Iterator[None]:
-        """Around writing `count` interactions. Raises IngestionFull where they do not fit in beside the others."""
+        """Wrap the writing of `count` interactions. Raises IngestionFull if there is no room for them.
+
+        However many they are, there is room for them if no others are being written.
+        """
         if self.under_way and self.under_way + count > self.limit:
-            raise IngestionFull(f"{self.under_way} interactions are being written, at most {self.limit} at once")
+            raise IngestionFull(f"{self.under_way} of at most {self.limit} interactions are being written")
         self.under_way += count
         try:
             yield
@@ -50,22 +56,23 @@ class Intake:
             self.under_way -= count
 
 
-async def ingest(models: Models, interactions: Sequence[Interaction]) -> IngestResponse:
-    """Keep interactions.
+async def ingest(models: LoadedModels, interactions: Sequence[Interaction]) -> IngestResponse:
+    """Store interactions.
 
     Raises:
-        MemoryUnavailable, WriteConflict: not everything was kept; `committed` names the users that were.
+        MemoryUnavailable, WriteConflict: not all were stored; `committed` names the users whose were.
     """
     received_at = time.time()
-    rejected = [one for one in (_refusal(n, i, received_at) for n, i in enumerate(interactions)) if one]
-    refused = {one.index for one in rejected}
-    users = _by_user([(n, i) for n, i in enumerate(interactions) if n not in refused])
+    refusals = (_refusal(n, interaction, received_at) for n, interaction in enumerate(interactions))
+    rejected = [refusal for refusal in refusals if refusal is not None]
+    refused = {refusal.index for refusal in rejected}
+    users = _by_user([(n, interaction) for n, interaction in enumerate(interactions) if n not in refused])
     written = await _write_all(models, users, received_at) if users else {}
     rejected += [_forgotten(index) for user in written.values() for index in user.forgotten]
     response = IngestResponse(
         accepted=sum(len(user.accepted) for user in written.values()),
         duplicates=sum(len(user.duplicates) for user in written.values()),
-        rejected=sorted(rejected, key=lambda one: one.index),
+        rejected=sorted(rejected, key=lambda refusal: refusal.index),
         versions={name: user.version for name, user in written.items()},
     )
     for outcome, count in (
@@ -90,14 +97,14 @@ def _forgotten(index: int) -> Rejected:
 
 def _by_user(interactions: Sequence[tuple[int, Interaction]]) -> dict[str, UserEvents]:
     users: dict[str, UserEvents] = {}
-    for index, one in interactions:
-        events = users.setdefault(one.user_id, UserEvents(one.user_id, [])).events
-        events.append(EventIn(index, one.item_id, one.timestamp, one.rating, one.event_id, one.basket_id))
+    for index, taken in interactions:
+        events = users.setdefault(taken.user_id, UserEvents(taken.user_id, [])).events
+        events.append(EventIn(index, taken.item_id, taken.timestamp, taken.rating, taken.event_id, taken.basket_id))
     return users
 
 
-async def _write_all(models: Models, users: dict[str, UserEvents], received_at: float) -> dict[str, UserWritten]:
-    """Write for the wanted model; where another is wanted by now, what is left for that one."""
+async def _write_all(models: LoadedModels, users: dict[str, UserEvents], received_at: float) -> dict[str, UserWritten]:
+    """Write with the keys of the wanted model; if another one is wanted meanwhile, write the rest with its keys."""
     written: dict[str, UserWritten] = {}
     try:
         for left in reversed(range(MODEL_TRIES)):
@@ -117,7 +124,7 @@ async def _write_all(models: Models, users: dict[str, UserEvents], received_at: 
 async def _write(
     engine: Engine, users: dict[str, UserEvents], received_at: float, written: dict[str, UserWritten]
 ) -> None:
-    """Write with the keys of one model; whoever is done is put into `written`."""
+    """Write with the keys of one model. Users that were written are added to `written`."""
     plans = await _plans(engine, list(users.values()), received_at)
     for _ in range(TRIES):
         writes = await _encode(engine, plans, users)
@@ -129,12 +136,12 @@ async def _write(
             return
         if any(plan.stale for plan in plans):
             plans = await _plans(engine, [users[plan.user_id] for plan in plans], received_at)
-    detail = f"{len(plans)} users were written by others {TRIES} times in a row; nothing of theirs was kept"
+    detail = f"{len(plans)} users were written by others {TRIES} times in a row; they were not changed"
     raise WriteConflict(detail, committed=sorted(written))
 
 
 async def _plans(engine: Engine, users: list[UserEvents], received_at: float) -> list[UserPlan]:
-    """Plans for all users; records of another model are keyed anew first."""
+    """Plans for all users. Records of another model are rekeyed first."""
     request = PlanRequest(engine.version, received_at, users)
     reply = await engine.memory.plan(request)
     await engine.know(reply.catalogue_size)
@@ -146,28 +153,21 @@ async def _plans(engine: Engine, users: list[UserEvents], received_at: float) ->
 
 
 async def _encode(engine: Engine, plans: list[UserPlan], users: dict[str, UserEvents]) -> list[UserWrite]:
-    """The writes that the plans ask for, with keys and last states."""
+    """The writes that carry out plans, with keys and last states."""
     encoded: list[tuple[Floats, Floats]] = []
     for jobs in _slices([plan.job for plan in plans], engine.recommender.config.encoder):
         encoded += await engine.encode(jobs)
-    return [
-        UserWrite(
-            user_id=plan.user_id,
-            version=plan.version,
-            events=users[plan.user_id].events,
-            keys=keys.astype("<f4").tobytes(),
-            state=state.astype("<f4").tobytes(),
-        )
-        for plan, (keys, state) in zip(plans, encoded, strict=True)
-    ]
+    vectors = [Vectors(*made) for made in encoded]
+    return [made.write_of(plan, users[plan.user_id].events) for made, plan in zip(vectors, plans, strict=True)]
 
 
 def _slices(jobs: Sequence[Job], config: EncoderConfig) -> Iterator[list[Job]]:
-    """Jobs in portions after each of which the model's thread is free for recommendations."""
+    """Jobs in portions of about SLICE_TOKENS tokens, between which the model's thread is free for recommendations."""
     portion: list[Job] = []
     tokens = 0
     for job in jobs:
-        positions, items = len(job.positions) // 8, len(job.items) // 4
+        unpacked = job.unpack()
+        positions, items = len(unpacked.positions), len(unpacked.items)
         windows = 1 + positions // config.window_stride
         if portion and tokens + windows * min(items, config.window) > SLICE_TOKENS:
             yield portion

@@ -1,1 +1,1 @@
-"""Work on many users at once: a whole log, everybody's list, another model for all."""
+"""Jobs over many users: sending a log, recommending for everyone, moving everyone to another model."""

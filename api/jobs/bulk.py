@@ -1,9 +1,9 @@
-"""Work on all users, divided by the 16,384 slots of a Redis Cluster: in this process, or on the workers of Ray.
+"""Bulk jobs: work on all users, divided by Redis Cluster's 16,384 hash slots, in this process or on Ray workers.
 
-A job is a small frozen dataclass that travels to where it is run, and is then called with slots: it does its work for
-the users whose records lie there. Every job may be called again for the same slots and goes on where it was, so a lost
-worker costs time only. What a job opens (services, a checkpoint's folder, files) must be reachable from every worker,
-under the same names.
+A job is a small frozen dataclass that is sent to a worker and called there with a range of hash slots; it works on the
+users whose records are in these slots. A job can be called again for the same slots and continues where it stopped, so
+a lost worker costs only time. What a job opens (services, folders, files) must be reachable from every worker under the
+same name.
 """
 
 from __future__ import annotations
@@ -16,77 +16,76 @@ from itertools import pairwise
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
-from memory_service.protocol.slots import ALL_SLOTS
+from memory_service.protocol.hash_slots import ALL_SLOTS
 from model.errors import RamrecError
 
-RANGES_A_WORKER = 4
-ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-"""Ray's words, read when it is imported, for listening on loopback alone, as it does on a desktop, and for telling
-nobody.
-"""
+PARTS_PER_WORKER = 4
+LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+"""Environment variables that Ray reads on import: listen on loopback only, send no usage statistics."""
 STORE_BYTES = 100 * 2**20
-"""Ray's shared memory: jobs and results are small."""
+"""Ray's shared memory; jobs and results are small."""
 Report = Callable[[int, int], None]
-"""Is told of users looked at and users done, as often as the work likes."""
+"""A callback for progress: more users looked at, more users done."""
 Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
 
 
 class BulkError(RamrecError):
-    """The work cannot be done, or not to its end; what is done stays done."""
+    """A job cannot be done, or not completed; what is done stays done."""
 
 
-class Job(Protocol[Result_co]):
-    """Work on the users of some slots. Raises RamrecError."""
+class BulkJob(Protocol[Result_co]):
+    """Work on the users of some hash slots. Raises RamrecError."""
 
     def __call__(self, slots: range, report: Report) -> Result_co:
-        """Do it."""
+        """Does the work."""
 
 
 class Runner(Protocol):
-    """Where jobs run, and how many `workers` there are."""
+    """Runs jobs."""
 
     @property
     def workers(self) -> int:
-        """How many parts are worked on at a time."""
+        """How many parts run at the same time."""
 
-    def run(self, job: Job[Result], parts: Sequence[range], report: Report) -> Iterator[Result]:
-        """Call the job with every part; results in any order.
+    def run(self, job: BulkJob[Result], parts: Sequence[range], report: Report) -> Iterator[Result]:
+        """Calls the job with every part. Yields the results in any order.
 
         Raises:
-            RamrecError: a call did. BulkError: a worker was lost, again and again.
+            RamrecError: the job raised it.
+            BulkError: a worker was lost repeatedly.
         """
 
 
 @dataclass(frozen=True)
-class Local:
-    """This process, one part after another."""
+class LocalRunner:
+    """Runs one part after another in this process."""
 
     workers: int = 1
 
-    def run(self, job: Job[Result], parts: Sequence[range], report: Report) -> Iterator[Result]:
+    def run(self, job: BulkJob[Result], parts: Sequence[range], report: Report) -> Iterator[Result]:
         """See `Runner`."""
         return (job(slots, report) for slots in parts)
 
 
-HERE: Runner = Local()
+LOCAL: Runner = LocalRunner()
 
 
-class OnRay(AbstractContextManager["OnRay"]):
-    """A Ray cluster, every worker one core and one part at a time; the report comes when a part is done.
+class RayRunner(AbstractContextManager["RayRunner"]):
+    """Runs parts on the workers of a Ray cluster, each on one core; progress is reported when a part is done.
 
     Args:
         workers: how many; None: as many as the cluster has cores.
-        address: of a running cluster (`auto`, `HOST:PORT`, `ray://…`); None: one is started on this machine, for
-            loopback alone, and ended at the end.
+        address: of a running cluster (`auto`, `HOST:PORT`, `ray://…`); None: start one on this machine, on loopback
+            only, and stop it at the end.
 
     Raises:
-        BulkError: Ray is not installed, or there is no cluster.
+        BulkError: Ray is not installed, or there is no cluster at the address.
     """
 
     def __init__(self, workers: int | None = None, address: str | None = None) -> None:
         if address is None:
-            os.environ |= ALONE
+            os.environ |= LOOPBACK_ONLY
         try:
             import ray
         except ImportError as error:
@@ -101,28 +100,28 @@ class OnRay(AbstractContextManager["OnRay"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let go of the cluster; unfinished work is ended."""
+        """Disconnects from the cluster; unfinished parts are cancelled."""
         self._ray.shutdown()
 
-    def run(self, job: Job[Result], parts: Sequence[range], report: Report) -> Iterator[Result]:
+    def run(self, job: BulkJob[Result], parts: Sequence[range], report: Report) -> Iterator[Result]:
         """See `Runner`."""
         ray, remote = self._ray, self._ray.remote(num_cpus=1)(_counted)
-        waiting, under_way = list(reversed(parts)), list[Any]()
+        waiting, running = list(reversed(parts)), list[Any]()
         try:
-            while waiting or under_way:
-                while waiting and len(under_way) < self.workers:
-                    under_way.append(remote.remote(job, waiting.pop()))
-                (done,), under_way = ray.wait(under_way)
-                result, looked_at, count = self._result(done)
-                report(looked_at, count)
+            while waiting or running:
+                while waiting and len(running) < self.workers:
+                    running.append(remote.remote(job, waiting.pop()))
+                (ended,), running = ray.wait(running)
+                result, looked_at, done = self._result(ended)
+                report(looked_at, done)
                 yield result
         finally:
-            for other in under_way:
+            for other in running:
                 ray.cancel(other)
 
-    def _result(self, done: Any) -> Any:
+    def _result(self, ended: Any) -> Any:
         try:
-            return self._ray.get(done)
+            return self._ray.get(ended)
         except self._ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, RamrecError):
                 raise error.cause from None
@@ -139,8 +138,8 @@ def _connect(ray: Any, workers: int | None, address: str | None) -> None:
     ray.init("local", num_cpus=workers, include_dashboard=False, object_store_memory=STORE_BYTES, **quiet)
 
 
-def _counted(job: Job[Result], slots: range) -> tuple[Result, int, int]:
-    """Runs in a worker: the job's result, and the sums of what it reported."""
+def _counted(job: BulkJob[Result], slots: range) -> tuple[Result, int, int]:
+    """Runs in a worker. Returns the job's result and the sums of what it reported."""
     looked_at = done = 0
 
     def count(more: int, more_done: int) -> None:
@@ -151,21 +150,21 @@ def _counted(job: Job[Result], slots: range) -> tuple[Result, int, int]:
     return result, looked_at, done
 
 
-def divided(parts: int, slots: range = ALL_SLOTS) -> list[range]:
-    """Slots in at most so many parts of the same size, or nearly so.
+def split(parts: int, slots: range = ALL_SLOTS) -> list[range]:
+    """Splits slots into at most `parts` ranges of (nearly) the same size.
 
-    >>> divided(3, range(100, 110))
+    >>> split(3, range(100, 110))
     [range(100, 103), range(103, 106), range(106, 110)]
     """
     bounds = [slots.start + len(slots) * part // parts for part in range(parts + 1)]
     return [range(first, stop) for first, stop in pairwise(bounds) if stop > first]
 
 
-def shares(where: Runner) -> list[range]:
-    """All slots, in as many parts as there are workers, or more of them: who is done early takes another."""
-    return divided(where.workers * RANGES_A_WORKER) if where.workers > 1 else [ALL_SLOTS]
+def parts_for(runner: Runner) -> list[range]:
+    """Splits all slots for the workers of a runner: several parts each, so that they finish at about the same time."""
+    return split(runner.workers * PARTS_PER_WORKER) if runner.workers > 1 else [ALL_SLOTS]
 
 
-def runner(engine: str, workers: int | None, address: str | None) -> AbstractContextManager[Runner]:
-    """What `--engine` names. Raises BulkError."""
-    return OnRay(workers, address) if engine == "ray" else nullcontext(HERE)
+def open_runner(engine: str, workers: int | None, address: str | None) -> AbstractContextManager[Runner]:
+    """The runner that the option `--engine` names. Raises BulkError."""
+    return RayRunner(workers, address) if engine == "ray" else nullcontext(LOCAL)

@@ -1,4 +1,4 @@
-"""What of a log a service has acknowledged: a small file, so that sending can go on where it was, after a kill too."""
+"""A small file that records which interactions of a log are acknowledged, so that sending can be continued."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from model.files import replace_file
 
 
 class JournalError(RamrecError):
-    """The journal cannot be kept, or somebody else keeps it now."""
+    """The journal cannot be read or written, or another process uses it."""
 
 
 class Tally(msgspec.Struct):
-    """What became of interactions; `reasons`: the first rejections."""
+    """What became of interactions. `reasons`: the first rejections."""
 
     accepted: int = 0
     duplicates: int = 0
@@ -29,28 +29,30 @@ class Tally(msgspec.Struct):
 
     @property
     def rows(self) -> int:
-        """Interactions that were answered for."""
+        """Interactions that were answered."""
         return self.accepted + self.duplicates + self.rejected
 
     def summary(self) -> str:
-        """One line."""
+        """The counts in one line."""
         return f"accepted {self.accepted:,}, duplicates {self.duplicates:,}, rejected {self.rejected:,}"
 
 
 def joined(tallies: Sequence[Tally], reasons: int) -> Tally:
-    """The sum, with the first `reasons`."""
+    """The sum of tallies, with the first `reasons` rejections."""
     total = Tally()
-    for one in tallies:
-        total.accepted += one.accepted
-        total.duplicates += one.duplicates
-        total.rejected += one.rejected
-        total.reasons += one.reasons[: reasons - len(total.reasons)]
+    for tally in tallies:
+        total.accepted += tally.accepted
+        total.duplicates += tally.duplicates
+        total.rejected += tally.rejected
+        total.reasons += tally.reasons[: reasons - len(total.reasons)]
     return total
 
 
 class Journal(msgspec.Struct):
-    """All portions before `portion` are acknowledged, and of that one the parcels `done`. `rows`: of the whole file,
-    which has been checked from end to end.
+    """How far a file has been sent.
+
+    rows: interactions in the file, counted when it was checked. portion: number of the current portion; all earlier
+    ones are acknowledged. done: acknowledged batches of the current portion.
     """
 
     rows: int
@@ -60,18 +62,18 @@ class Journal(msgspec.Struct):
 
     @property
     def complete(self) -> bool:
-        """Everything is acknowledged."""
+        """Whether everything is acknowledged."""
         return self.tally.rows == self.rows
 
 
 class JournalFile:
-    """Where a journal is kept. Without a path it is not kept."""
+    """The file of a journal; without a path nothing is kept."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
 
     def load(self) -> Journal | None:
-        """The journal, if there is one. Raises JournalError where it cannot be read."""
+        """Reads the journal; None if there is none. Raises JournalError if it cannot be read."""
         if self.path is None or not self.path.exists():
             return None
         try:
@@ -80,13 +82,13 @@ class JournalFile:
             raise JournalError(f"{self.path} cannot be read ({error}); --again sends everything anew") from error
 
     def save(self, journal: Journal) -> None:
-        """Replace the journal in one step; it is on disk when this returns."""
+        """Replaces the journal in one step; it is on disk when this returns."""
         if self.path is not None:
             replace_file(self.path, msgspec.json.encode(journal))
 
 
 def journal_path(folder: Path, *identity: str) -> Path:
-    """Where the journal of what `identity` names lies."""
+    """Path of the journal that belongs to what `identity` names."""
     return folder / f"{hashlib.blake2b(chr(0).join(identity).encode(), digest_size=16).hexdigest()}.json"
 
 
@@ -97,10 +99,10 @@ def state_folder() -> Path:
 
 @contextmanager
 def journal_file(*identity: str, folder: Path | None = None) -> Iterator[JournalFile]:
-    """The journal of what `identity` names, for this process alone. `folder`: None: the user's.
+    """Opens the journal of what `identity` names for this process alone. `folder` None: the user's folder.
 
     Raises:
-        JournalError: another process keeps it, or the folder cannot be written.
+        JournalError: another process uses it, or the folder cannot be written.
     """
     path = journal_path(folder or state_folder(), *identity)
     try:

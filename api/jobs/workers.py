@@ -1,4 +1,4 @@
-"""What a worker of a bulk job works with: the model of a folder, a memory service, and patience."""
+"""What the worker of a bulk job needs: a model, a memory service, and patience with it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
-from api.http.metrics import Metrics
+from api.http.metrics import ApiMetrics
 from api.http.problems import ApiProblem, MemoryUnavailable, ModelGone
 from api.jobs.bulk import BulkError
-from api.memory.replicas import MemoryReplicas
+from api.memory.port import Memory
 from api.models.engine import Engine
 from model.serving.recommender import Recommender
 
@@ -21,13 +21,18 @@ TRIES, PAUSE_S = 10, 1.0
 Reply = TypeVar("Reply")
 
 loaded = lru_cache(maxsize=1)(Recommender.load)
-"""The model in a folder; a worker is called with several parts."""
+"""Loads the model of a folder, once for all parts that a worker is called with."""
 
 
 @asynccontextmanager
-async def connected(run: Path, memory: MemoryReplicas) -> AsyncIterator[Engine]:
-    """The model of a folder beside the memory service. Raises CheckpointError, BulkError for what a service refuses."""
-    engine = Engine(loaded(run), memory, Metrics())
+async def connected(run: Path, memory: Memory) -> AsyncIterator[Engine]:
+    """The model of a folder together with a memory service, which is closed at the end.
+
+    Raises:
+        CheckpointError: the folder holds no usable model.
+        BulkError: the memory service refuses a call.
+    """
+    engine = Engine(loaded(run), memory, ApiMetrics())
     try:
         yield engine
     except ApiProblem as problem:
@@ -37,14 +42,15 @@ async def connected(run: Path, memory: MemoryReplicas) -> AsyncIterator[Engine]:
 
 
 async def patiently(call: Callable[[], Awaitable[Reply]]) -> Reply:
-    """Wait where the service is busy or restarts: everything asked here may be asked again."""
-    for left in reversed(range(TRIES)):
+    """Repeats a call while the memory service is busy or restarting. The call must be repeatable.
+
+    Raises what the last try raises; ModelGone at once.
+    """
+    for _ in range(TRIES - 1):
         try:
             return await call()
         except ModelGone:
             raise
         except MemoryUnavailable:
-            if not left:
-                raise
             await asyncio.sleep(PAUSE_S)
-    raise AssertionError
+    return await call()

@@ -1,1 +1,1 @@
-"""The memory service as the api sees it: any number of replicas."""
+"""The memory service as the api calls it: the port (`port`) and what implements it."""

@@ -1,17 +1,14 @@
-"""The memory service over HTTP: keep-alive, msgpack, a timeout on every call."""
+"""The memory service over HTTP: keep-alive connections, msgpack bodies, a timeout for every call."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TypeVar
 
 import aiohttp
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from api.http.problems import (
     ApiProblem,
@@ -21,13 +18,16 @@ from api.http.problems import (
     MemoryUnreachable,
     ModelGone,
 )
-from api.memory.replies import check_inspected, check_listed, check_planned, check_retrieved, check_written
-from memory_service.protocol.slots import ALL_SLOTS
+from api.memory.port import Readiness
+from memory_service.protocol.answer import Answer
+from memory_service.protocol.context import CALL
+from memory_service.protocol.hash_slots import ALL_SLOTS
+from memory_service.protocol.question import Question
+from memory_service.protocol.replies import check_inspected, check_listed, check_planned, check_written
 from memory_service.protocol.structs import (
     CONTENT_TYPE,
     CatalogueReply,
     Forgotten,
-    Job,
     ModelReply,
     ModelRequest,
     PlanReply,
@@ -41,99 +41,26 @@ from memory_service.protocol.structs import (
     RekeyRequest,
     ReplicasReply,
     RetrieveReply,
-    RetrieveRequest,
     StalePage,
-    StaleUser,
-    UserMemory,
     UserPage,
     Users,
     WriteReply,
     WriteRequest,
 )
-from memory_service.protocol.telemetry import CALL, span
-from model.memory.bank import Retrieved
-from model.memory.habits import FEATURES
+from memory_service.protocol.tracing import span
+from memory_service.protocol.user_memory import UserMemory
 
-CONNECT_S = 1.0
-"""A replica that is there is connected to in far less."""
-LOOK_TIMEOUT_S = 1.0
-LOADING_S = 600.0
-"""The memory service reads a checkpoint, or all that changed, before it answers a change of models."""
+CONNECT_TIMEOUT_S = 1.0
+"""A running replica accepts a connection much faster."""
+REPLICAS_TIMEOUT_S = 1.0
+"""For asking which replicas there are."""
+LOADING_TIMEOUT_S = 600.0
+"""For a change of models: the service reads a checkpoint, or all changed records, before it answers."""
 Reply = TypeVar("Reply", bound=msgspec.Struct)
 
 
-@dataclass(frozen=True)
-class Remembered:
-    """A retrieval reply unpacked. Columns of length B; items are catalogue numbers.
-
-    `known`: something is remembered; `states` (B, d) float32; `seen`: items each user had; `stale`: users to be
-    keyed anew first; `without`: rows that ignore something of what the user had, and how the state without it is made;
-    `moved`: rows whose users must be asked about with another model, and which.
-    """
-
-    retrieved: Retrieved
-    known: NDArray[np.bool_]
-    versions: NDArray[np.int64]
-    states: NDArray[np.float32]
-    seen: list[NDArray[np.uint32]]
-    stale: list[StaleUser]
-    without: dict[int, Job]
-    moved: dict[int, str]
-    degraded: bool
-    catalogue_size: int
-
-
-def unpack(reply: RetrieveReply) -> Remembered:
-    """Bytes to columns."""
-    known, own = np.frombuffer(reply.known, "u1").astype(bool), reply.own.unpack()
-    seen_count = np.frombuffer(reply.seen_count, "<i4")
-    return Remembered(
-        retrieved=Retrieved(
-            entropy=np.frombuffer(reply.entropy, "<f4"),
-            k=np.frombuffer(reply.k, "<i4").astype(np.int64),
-            bank_size=np.frombuffer(reply.bank_size, "<i4").astype(np.int64),
-            own=own,
-            collective=reply.collective.unpack(),
-            collective_k=np.frombuffer(reply.collective_k, "<i4").astype(np.int64),
-            habits=_habits(reply.habits, own.valid),
-            present=_present(reply),
-        ),
-        known=known,
-        versions=np.frombuffer(reply.versions, "<i8"),
-        states=np.frombuffer(reply.states, "<f4").reshape(len(known), -1),
-        seen=np.split(np.frombuffer(reply.seen, "<u4"), np.cumsum(seen_count)[:-1]),
-        stale=reply.stale,
-        without=reply.without,
-        moved=reply.moved,
-        degraded=reply.degraded,
-        catalogue_size=reply.catalogue_size,
-    )
-
-
-def _habits(data: bytes, valid: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """What memories tell, (B, K, F), 0 where not valid; F is 0 where they tell nothing. valid (B, K)."""
-    habits = np.zeros((*valid.shape, len(FEATURES) if data else 0), np.float32)
-    if data:
-        habits[valid] = np.frombuffer(data, "<f4").reshape(-1, len(FEATURES))
-    return habits
-
-
-def _present(reply: RetrieveReply) -> NDArray[np.int64]:
-    """Items that users take at the time of the request, (B, P), 0 where there are fewer."""
-    count = np.frombuffer(reply.present_count, "<i4")
-    there = np.arange(int(count.max(initial=0))) < count[:, None]
-    present = np.zeros((len(reply.known), there.shape[1]), np.int64)
-    if len(count):
-        present[there] = np.frombuffer(reply.present, "<u4")
-    return present
-
-
 class MemoryClient:
-    """One method a call of the memory service.
-
-    Every method raises MemoryUnavailable where the service cannot be reached, does not answer in time, has no Redis,
-    serves another model, or answers what no memory service does.
-    """
+    """One memory replica over HTTP (`api.memory.port.Memory`)."""
 
     def __init__(self, url: str, timeout_s: float, token: str | None = None) -> None:
         self.url = url.rstrip("/")
@@ -142,110 +69,114 @@ class MemoryClient:
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout_s), headers=headers)
 
     async def close(self) -> None:
-        """Close all connections."""
+        """Closes all connections."""
         await self._session.close()
 
-    async def retrieve(self, request: RetrieveRequest) -> Remembered:
-        """Memories of a batch of users."""
-        reply = await self._post("/v1/retrieve", request, RetrieveReply)
-        with _doubting():
-            check_retrieved(reply, request)
-            return unpack(reply)
+    async def retrieve(self, question: Question) -> Answer:
+        """Retrieves memories of a batch of users."""
+        reply = await self._post("/v1/retrieve", question.packed(), RetrieveReply)
+        with _checking():
+            return Answer.unpacked(reply, question.users)
 
     async def plan(self, request: PlanRequest) -> PlanReply:
-        """What events would mean, and the states they need."""
+        """Plans events."""
         reply = await self._post("/v1/plan", request, PlanReply)
-        with _doubting():
+        with _checking():
             check_planned(reply, request)
         return reply
 
     async def write(self, request: WriteRequest) -> WriteReply:
-        """Write planned events."""
+        """Writes planned events."""
         reply = await self._post("/v1/write", request, WriteReply)
-        with _doubting():
+        with _checking():
             check_written(reply, request)
         return reply
 
     async def rekey(self, request: RekeyRequest) -> RekeyReply:
-        """Give stale records the keys of this model."""
+        """Gives stale records keys and states of another model."""
         return await self._post("/v1/rekey", request, RekeyReply)
 
-    async def model(self) -> ModelReply:
-        """Which models serve and are wanted."""
-        return _there(await self._call("GET", "/v1/model", ModelReply))
-
-    async def change_model(self, request: ModelRequest) -> ModelReply:
-        """Want another model, or let the wanted one serve. Raises CheckpointRefused, too."""
-        data = msgspec.msgpack.encode(request)
-        return _there(await self._call("POST", "/v1/model", ModelReply, data=data, timeout_s=LOADING_S))
-
-    async def walk(self, cursor: int, limit: int, slots: range = ALL_SLOTS) -> UserPage:
-        """A step through the users of some slots."""
-        params = {"cursor": str(cursor), "limit": str(limit)} | _bounds(slots)
-        return _there(await self._call("GET", "/v1/walk", UserPage, params=params))
-
-    async def stale(self, version: str, cursor: int, limit: int, slots: range = ALL_SLOTS) -> StalePage:
-        """A step through the users of some slots: those who are not of a model."""
-        params = {"version": version, "cursor": str(cursor), "limit": str(limit)} | _bounds(slots)
-        return _there(await self._call("GET", "/v1/stale", StalePage, params=params))
-
     async def inspect(self, user_id: str) -> UserMemory | None:
-        """A user's bank; None where nothing is known."""
+        """Returns all that is known about a user; None: nothing."""
         found = await self._call("GET", "/v1/user", UserMemory, params={"user_id": user_id})
         if found is not None:
-            with _doubting():
+            with _checking():
                 check_inspected(found, user_id)
         return found
 
-    async def forget(self, user_id: str, *, here: bool = False) -> Forgotten:
-        """Forget a user; `here`: let go of one whom another replica has forgotten."""
-        params = {"user_id": user_id} | ({"here": "true"} if here else {})
-        return _there(await self._call("DELETE", "/v1/user", Forgotten, params=params))
+    async def forget(self, user_id: str) -> Forgotten:
+        """Deletes all that is known about a user."""
+        return _found(await self._call("DELETE", "/v1/user", Forgotten, params={"user_id": user_id}))
 
-    async def replicas(self) -> ReplicasReply:
-        """Which replicas are there."""
-        limit_s = min(LOOK_TIMEOUT_S, self._timeout_s)
-        return _there(await self._call("GET", "/v1/replicas", ReplicasReply, timeout_s=limit_s))
+    async def drop(self, user_id: str) -> None:
+        """Has this replica drop a user whom another replica has forgotten from its caches."""
+        _found(await self._call("DELETE", "/v1/user", Forgotten, params={"user_id": user_id, "here": "true"}))
+
+    async def model(self) -> ModelReply:
+        """Returns the serving and the wanted model."""
+        return await self._get("/v1/model", ModelReply)
+
+    async def change_model(self, request: ModelRequest) -> ModelReply:
+        """Makes a model the wanted one, or lets the wanted model serve."""
+        data = msgspec.msgpack.encode(request)
+        return _found(await self._call("POST", "/v1/model", ModelReply, data=data, timeout_s=LOADING_TIMEOUT_S))
+
+    async def walk(self, cursor: int, limit: int, slots: range = ALL_SLOTS) -> UserPage:
+        """Lists users of some hash slots, a page at a time."""
+        return await self._get("/v1/walk", UserPage, cursor=cursor, limit=limit, **_bounds(slots))
+
+    async def stale(self, version: str, cursor: int, limit: int, slots: range = ALL_SLOTS) -> StalePage:
+        """Lists users of some hash slots whose records are not of model `version`, a page at a time."""
+        return await self._get("/v1/stale", StalePage, version=version, cursor=cursor, limit=limit, **_bounds(slots))
 
     async def users(self, prefix: str, limit: int) -> Sequence[str]:
-        """User ids with a prefix."""
-        params = {"prefix": prefix, "limit": str(limit)}
-        return _there(await self._call("GET", "/v1/users", Users, params=params)).users
+        """Lists user ids with a prefix."""
+        return (await self._get("/v1/users", Users, prefix=prefix, limit=limit)).users
 
     async def catalogue(self, since: int, revision: int) -> CatalogueReply:
-        """Catalogue items from a number on, and what changed of those before since a revision."""
-        params = {"since": str(since), "revision": str(revision)}
-        reply = _there(await self._call("GET", "/v1/catalogue", CatalogueReply, params=params))
-        with _doubting():
+        """Lists catalogue items from number `since` on, and earlier items that changed after `revision`."""
+        reply = await self._get("/v1/catalogue", CatalogueReply, since=since, revision=revision)
+        with _checking():
             return check_listed(reply, since)
 
     async def register(self, request: RegisterRequest) -> RegisterReply:
-        """Register or change items."""
+        """Registers or changes catalogue items."""
         return await self._post("/v1/catalogue", request, RegisterReply)
 
     async def quota(self, request: QuotaRequest) -> int:
-        """Requests that may be answered of those wanted."""
+        """Returns how many of the wanted requests are granted."""
         return (await self._post("/v1/quota", request, QuotaReply)).granted
 
+    async def replicas(self) -> ReplicasReply:
+        """Returns the replicas that there are."""
+        timeout_s = min(REPLICAS_TIMEOUT_S, self._timeout_s)
+        return _found(await self._call("GET", "/v1/replicas", ReplicasReply, timeout_s=timeout_s))
+
     async def ready(self) -> Readiness:
-        """Which model the service serves, once it is ready."""
+        """Returns the readiness of this replica. Raises MemoryUnavailable if it is not ready."""
         try:
             async with self._session.get(f"{self.url}/health/ready") as response:
-                content = await response.read()
-                if response.status == 401:
-                    raise _failure(401, content)
+                status, content = response.status, await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise MemoryUnreachable(f"memory service: {str(error) or 'no answer in time'}") from error
-        with _doubting():
-            about = msgspec.json.decode(content, type=Readiness)
-        if not about.authorized:
+            raise _unreachable(error) from error
+        if status == 401:
+            raise _failure(status, content)
+        with _checking():
+            readiness = msgspec.json.decode(content, type=Readiness)
+        if not readiness.authorized:
             raise MemoryUnavailable("memory service: it wants a token (RAMREC_API_MEMORY_TOKEN)")
-        if response.status != 200:
-            raise MemoryUnavailable(f"memory service: {about.status}")
-        return about
+        if status != 200:
+            raise MemoryUnavailable(f"memory service: {readiness.status}")
+        return readiness
+
+    # ------------------------------------------------------------------------------------------- requests
+
+    async def _get(self, path: str, kind: type[Reply], **params: str | int) -> Reply:
+        sent = {name: str(value) for name, value in params.items()}
+        return _found(await self._call("GET", path, kind, params=sent))
 
     async def _post(self, path: str, body: msgspec.Struct, kind: type[Reply]) -> Reply:
-        return _there(await self._call("POST", path, kind, data=msgspec.msgpack.encode(body)))
+        return _found(await self._call("POST", path, kind, data=msgspec.msgpack.encode(body)))
 
     async def _call(
         self,
@@ -257,74 +188,69 @@ class MemoryClient:
         params: dict[str, str] | None = None,
         timeout_s: float | None = None,
     ) -> Reply | None:
-        """The decoded answer; None for 404."""
+        """Returns the decoded response; None for 404. Takes no longer than the request that it is made for may take."""
         call = CALL.get()
-        left_s = math.inf if call is None else call.left_s
-        limit_s = timeout_s or self._timeout_s
+        left_s, timeout_s = math.inf if call is None else call.left_s, timeout_s or self._timeout_s
         if left_s <= 0:
-            raise DeadlineExceeded("the time of the request was over before the memory service was asked")
+            raise DeadlineExceeded("the deadline of the request passed before the memory service was called")
+        timeout = aiohttp.ClientTimeout(total=min(timeout_s, left_s), sock_connect=CONNECT_TIMEOUT_S)
         try:
             with span(f"memory {path}", remote=True):
-                call = CALL.get()  # its span is the one that the other side belongs under
-                headers = {"Content-Type": CONTENT_TYPE} | ({} if call is None else call.onward())
-                async with self._session.request(
-                    method,
-                    self.url + path,
-                    data=data,
-                    params=params,
-                    headers=headers,
-                    timeout=aiohttp.ClientTimeout(total=min(limit_s, left_s), sock_connect=CONNECT_S),
-                ) as response:
-                    content = await response.read()
-                    status = response.status
+                status, content = await self._exchange(method, path, data, params, timeout)
         except (aiohttp.ClientError, TimeoutError) as error:
-            if isinstance(error, TimeoutError) and left_s < limit_s:
-                raise DeadlineExceeded("memory service: no answer in the time of the request") from error
-            raise MemoryUnreachable(f"memory service: {str(error) or 'no answer in time'}") from error
+            if isinstance(error, TimeoutError) and left_s < timeout_s:
+                raise DeadlineExceeded("memory service: no answer before the deadline of the request") from error
+            raise _unreachable(error) from error
         if status == 200:
-            return _decoded(content, kind)
+            with _checking():
+                return msgspec.msgpack.decode(content, type=kind)
         if status == 404:
             return None
         raise _failure(status, content)
 
-
-class Readiness(msgspec.Struct):
-    """What `/health/ready` of the memory service says."""
-
-    status: str
-    model_version: str
-    authorized: bool = True
-    wanted: str | None = None
-    users: int = 0
-    moved: int = 0
+    async def _exchange(
+        self,
+        method: str,
+        path: str,
+        data: bytes | None,
+        params: dict[str, str] | None,
+        timeout: aiohttp.ClientTimeout,
+    ) -> tuple[int, bytes]:
+        """Sends a request as part of the current span. Returns status and body of the response."""
+        call = CALL.get()
+        headers = {"Content-Type": CONTENT_TYPE} | ({} if call is None else call.onward())
+        url = self.url + path
+        async with self._session.request(
+            method, url, data=data, params=params, headers=headers, timeout=timeout
+        ) as response:
+            return response.status, await response.read()
 
 
 @contextmanager
-def _doubting() -> Iterator[None]:
-    """Around decoding and checking a reply."""
+def _checking() -> Iterator[None]:
+    """Turns errors in decoding and checking a reply into MemoryUnavailable."""
     try:
         yield
     except (ValueError, msgspec.MsgspecError, RecursionError) as error:
         raise MemoryUnavailable(f"memory service: {error}: not a memory service?") from error
 
 
-def _decoded(content: bytes, kind: type[Reply]) -> Reply:
-    with _doubting():
-        return msgspec.msgpack.decode(content, type=kind)
+def _bounds(slots: range) -> dict[str, int]:
+    return {"first_slot": slots.start, "last_slot": slots.stop - 1}
 
 
-def _bounds(slots: range) -> dict[str, str]:
-    return {"first_slot": str(slots.start), "last_slot": str(slots.stop - 1)}
-
-
-def _there(reply: Reply | None) -> Reply:
+def _found(reply: Reply | None) -> Reply:
     if reply is None:
         raise MemoryUnavailable("memory service answered 404: not a memory service?")
     return reply
 
 
+def _unreachable(error: Exception) -> MemoryUnreachable:
+    return MemoryUnreachable(f"memory service: {str(error) or 'no answer in time'}")
+
+
 def _failure(status: int, content: bytes) -> ApiProblem:
-    """What an answer that is none means to our callers."""
+    """The problem to raise for an error response."""
     try:
         found = msgspec.msgpack.decode(content, type=Problem)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):

@@ -1,1 +1,1 @@
-"""The use case behind `POST /recommend`."""
+"""The use case behind `POST /recommend`, in stages: parse, encode, remember, rank, respond (`pipeline`)."""

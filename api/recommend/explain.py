@@ -1,4 +1,4 @@
-"""What `explain` adds to an answer: where each item's probability comes from, and the memories that speak for it."""
+"""What `explain` adds to a response: the parts of each item's probability, and the memories behind it."""
 
 from __future__ import annotations
 
@@ -6,65 +6,62 @@ import numpy as np
 from numpy.typing import NDArray
 
 from api.catalogue.catalogue import CatalogueMirror
-from api.http.schemas import Because, Habit, MemoryUse, Parts, Recommended, RetrievedMemory
-from model.memory.bank import Entries, Retrieved
+from api.http.schemas.recommend import Because, Habit, MemoryUse, Parts, Recommended, RetrievedMemory
+from api.models.engine import Engine
 from model.memory.habits import habit_of
+from model.memory.retrieval import Retrieved
 from model.serving.explanation import Explanation, Influence
 from model.serving.recommender import Ranked
 
 REASONS = 3
-"""Memories named for each item, the largest part first; a negative part speaks against the item."""
+"""Memories named for each item, those that raise it most first; a negative part lowers it."""
 
 
-def tell(
-    catalogue: CatalogueMirror,
-    retrieved: Retrieved,
-    row: int,
-    ranked: Ranked,
-    items: list[Recommended],
-    memory: MemoryUse,
-    timed: bool,
+def add_explanation(
+    engine: Engine, retrieved: Retrieved, row: int, ranked: Ranked, items: list[Recommended], memory: MemoryUse
 ) -> None:
-    """Add the explanation of one answer to its items and its memory block. What is popular has no parts, and used no
-    memories. timed: whether the model's data has times.
+    """Add the explanation of one response to its items and its memory block. Popular items have no parts and no
+    memories.
     """
-    told = ranked.explanation
-    memory["gate"], memory["copying"] = (told.gate, told.copying) if told else (0.0, 0.0)
-    if told is None:
-        memory["memories"] = []
+    explanation = ranked.explanation
+    if explanation is None:
+        memory["gate"], memory["copying"], memory["memories"] = 0.0, 0.0, []
         for item in items:
             item["because"] = []
         return
-    memory["log_z"] = told.log_z
-    memories = [_retrieved(catalogue, retrieved, row, one, timed) for one in told.influences]
+    memory["gate"], memory["copying"] = explanation.gate, explanation.copying
+    memory["log_z"] = explanation.log_z
+    has_times = engine.recommender.config.rules.time_unit == "seconds"
+    memories = [
+        _retrieved(engine.catalogue, retrieved, row, influence, has_times) for influence in explanation.influences
+    ]
     memory["memories"] = memories
-    parts = _parts(told)
-    for n, item in enumerate(items):
-        item["because"] = _because(memories, told, n)
-        item["parts"] = parts[n]
+    for n, (item, parts) in enumerate(zip(items, _parts(explanation), strict=True)):
+        item["because"] = _because(memories, explanation, n)
+        item["parts"] = parts
 
 
 def _retrieved(
-    catalogue: CatalogueMirror, retrieved: Retrieved, row: int, one: Influence, timed: bool
+    catalogue: CatalogueMirror, retrieved: Retrieved, row: int, influence: Influence, has_times: bool
 ) -> RetrievedMemory:
-    entries = _entries(retrieved, one)
+    entries = retrieved.own if influence.scope == "own" else retrieved.collective
     memory: RetrievedMemory = {
-        "item_id": catalogue.item_id(int(entries.item[row, one.entry])),
-        "scope": one.scope,
-        "similarity": float(entries.similarity[row, one.entry]),
-        "weight": one.weight,
+        "item_id": catalogue.item_id(int(entries.item[row, influence.entry])),
+        "scope": influence.scope,
+        "similarity": float(entries.similarity[row, influence.entry]),
+        "weight": influence.weight,
     }
-    if one.scope == "own" and retrieved.habits.shape[2]:
-        memory["habit"] = _habit(retrieved.habits[row, one.entry], one.habit, timed)
+    if influence.scope == "own" and retrieved.habits.shape[2]:
+        memory["habit"] = _habit(retrieved.habits[row, influence.entry], influence.habit, has_times)
     return memory
 
 
-def _habit(told: NDArray[np.float32], logit: float, timed: bool) -> Habit:
-    """What one memory's features (F,) say."""
-    habit = habit_of(told)
+def _habit(features: NDArray[np.float32], logit: float, has_times: bool) -> Habit:
+    """The habit that the features (F,) of one memory describe; `has_times`: whether the model's data has times."""
+    habit = habit_of(features)
     return {
         "count": habit.count,
-        "since_s": habit.since_s if timed else None,
+        "since_s": habit.since_s if has_times else None,
         "mean_gap_s": habit.mean_gap_s,
         "at_this_hour": habit.at_this_hour,
         "on_this_day": habit.on_this_day,
@@ -72,9 +69,9 @@ def _habit(told: NDArray[np.float32], logit: float, timed: bool) -> Habit:
     }
 
 
-def _parts(told: Explanation) -> list[Parts]:
-    """The parts of each item's probability. An item that the model does not know is copied, and nothing else."""
-    columns = (told.state, told.calibration, told.memories, told.copied)
+def _parts(explanation: Explanation) -> list[Parts]:
+    """The parts of each item's probability. An item that the model does not know is recommended by copying alone."""
+    columns = (explanation.state, explanation.calibration, explanation.memories, explanation.copied)
     parts: list[Parts] = []
     for state, calibration, memories, copied in zip(*(column.tolist() for column in columns), strict=True):
         if np.isnan(state):
@@ -84,12 +81,11 @@ def _parts(told: Explanation) -> list[Parts]:
     return parts
 
 
-def _because(memories: list[RetrievedMemory], told: Explanation, n: int) -> list[Because]:
-    """The memories that raise the logarithm of the n-th item's probability most, in its logit or as copies."""
-    both = zip(memories, told.influences, strict=True)
-    strongest = sorted(both, key=lambda one: -one[1].raises(n))[:REASONS]
-    return [{**memory, "logit": float(one.part[n]), "copied": float(one.copied[n])} for memory, one in strongest]
-
-
-def _entries(retrieved: Retrieved, one: Influence) -> Entries:
-    return retrieved.own if one.scope == "own" else retrieved.collective
+def _because(memories: list[RetrievedMemory], explanation: Explanation, n: int) -> list[Because]:
+    """The memories that raise the log-probability of the n-th item most, through its logit or by copying."""
+    pairs = zip(memories, explanation.influences, strict=True)
+    strongest = sorted(pairs, key=lambda pair: -pair[1].raises(n))[:REASONS]
+    return [
+        {**memory, "logit": float(influence.part[n]), "copied": float(influence.copied[n])}
+        for memory, influence in strongest
+    ]

@@ -1,4 +1,4 @@
-"""Made-up banks of the size that the targets speak of: d 64, 75 entries a user."""
+"""Synthetic banks of the size that the targets assume: d 64, 75 entries per user."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from memory_service.store.store import Store
 from model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from model.config import Config, EncoderConfig
 from model.memory.bank import Banks
-from model.memory.collective import cells
-from model.memory.events import UserRecord
+from model.memory.collective.layout import cells
 from model.memory.habits import first_taken
+from model.memory.record import UserRecord
 from model.memory.rules import unit
 
 DIM, ENTRIES, ITEMS = 64, 75, 3000
 START, HOUR = 1.7e9, 3600.0
 NOISE = 0.5
-"""Length of what is added to the direction of the item before to make a key."""
+"""Length of the noise that is added to the direction of the previous item to make a key."""
 NEIGHBOURS = 16
 CHUNK = 500
 
 
 def checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint of random weights in a folder: all that a memory service needs to serve such banks."""
+    """Write a checkpoint with random weights to a folder: all that a memory service needs for such banks."""
     import torch
 
     from model.network.encoder import SequenceEncoder
@@ -50,7 +50,7 @@ def checkpoint(folder: Path) -> Checkpoint:
 
 
 def tables(items: int, width: int) -> dict[str, Any]:
-    """What a checkpoint says about a collective index of keys in all directions: neighbours are drawn at random."""
+    """The tables of a checkpoint for a collective index: keys in all directions, neighbours drawn at random."""
     rng, reach = np.random.default_rng(0), np.full(width, 2.5 / np.sqrt(width), np.float32)
     near = rng.integers(1, items + 1, (items + 1, NEIGHBOURS)).astype(np.int32)
     near[0] = 0
@@ -67,7 +67,7 @@ def user(n: int) -> str:
 
 
 def records(of: Checkpoint, users: range, seed: int = 0, entries: int = ENTRIES) -> Iterator[list[UserRecord]]:
-    """Banks (full ones, unless told) of keys round a direction of the item before, in chunks of CHUNK users."""
+    """Records of users, CHUNK at a time; each key lies around a direction of the previous item."""
     directions = unit(np.random.default_rng(0).standard_normal((ITEMS + 1, DIM), np.float32))
     for at in range(users.start, users.stop, CHUNK):
         count = min(CHUNK, users.stop - at)
@@ -104,7 +104,7 @@ def _record(of: Checkpoint, keys: np.ndarray, cell: np.ndarray, items: np.ndarra
 
 
 async def fill(url: str, of: Checkpoint, users: range, entries: int = ENTRIES) -> None:
-    """Write the banks of users straight into a Redis."""
+    """Write the records of users directly to Redis."""
     store = Store(url, of.config.rules, 30.0)
     at = users.start
     for chunk in records(of, users, entries=entries):

@@ -240,7 +240,7 @@ def compared(writers: list[Client], found: dict[str, list[tuple[str, float]]]) -
 
 def main() -> int:
     """Exit code 1 where anything was lost or doubled."""
-    from api.cli import measured_with
+    from api.commands.report import measured_with
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="checkpoint folder")

@@ -1,5 +1,5 @@
-"""Entries as a large service would have them: sequences in which items follow each other as in a log, and keys made of
-the items before as an encoder with a sketch makes them, but without an encoder.
+"""Entries as in a large service: sequences in which items follow each other as in a log, with keys computed from the
+previous items, as an encoder with a sketch computes them, but without an encoder.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import numpy as np
 from model.config import RulesConfig
 from model.data.dataset import Dataset, training_part
 from model.memory.bank import Banks
-from model.memory.collective import LAST, Layout, cells
+from model.memory.collective.layout import LAST, Layout, cells
 from model.memory.rules import unit
 from model.training.collective_layout import SPAN, best_neighbours, followers
 
 DIM = 128
 ENTRIES = 10
-"""Entries of a user; the first is before any item, and in no list."""
+"""Entries of a user; the first is made before any item, so it is not shared."""
 FOLLOWS, FOLLOWS_BEFORE = 0.6, 0.2
-"""How often an item is one that followed the last one in the log, or the one before; else any, by popularity."""
+"""How often an item is drawn from those that followed the last one in the log, or the one before; else any."""
 STATE_DECAY, SKETCH_DECAY, NOISE = 0.8, 0.5, 0.3
 CHUNK = 20_000
 """Users generated at a time."""
@@ -28,7 +28,7 @@ CHUNK = 20_000
 
 @dataclass(frozen=True)
 class World:
-    """Items of a log: which follow which, how popular they are, and two random directions of each, (items + 1, 64)."""
+    """Items of a log: which follow which, how popular they are, and two random directions (items + 1, 64) of each."""
 
     starts: np.ndarray
     after: np.ndarray
@@ -40,7 +40,7 @@ class World:
 
     @classmethod
     def of(cls, dataset: Dataset) -> World:
-        """The world of a log, and the layout that training would make of it."""
+        """The world of a log, with the layout that training would compute from it."""
         before, after, often = followers(dataset)
         counts = np.bincount(dataset.items[training_part(dataset)], minlength=dataset.item_count + 1)
         starts = np.searchsorted(before, np.arange(len(counts) + 1))
@@ -66,7 +66,7 @@ class World:
         return items[:, 2:]
 
     def _next(self, led: np.ndarray, draw: np.ndarray) -> np.ndarray:
-        """An item that followed each of these; any, by popularity, where none did."""
+        """An item that followed each of these; if none did, any, by popularity."""
         low, high = self.starts[led], self.starts[led + 1]
         base = np.append(0.0, self.weight)
         found = np.searchsorted(self.weight, base[low] + draw * (base[high] - base[low]), side="right")
@@ -75,7 +75,7 @@ class World:
         return np.where((high > low) & (led > 0), follower, popular)
 
     def keys(self, items: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """(users, ENTRIES, DIM) float16 keys before each of the items (users, ENTRIES)."""
+        """(users, ENTRIES, DIM) float16: the key before each of the items (users, ENTRIES)."""
         users = len(items)
         state, sketch = np.zeros((users, DIM // 2)), np.zeros((users, DIM // 2))
         keys = np.zeros((users, ENTRIES, DIM), np.float16)
@@ -87,7 +87,7 @@ class World:
         return keys
 
     def chunks(self, users: int, seed: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Items and keys of so many users, CHUNK at a time, always the same ones."""
+        """Items and keys of this many users, CHUNK at a time; always the same ones."""
         for at in range(0, users, CHUNK):
             rng = np.random.default_rng([seed, at])
             items = self.sequences(min(CHUNK, users - at), rng)
@@ -95,7 +95,7 @@ class World:
 
 
 def banks_of(items: np.ndarray, keys: np.ndarray, rules: RulesConfig) -> Banks:
-    """Users' banks of these items and keys."""
+    """The users' banks with these items and keys."""
     users, count = items.shape
     banks = Banks(users, keys.shape[2], rules)
     padded = np.pad(items, ((0, 0), (2, 0)))
@@ -108,5 +108,5 @@ def banks_of(items: np.ndarray, keys: np.ndarray, rules: RulesConfig) -> Banks:
 
 
 def last_of(items: np.ndarray) -> np.ndarray:
-    """(users, LAST) what each user took last before the last of these items, the newest first."""
+    """(users, LAST) the items that each user took before the last of these, newest first."""
     return np.asarray(items[:, -2 : -2 - LAST : -1])

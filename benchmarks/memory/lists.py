@@ -1,4 +1,4 @@
-"""What the collective index finds, how fast, in how many bytes, and what that is worth: `lists.json` and `lists.md`.
+"""What the collective index finds, how fast, in how many bytes, and what it gains: `lists.json` and `lists.md`.
 
 Runs: recall of the index against exact search over whole keys, for questions of users before their test item, and what
 memory gains in NDCG@10 with the index, with exact search and with samples of the entries: same encoder, same fusion.
@@ -25,11 +25,11 @@ import numpy as np
 import torch
 
 from benchmarks.memory.generated import DIM, World, banks_of, last_of
-from benchmarks.serving.deployment import present_layout
 from model.config import RulesConfig, load_config
 from model.data.dataset import Dataset, read_dataset, split_of
-from model.memory.bank import Banks, Entries
-from model.memory.collective import CollectiveIndex, give_back
+from model.memory.bank import Banks
+from model.memory.collective.index import CollectiveIndex, free_memory
+from model.memory.retrieval import Entries
 from model.memory.rules import unit
 from model.serving.recommender import Recommender
 from model.training.evaluation import Asked, ask_test, both_scopes, no_memory
@@ -50,16 +50,16 @@ BLOCK = 256
 
 @dataclass
 class Case:
-    """A trained run, its log, and all users' questions before their test item. Others' entries are the `live` store."""
+    """A trained run, its log, and the queries of all users before their test item, on the `live` store."""
 
     name: str
     dataset: Dataset
     recommender: Recommender
 
     @classmethod
-    def of(cls, name: str, run: Path, file: Path, work: Path) -> Case:
+    def of(cls, name: str, run: Path, file: Path) -> Case:
         dataset = read_dataset(file, load_config(name).dataset)
-        return cls(name, dataset, Recommender.load(present_layout(run, dataset, work)))
+        return cls(name, dataset, Recommender.load(run))
 
     @cached_property
     def state(self) -> np.ndarray:
@@ -89,7 +89,7 @@ class Case:
 
     @cached_property
     def places(self) -> tuple[np.ndarray, np.ndarray]:
-        """User and slot of every entry that may be found."""
+        """User and slot of every entry that can be found."""
         return np.nonzero(self.banks.valid() & (self.banks.fields["cell"] >= 0))
 
     def rules(self, **changed: Any) -> RulesConfig:
@@ -104,7 +104,7 @@ class Case:
         return index
 
     def nearest(self, rows: np.ndarray, k: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """By exact search over whole keys, block by block: rows, similarities (n, k) and places (n, k) among all."""
+        """Exact search over whole keys, block by block: rows, similarities (n, k), and places (n, k)."""
         who, slot = self.places
         keys = torch.from_numpy(self.banks.key[who, slot].astype(np.float32))
         own = np.searchsorted(who, np.arange(self.dataset.users + 1))
@@ -116,7 +116,7 @@ class Case:
             yield some, best.values.numpy(), best.indices.numpy()
 
     def gain(self, others: Entries | None) -> float:
-        """What memory gains in NDCG@10 over the calibrated encoder, percent; others' entries (N, K), none: nothing."""
+        """Gain in NDCG@10 of memory over the calibrated encoder, in percent; others (N, K), None: no memory."""
         questions = self.asked.questions
         if others is not None:
             questions = replace(questions, retrieved=replace(questions.retrieved, collective=others))
@@ -139,9 +139,9 @@ class Case:
         return self.gain(found.retrieved.collective)
 
     def exact(self) -> Entries:
-        """What exact search over whole keys gives every question."""
+        """The entries that exact search over whole keys finds for every query."""
         who, slot = self.places
-        every, k = self.banks.everything(), self.asked.space.rules.collective_k_max
+        every, k = self.banks.all_entries(), self.asked.space.rules.collective_k_max
         parts = [(values, places) for _, values, places in self.nearest(np.arange(len(self.queries)), k)]
         similarity, at = (np.concatenate(one) for one in zip(*parts, strict=True))
         columns = {name: getattr(every, name)[who[at], slot[at]] for name in Entries.COLUMNS}
@@ -149,7 +149,7 @@ class Case:
 
 
 def of_run(case: Case) -> list[dict[str, Any]]:
-    """Rows for one run: the index at several budgets and bits, all entries, and samples."""
+    """Rows for one run: exact search, the index at several budgets and bits, and samples of the entries."""
     rng = np.random.default_rng(0)
     rows = np.sort(rng.choice(len(case.queries), min(QUESTIONS, len(case.queries)), replace=False))
     nearest = np.concatenate([places for _, _, places in case.nearest(rows, max(KS))])
@@ -171,7 +171,7 @@ def of_run(case: Case) -> list[dict[str, Any]]:
 
 
 def recalls(index: CollectiveIndex, case: Case, rows: np.ndarray, nearest: np.ndarray) -> dict[str, float]:
-    """Share of the exact nearest that the index gives, at each of KS."""
+    """Share of the nearest entries that the index finds, at each of KS."""
     who, slot = case.places
     keys = case.banks.key[who[nearest], slot[nearest]].astype(np.float32)
     coded = index.codec.rounded(keys.reshape(-1, keys.shape[2])).reshape(keys.shape)
@@ -182,7 +182,7 @@ def recalls(index: CollectiveIndex, case: Case, rows: np.ndarray, nearest: np.nd
 
 
 def asked_of(index: CollectiveIndex, queries: np.ndarray, last: np.ndarray, askers: np.ndarray) -> dict[str, float]:
-    """CPU of a query in batches (median of the rounds), entries looked at, bytes an entry."""
+    """CPU of a query in batches (median of the rounds), entries looked at, bytes per entry."""
     rounds = []
     for _ in range(ROUNDS):
         begin = time.process_time()
@@ -201,7 +201,7 @@ def asked_of(index: CollectiveIndex, queries: np.ndarray, last: np.ndarray, aske
 def recall_of(
     index: CollectiveIndex, coded: np.ndarray, queries: np.ndarray, last: np.ndarray, askers: np.ndarray
 ) -> dict[str, float]:
-    """coded (n, K, d): the exact nearest as the index has them. One counts as found where its similarity was."""
+    """coded: (n, K, d) the nearest keys as the index stores them. A key counts as found if its similarity is."""
     found = [
         index.search(queries[at : at + BATCH], last[at : at + BATCH], askers[at : at + BATCH], _ks(queries[at:]))
         for at in range(0, len(queries), BATCH)
@@ -228,7 +228,7 @@ def _shared(wanted: np.ndarray, given: np.ndarray) -> float:
 
 
 def of_generated(dataset: Dataset, entries: int, bits: int) -> list[dict[str, Any]]:
-    """Rows for so many generated entries."""
+    """Rows for this many generated entries."""
     world, rng = World.of(dataset), np.random.default_rng(5)
     items = world.sequences(GENERATED_QUESTIONS, rng)
     queries, last = world.keys(items, rng)[:, -1].astype(np.float32), last_of(items)
@@ -257,7 +257,7 @@ def of_generated(dataset: Dataset, entries: int, bits: int) -> list[dict[str, An
 
 
 class _Nearest:
-    """The keys (n, K, d) nearest to questions among all that are looked at, exactly."""
+    """Collects the keys (n, K, d) nearest to the queries, by exact search."""
 
     def __init__(self, queries: np.ndarray) -> None:
         self._queries = queries
@@ -275,8 +275,8 @@ class _Nearest:
 
 
 def _resident() -> int:
-    """Bytes of memory in use, what is free but not given back left out."""
-    give_back()
+    """Bytes of memory in use, without freed memory."""
+    free_memory()
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -284,7 +284,7 @@ def _resident() -> int:
 
 
 def page(rows: list[dict[str, Any]]) -> str:
-    """`lists.md`."""
+    """The text of `lists.md`."""
     runs, generated = [row for row in rows if "dataset" in row], [row for row in rows if row["kind"] == "generated"]
     exact = {row["dataset"]: row for row in runs if row["kind"] == "exact"}
     lines = [HEAD, *(_row(row) for row in runs if row["kind"] in ("exact", "index")), SAMPLES]
@@ -344,7 +344,7 @@ query for 20.
 
 
 def keep(new: list[dict[str, Any]]) -> None:
-    """Put rows in place of former ones of the same dataset, or size and bits, and make the page anew."""
+    """Replace the rows of the same dataset, or of the same size and bits, and write the page again."""
     rows = json.loads(FIGURES.read_text()) if FIGURES.exists() else []
     named = {_name(row) for row in new}
     rows = [row for row in rows if _name(row) not in named] + new
@@ -361,11 +361,10 @@ def main() -> None:
     parser.add_argument("--run", nargs=3, action="append", default=[], metavar=("CONFIG", "RUN", "DATASET"))
     parser.add_argument("--generated", nargs=2, action="append", default=[], metavar=("DATASET", "ENTRIES"))
     parser.add_argument("--bits", type=int, choices=BITS, action="append", help="of generated entries; both")
-    parser.add_argument("--work", type=Path, default=Path("work"), help="where runs are laid out anew")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     for config, run, file in asked.run:
-        keep(of_run(Case.of(config, Path(run), Path(file), asked.work)))
+        keep(of_run(Case.of(config, Path(run), Path(file))))
     for file, entries in asked.generated:
         for bits in asked.bits or BITS:
             keep(of_generated(read_dataset(Path(file), load_config("beauty").dataset), int(entries), bits))

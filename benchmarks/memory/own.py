@@ -1,4 +1,4 @@
-"""Own-scope retrieval in process, one core, no Redis: how fast, how it grows, and what it takes.
+"""Own-scope retrieval in process, on one core, without Redis: speed, growth and memory.
 
 The whole way is timed: user ids to slots, entropy, K, search, choice, and the features of the chosen entries. The limit
 is what reading the same users' keys costs, in the order asked: copied in one numpy call (`take`), and one after another
@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from benchmarks.measures import Measure, measured, percentile, resident_bytes
 from benchmarks.memory import banks as made
 from memory_service.index.own import OwnIndex
-from memory_service.index.residents import Residents, Wish
+from memory_service.index.residents import OwnQueries, Residents
 from model.checkpoint import Checkpoint
 from model.memory.habits import FEATURES
 from model.memory.rules import unit
 
 BATCH, K, ROUNDS = 1024, 10, 1000
 POOL = 20_000
-"""Distinct banks; more users share them. What a bank holds does not matter to the speed of the own scope."""
+"""Distinct banks, shared by all users: the content of a bank does not affect speed."""
 BANK_BYTES = made.ENTRIES * made.DIM * 2
 
 
@@ -69,7 +69,7 @@ def measure(sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)) -> list[Measu
 
 
 def at_target(rate: float, residents: Residents, users: int) -> list[Measure]:
-    """The 100k figure against the target and against reading the same bytes."""
+    """The rate at 100,000 users against the target and against reading the same bytes."""
     name = f"own scope in process, batch {BATCH}, {users:,} users"
     keys = np.ones((users, BANK_BYTES // 4), np.int32)
     rng = np.random.default_rng(1)
@@ -94,7 +94,7 @@ def at_target(rate: float, residents: Residents, users: int) -> list[Measure]:
 
 
 def by_habits(checkpoint: Checkpoint, users: int = POOL) -> list[Measure]:
-    """What a request costs a user where the model retrieves by what people come back to: all entries are looked at."""
+    """Time of a request per user for a model that retrieves by habits, which looks at all entries."""
     weights = dict.fromkeys(FEATURES, 0.1) | {"similarity": 1.0}
     rules = checkpoint.config.rules.model_copy(update={"activation": weights})
     habitual = replace(checkpoint, config=checkpoint.config.model_copy(update={"rules": rules}))
@@ -119,7 +119,7 @@ def filled(checkpoint: Checkpoint, users: int) -> Residents:
 def asker(
     residents: Residents, users: int, batch: int = BATCH, now: NDArray[np.float64] | None = None
 ) -> Callable[[], None]:
-    """One batch of random users each time it is called, at the times `now` (batch,) of the requests."""
+    """A function that asks about a batch of random users. now: (batch,) times of the requests."""
     rng, k = np.random.default_rng(0), np.full(batch, K)
     names = [made.user(n) for n in range(users)]
 
@@ -127,7 +127,7 @@ def asker(
         asked = batches.pop()
         slots = residents.find(asked)
         residents.entropy[slots]
-        residents.search(Wish(slots, unit(residents.state[slots]), k, now))
+        residents.search(OwnQueries(slots, unit(residents.state[slots]), k, now))
 
     batches = [[names[n] for n in rng.integers(0, users, batch)] for _ in range(ROUNDS + WARM)]
     return ask
@@ -149,13 +149,13 @@ def timed(work: Callable[[], object]) -> list[float]:
 
 
 def apart(work: Callable[[int], int], users: int) -> int:
-    """Run in a process of its own, whose memory holds nothing else."""
+    """Run in a process of its own, for clean memory figures."""
     with get_context("spawn").Pool(1) as pool:
         return pool.apply(work, (users,))
 
 
 def index_bytes(users: int) -> int:
-    """What the keys of so many users take in the index."""
+    """Bytes that the keys of this many users take in the index."""
     before = resident_bytes()
     index = OwnIndex(made.DIM, users, made.ENTRIES)
     keys = np.ones((made.CHUNK, made.ENTRIES, made.DIM), np.float16)
@@ -166,7 +166,7 @@ def index_bytes(users: int) -> int:
 
 
 def forgotten(residents: Residents, users: int) -> Measure:
-    """Taking single users out of all that is resident (the part of a forget that could grow with their number)."""
+    """Time to remove one resident (the part of forgetting a user that could grow with the number of residents)."""
     times = []
     for n in range(0, users, users // 100):
         begin = time.perf_counter()

@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parent / "results.json"
 
 
 def main() -> None:
-    from api.cli import measured_with
+    from api.commands.report import measured_with
     from benchmarks.measures import store
     from benchmarks.memory import own, service
 

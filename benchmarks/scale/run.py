@@ -44,7 +44,7 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    from api.cli import measured_with
+    from api.commands.report import measured_with
 
     given = _arguments()
     machine, found = Machine(given.cores, given.ram * GIB, price=given.price), figures(given.figures)

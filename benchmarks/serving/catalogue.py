@@ -32,8 +32,8 @@ from benchmarks.memory.banks import tables
 from benchmarks.serving.deployment import Deployment, serving
 from model.checkpoint import Checkpoint, save_checkpoint
 from model.config import Config, EncoderConfig
-from model.memory.bank import Retrieved
-from model.memory.events import EncodeJob
+from model.memory.record import EncodeJob
+from model.memory.retrieval import Retrieved
 from model.memory.rules import unit
 from model.network.encoder import SequenceEncoder
 from model.network.fusion import MemoryFusion
@@ -193,7 +193,7 @@ def resident_bytes_of(process: int) -> int:
 
 
 def main() -> None:
-    from api.cli import measured_with
+    from api.commands.report import measured_with
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=1_000_000)

@@ -1,4 +1,4 @@
-"""What is measured: `ramrec serve` as users start it, the processes it consists of, and what they hold."""
+"""What is measured: `ramrec serve` as users start it, its processes, and their CPU time and memory."""
 
 from __future__ import annotations
 
@@ -17,17 +17,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import torch
 from prometheus_client.parser import text_string_to_metric_families
-from safetensors.numpy import load_file
 
 from api.commands.supervisor import DIRECT, end, wait_until_ready
 from benchmarks.ports import free_port
-from model.checkpoint import FORMAT, HEADER_FILE, ITEMS_FILE, WEIGHTS_FILE, Checkpoint, save_checkpoint
-from model.config import Config
-from model.data.dataset import Dataset
-from model.network.encoder import SequenceEncoder
-from model.training.collective_layout import layout_of, plane_of, sampled_keys
 
 TICKS = os.sysconf("SC_CLK_TCK")
 GRACE_S = 60.0
@@ -36,52 +29,12 @@ PARENT, SESSION, USER_TIME, SYSTEM_TIME = 4, 6, 14, 15
 REDIS_URL = "RAMREC_MEMORY_REDIS_URL="
 
 
-# ------------------------------------------------------------------------------------------------ checkpoint
-
-
-def present_layout(run: Path, dataset: Dataset, work: Path) -> Path:
-    """A checkpoint with the weights of `run` and the collective index as training lays it out now; for runs of format
-    2.
-
-    Kept in `work`; `run` itself where it is of the present format.
-    """
-    header = json.loads((run / HEADER_FILE).read_text())
-    if header["format"] == FORMAT:
-        return run
-    out = work / f"run-{header['version']}"
-    if not (out / HEADER_FILE).exists():
-        save_checkpoint(out, _laid_out(run, header, dataset))
-    return out
-
-
-def _laid_out(run: Path, header: dict[str, Any], dataset: Dataset) -> Checkpoint:
-    header["config"]["rules"].pop("collective_probes", None)
-    config, tensors = Config.model_validate(header["config"]), load_file(run / WEIGHTS_FILE)
-    encoder = SequenceEncoder(config.encoder, dataset.item_count)
-    named = ((name.removeprefix("encoder."), values) for name, values in tensors.items() if name.startswith("encoder."))
-    encoder.load_state_dict({name: torch.from_numpy(values) for name, values in named})
-    keys = sampled_keys(dataset, encoder, config)
-    layout = layout_of(dataset, encoder, keys)
-    return Checkpoint(
-        config=config,
-        item_ids=tuple(header["item_ids"]),
-        metadata=json.loads((run / ITEMS_FILE).read_text()),
-        weights={name: values for name, values in tensors.items() if name.startswith(("encoder.", "fusion."))},
-        item_clusters=tensors["item_clusters"],
-        popularity=tensors["popularity"],
-        key_span=layout.span,
-        key_plane=plane_of(keys),
-        item_near=layout.near,
-        item_nearness=layout.nearness,
-    )
-
-
 # ------------------------------------------------------------------------------------------------- processes
 
 
 @contextmanager
 def serving(run: Path, data_dir: Path) -> Iterator[str]:
-    """`ramrec serve`; gives its URL. What it logs goes into a file beside the data folder."""
+    """Run `ramrec serve`; yields its URL. The log is written to a file beside the data folder."""
     port = free_port()
     words = ["--run", str(run), "--data-dir", str(data_dir), "--port", str(port), "--memory-port", str(free_port())]
     with running(["-m", "api.cli", "serve", *words], port, log=data_dir.with_suffix(".log")) as served:
@@ -90,13 +43,13 @@ def serving(run: Path, data_dir: Path) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Running:
-    """A program that serves, and the session that its processes are in."""
+    """A running server and the session of its processes."""
 
     url: str
     session: int
 
     def cpu_s(self) -> float:
-        """CPU seconds of its processes so far."""
+        """CPU seconds of all its processes so far."""
         return sum(_cpu_s(pid) for pid in _processes() if _field(pid, SESSION) == self.session)
 
 
@@ -104,7 +57,7 @@ class Running:
 def running(
     command: Sequence[str], port: int, python: Path = Path(sys.executable), log: Path = Path(os.devnull)
 ) -> Iterator[Running]:
-    """A Python program that serves on a port and says at `/health/ready` when it is ready; `log` gets its output."""
+    """Run a Python program that serves on a port until `/health/ready` answers; its output goes to `log`."""
     url = f"http://127.0.0.1:{port}"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
@@ -135,7 +88,7 @@ class Deployment:
 
     @classmethod
     def at(cls, url: str) -> Deployment:
-        """Look for them. Raises RuntimeError where they are not (all) here."""
+        """Find the processes behind a URL. Raises RuntimeError if some are not on this machine."""
         commands = {int(path.name): _words(path) for path in _processes()}
         port, found = str(urlsplit(url).port), {}
         for module in ("api", "memory_service"):
@@ -148,12 +101,12 @@ class Deployment:
         children = {pid for pid in commands if _field(Path(f"/proc/{pid}"), PARENT) == supervisor}
         others = children - set(found.values())
         if len(others) != 1:
-            raise RuntimeError("this `ramrec serve` has no Valkey of its own")
+            raise RuntimeError("this `ramrec serve` has no embedded Valkey")
         return cls(url, found["api"], found["memory_service"], others.pop())
 
     @property
     def redis_url(self) -> str:
-        """Where the memories are."""
+        """The Redis that holds the memories."""
         told = Path(f"/proc/{self.memory}/environ").read_bytes().decode().split("\0")
         return next(one for one in told if one.startswith(REDIS_URL)).removeprefix(REDIS_URL)
 
@@ -196,7 +149,7 @@ def _processes() -> list[Path]:
 def _words(process: Path) -> list[str]:
     try:
         return (process / "cmdline").read_text().rstrip("\0").split("\0")
-    except OSError:  # it ended meanwhile
+    except OSError:  # the process has ended
         return []
 
 
@@ -205,7 +158,7 @@ def _option(words: list[str], name: str) -> str:
 
 
 def _field(process: Path, number: int) -> int:
-    """A number in a process's or thread's `stat`, fields counted from 1; 0 where it ended meanwhile."""
+    """A number in the `stat` of a process or thread, counted from 1; 0 if it has ended."""
     try:
         after_name = (process / "stat").read_text().rpartition(")")[2]  # the name may hold anything
     except OSError:
@@ -227,7 +180,7 @@ def is_empty(url: str) -> bool:
 
 
 def ingest(deployment: Deployment, dataset: Path) -> float:
-    """`ramrec ingest` of a whole file. Interactions a second, end to end; the client's start is part of it."""
+    """Run `ramrec ingest` on a file; returns interactions per second, including the start of the client."""
     before, begin = deployment.accepted(), time.perf_counter()
     command = ["-m", "api.cli", "ingest", "--again", "--file", str(dataset), "--url", deployment.url]
     subprocess.run([sys.executable, *command], check=True)

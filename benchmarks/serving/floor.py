@@ -12,12 +12,12 @@ import argparse
 import uvicorn
 from fastapi import FastAPI
 
-from api.http import schemas as face
+from api.http.schemas.recommend import RecommendRequest, RecommendResponse
 
 ITEMS = 10
 
 
-def answer(user_id: str | None) -> face.RecommendResponse:
+def answer(user_id: str | None) -> RecommendResponse:
     """As long as a real one."""
     return {
         "recommendation_id": "b18ce40e078444f9bbb7076f93b0f787",
@@ -42,7 +42,7 @@ def create_app() -> FastAPI:
     app, fixed = FastAPI(), answer(None)
 
     @app.post("/recommend")
-    async def recommend(body: face.RecommendRequest) -> face.RecommendResponse:
+    async def recommend(body: RecommendRequest) -> RecommendResponse:
         return {**fixed, "user_id": body.user_id}
 
     @app.get("/health/ready")

@@ -4,7 +4,7 @@
     python -m benchmarks.serving.litserve_app --port 8000 --run RUN --redis-url URL
     python -m benchmarks.serving.litserve_app --port 8000
 
-The worker runs our use case as it is (`api.recommend.recommend`), a batch at a time: with our memory service, or with
+The worker runs our use case as it is (`api.recommend.pipeline`), a batch at a time: with our memory service, or with
 the banks and the collective index in the worker itself. The third answers a fixed list: what LitServe costs alone.
 """
 
@@ -21,9 +21,9 @@ import torch
 import uvloop
 from starlette.responses import Response
 
-from api.http.schemas import RecommendRequest
-from api.models.lifecycle import Models
-from api.recommend.recommend import recommend
+from api.http.schemas.recommend import RecommendRequest
+from api.models.lifecycle import LoadedModels
+from api.recommend.pipeline import recommend
 from benchmarks.serving.floor import answer
 from benchmarks.serving.in_process import with_memory_inside, with_memory_service
 
@@ -61,9 +61,9 @@ class Recommendations(FixedList):
     def setup(self, device: str) -> None:
         super().setup(device)
         self._events: asyncio.AbstractEventLoop = uvloop.new_event_loop()
-        self._models: Models = self._events.run_until_complete(self._opened())
+        self._models: LoadedModels = self._events.run_until_complete(self._opened())
 
-    async def _opened(self) -> Models:
+    async def _opened(self) -> LoadedModels:
         if self._memory_url:
             return await with_memory_service(self._run, self._memory_url)
         return await with_memory_inside(self._run, self._redis_url or "")

@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from benchmarks.measures import Measure, measured, store
 from benchmarks.serving import litserve_peer, speed
 from benchmarks.serving.asking import write_bodies
-from benchmarks.serving.deployment import Deployment, ingest, is_empty, present_layout, serving
+from benchmarks.serving.deployment import Deployment, ingest, is_empty, serving
 from model.checkpoint import load_checkpoint
 from model.config import load_config
 from model.data.dataset import Dataset, read_dataset
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def _keep(asked: argparse.Namespace, name: str, measures: list[Measure]) -> None:
-    from api.cli import measured_with
+    from api.commands.report import measured_with
 
     command = f"python -m benchmarks.serving.run --run RUN --dataset {asked.dataset.name} {name}"
     about = {"command": command, "seconds": asked.seconds}
@@ -81,7 +81,7 @@ def _deployment(asked: argparse.Namespace, dataset: Dataset) -> Iterator[tuple[P
     if asked.url:
         yield asked.run, Deployment.at(asked.url)
         return
-    run = present_layout(asked.run, dataset, asked.work)
+    run = asked.run
     data_dir = asked.work / f"memories-{load_checkpoint(run, with_weights=False).version}"
     if "ingest" in asked.parts:
         shutil.rmtree(data_dir, ignore_errors=True)

@@ -1,1 +1,1 @@
-"""The routes of the memory service and what every call passes through."""
+"""The memory service over HTTP: routes, probes, middleware, metrics and the OpenAPI document."""

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the memory service. A registry of its own, so that several apps fit in one process."""
+"""Prometheus metrics of the memory service, in a registry of their own, so that one process can have several apps."""
 
 from __future__ import annotations
 
@@ -96,18 +96,18 @@ class Metrics:
 
 
 class Total:
-    """A Prometheus counter of something that is counted elsewhere: `value` is what a scrape shows."""
+    """A Prometheus counter whose `value` is counted elsewhere."""
 
     def __init__(self, name: str, about: str) -> None:
         self._name, self._about, self.value = name, about, 0
 
     def collect(self) -> Iterable[Metric]:
-        """What a scrape shows."""
+        """What Prometheus reads."""
         yield CounterMetricFamily(self._name, self._about, self.value)
 
 
 class Distribution:
-    """A Prometheus histogram that takes whole arrays: a retrieval observes a number for each of its users."""
+    """A Prometheus histogram that observes whole arrays: a retrieval has one value for each of its users."""
 
     def __init__(self, name: str, about: str, buckets: Sequence[float]) -> None:
         self._name, self._about, self._bounds = name, about, np.array(buckets, float)
@@ -115,13 +115,13 @@ class Distribution:
         self._sum = 0.0
 
     def observe(self, values: ArrayLike) -> None:
-        """Count values; each belongs to the first bucket whose bound it does not exceed."""
+        """Count each value in the first bucket whose bound it does not exceed."""
         real = np.asarray(values, float)
         self._counts += np.bincount(np.searchsorted(self._bounds, real), minlength=len(self._counts))
         self._sum += float(real.sum())
 
     def collect(self) -> Iterable[Metric]:
-        """What a scrape shows."""
+        """What Prometheus reads."""
         bounds = [*(str(float(bound)) for bound in self._bounds), "+Inf"]
         family = HistogramMetricFamily(self._name, self._about)
         family.add_metric([], list(zip(bounds, np.cumsum(self._counts).tolist(), strict=True)), self._sum)

@@ -1,1 +1,1 @@
-"""What is searched: residents' banks and everybody's memories, on the CPU or on a copy on a GPU."""
+"""What is searched: the banks of residents and the collective index, on the CPU or on a GPU copy."""

@@ -1,7 +1,7 @@
-"""Searching a copy of an index that stands elsewhere: on a GPU, which can hold lists but not change them.
+"""Searching the own scope on a GPU copy of the index: the GPU holds inverted lists, but cannot change them.
 
-The CPU index is the truth. What changed since the copy was made is answered from the CPU in the same batch, so answers
-are those of the CPU index at any time; once enough has changed the copy is made anew.
+The index on the CPU is the truth. Users whose banks have changed since the copy was made are answered from the CPU, in
+the same batch, so that answers are always those of the CPU index. Once enough banks have changed, a new copy is made.
 """
 
 from __future__ import annotations
@@ -17,58 +17,58 @@ from model.errors import RamrecError
 from model.memory.rules import Floats, Ints
 
 RENEW = 0.05
-"""Share of lists newer than the copy at which it is made anew."""
-Replicate = Callable[[Any], Any]
-"""Makes a copy of a FAISS index that is searched as the index itself is."""
+"""Share of changed lists above which a new copy is made."""
+Copier = Callable[[Any], Any]
+"""Makes a copy of a FAISS index that can be searched like the index."""
 
 
-class DeviceError(RamrecError):
-    """The device asked for cannot be used; says why."""
+class GpuError(RamrecError):
+    """The service cannot use a GPU; says why."""
 
 
-def on_cuda() -> Replicate:
-    """Copies on the first GPU.
+def gpu_copier() -> Copier:
+    """Makes copies on the first GPU.
 
     Raises:
-        DeviceError: this FAISS knows no GPU, or there is none.
+        GpuError: this FAISS is built without GPU support, or there is no GPU.
     """
     import faiss
 
     if not hasattr(faiss, "StandardGpuResources"):
-        raise DeviceError("--device cuda: this FAISS is built for the CPU; install ramrec[gpu] in place of ramrec[cpu]")
+        raise GpuError("--device cuda: this FAISS is built for the CPU; install ramrec[gpu] in place of ramrec[cpu]")
     if faiss.get_num_gpus() == 0:
-        raise DeviceError("--device cuda: no GPU is visible to this process")
+        raise GpuError("--device cuda: no GPU is visible to this process")
     resources, options = faiss.StandardGpuResources(), faiss.GpuClonerOptions()
-    options.use_cuvs = False  # the lists to scan are given, which cuVS does not do
+    options.use_cuvs = False  # cuVS cannot search lists that the caller chooses
 
-    def replicate(index: Any) -> Any:
+    def copied(index: Any) -> Any:
         return faiss.index_cpu_to_gpu(resources, 0, index, options)
 
-    return replicate
+    return copied
 
 
-class ReplicatedOwnIndex(OwnIndex):
-    """An OwnIndex whose lists are searched on a copy where they have not changed since."""
+class GpuOwnIndex(OwnIndex):
+    """An OwnIndex that searches the lists that have not changed on a copy made by `copier`."""
 
-    def __init__(self, dim: int, slots: int, capacity: int, replicate: Replicate) -> None:
+    def __init__(self, dim: int, slots: int, capacity: int, copier: Copier) -> None:
         super().__init__(dim, slots, capacity)
-        self._index.quantizer.add(np.zeros((slots, dim), np.float32))  # a GPU wants a row for every list
-        self._replicate = replicate
+        self._index.quantizer.add(np.zeros((slots, dim), np.float32))  # a GPU needs a centroid for every list
+        self._copier = copier
         self._copy: Any = None
         self._changed = np.zeros(slots, bool)
 
     def put(self, slots: Ints, keys: NDArray[np.float16], sizes: Ints, places: Ints | None = None) -> None:
-        """See OwnIndex."""
+        """See `OwnIndex.put`."""
         super().put(slots, keys, sizes, places)
         self._changed[slots] = True
 
     def drop(self, slots: Ints) -> None:
-        """See OwnIndex."""
+        """See `OwnIndex.drop`."""
         super().drop(slots)
         self._changed[slots] = True
 
     def search(self, slots: Ints, queries: Floats, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """See OwnIndex."""
+        """See `OwnIndex.search`."""
         if self._changed.mean() > RENEW or self._copy is None:
             self._renew()
         copied = ~self._changed[slots]
@@ -81,5 +81,5 @@ class ReplicatedOwnIndex(OwnIndex):
 
     def _renew(self) -> None:
         self._index.ntotal = self._index.invlists.compute_ntotal()
-        self._copy = self._replicate(self._index)
+        self._copy = self._copier(self._index)
         self._changed[:] = False

@@ -1,8 +1,8 @@
-"""FAISS over many banks: inverted lists as users.
+"""The own scope in FAISS: one inverted list per user.
 
-`IndexIVFScalarQuantizer` fp16 with preassigned lists: list number = a user's slot, codes = the record's key bytes as
-they are. Exact: a search scans exactly the one list it is told to.
-Not safe for changes beside a search (faiss returns garbage silently): callers keep to one thread.
+It is an `IndexIVFScalarQuantizer` in fp16 with preassigned lists: the list number is the user's slot, the codes are the
+bytes of the keys in the record. A search scans exactly one list, so it is exact. FAISS does not detect concurrent
+changes: use an index from one thread only.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-# Before faiss is loaded: two OpenMP threads hang a forked child, and searches here are small.
+# This must happen before FAISS is loaded: a forked child hangs if OpenMP runs two threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import faiss
@@ -22,7 +22,7 @@ from model.memory.rules import Floats, Ints
 
 
 class OwnIndex:
-    """Keys of users' banks by slot, 0 ≤ slot < slots; a list has at most `capacity`."""
+    """Keys of users' banks, by slot (0 ≤ slot < slots); a list has at most `capacity` keys."""
 
     def __init__(self, dim: int, slots: int, capacity: int) -> None:
         self.dim, self.capacity = dim, capacity
@@ -32,9 +32,13 @@ class OwnIndex:
         self._index.is_trained, self._index.nprobe = True, 1
 
     def put(self, slots: Ints, keys: NDArray[np.float16], sizes: Ints, places: Ints | None = None) -> None:
-        """Replace the lists of slots (B,) by the first sizes (B,) of keys (B, ≥ size, d) fp16.
+        """Replace the lists of slots.
 
-        places (B, ≥ size): what a search will call each key; none: its rank.
+        Args:
+            slots: (B,).
+            keys: (B, ≥ size, d) fp16.
+            sizes: (B,) number of keys of each slot.
+            places: (B, ≥ size) the number by which a search names each key; None: its rank.
         """
         lists = self._index.invlists
         ranks = np.broadcast_to(np.arange(keys.shape[1]), keys.shape[:2]) if places is None else places
@@ -50,9 +54,14 @@ class OwnIndex:
             self._index.invlists.resize(slot, 0)
 
     def search(self, slots: Ints, queries: Floats, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """The k most similar keys of one list for each query, best first: similarity and place, (B, k).
+        """The k most similar keys of one list for each query, best first.
 
-        Where a list has fewer, the places are −1. Args: slots: (B,). queries: (B, d).
+        Args:
+            slots: (B,).
+            queries: (B, d).
+
+        Returns:
+            Similarities and places, (B, k); place −1 if the list has fewer keys.
         """
         return self._search_in(self._index, slots, queries, k)
 
@@ -65,7 +74,7 @@ class OwnIndex:
         return similarity, places
 
     def similarities(self, slots: Ints, queries: Floats) -> NDArray[np.float32]:
-        """Similarity of every key of each slot's list: (B, capacity) by place, −inf where there is none."""
+        """Similarities (B, capacity) of all keys of each slot's list, by place; −inf where there is no key."""
         similarity, places = self.search(slots, queries, self.capacity)
         found = np.full((len(slots), self.capacity), -np.inf, np.float32)
         row, at = np.nonzero(places >= 0)

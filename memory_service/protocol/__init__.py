@@ -1,1 +1,1 @@
-"""What api and memory service share: the messages between them, Redis Cluster slots, logs and traces."""
+"""What api and memory service share: messages, their checks and bounds, the call context, hash slots, logs, traces."""

@@ -1,8 +1,9 @@
-"""The wire between api and memory service: msgpack bodies, vectors and number columns as little-endian bytes.
+"""The messages between api and memory service: msgpack bodies, in which vectors and columns of numbers are
+little-endian bytes.
 
-Every call names the model version it was made with; the service answers 409 `model_mismatch` to one that is not loaded,
-and to a plan or rekey for another than the wanted one.
-Items travel as catalogue numbers; `catalogue_size` in a reply tells the caller when to fetch new ones.
+A call names the model version that it was made with. The service answers 409 `model_mismatch` if that model is not
+loaded, and to a plan or rekey also if it is not the wanted model. Items are named by catalogue numbers; a caller that
+sees a larger `catalogue_size` in a reply than it knows fetches the new items.
 """
 
 from __future__ import annotations
@@ -10,82 +11,23 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
-from model.memory.bank import Entries
-from model.memory.events import EncodeJob
+from memory_service.protocol.columns import Columns, Job
 
 CONTENT_TYPE = "application/msgpack"
 
 
-class Job(msgspec.Struct):
-    """`model.memory.events.EncodeJob`: items as u4, positions as i8."""
-
-    start: int
-    items: bytes
-    positions: bytes
-
-    @classmethod
-    def pack(cls, job: EncodeJob) -> Job:
-        """Columns to bytes."""
-        return cls(job.start, job.items.astype("<u4").tobytes(), job.positions.astype("<i8").tobytes())
-
-    def unpack(self) -> EncodeJob:
-        """Bytes to columns."""
-        return EncodeJob(self.start, np.frombuffer(self.items, "<u4"), np.frombuffer(self.positions, "<i8"))
-
-
-class Columns(msgspec.Struct):
-    """`bank.Entries` without its padding: count (B,) i4, then the entries of all queries one after another."""
-
-    count: bytes
-    item: bytes
-    similarity: bytes
-    quality: bytes
-    recency: bytes
-    rating: bytes
-
-    @classmethod
-    def pack(cls, entries: Entries) -> Columns:
-        """Padded arrays to ragged bytes."""
-        valid = entries.valid
-        reals = [getattr(entries, name)[valid].astype("<f4").tobytes() for name in cls.__struct_fields__[2:]]
-        return cls(valid.sum(axis=1).astype("<i4").tobytes(), entries.item[valid].astype("<u4").tobytes(), *reals)
-
-    def unpack(self) -> Entries:
-        """Ragged bytes to padded arrays."""
-        count = np.frombuffer(self.count, "<i4")
-        valid = np.arange(int(count.max(initial=0))) < count[:, None]
-        item = np.zeros(valid.shape, np.int64)
-        item[valid] = np.frombuffer(self.item, "<u4")
-
-        def padded(values: bytes) -> NDArray[np.float32]:
-            column = np.zeros(valid.shape, np.float32)
-            column[valid] = np.frombuffer(values, "<f4")
-            return column
-
-        return Entries(
-            item,
-            padded(self.similarity),
-            padded(self.quality),
-            padded(self.recency),
-            padded(self.rating),
-            valid,
-        )
-
-
 class RetrieveRequest(msgspec.Struct):
-    """A micro-batch of B users.
+    """A question about B users (`memory_service.protocol.question`); the user "" is nobody, so that only the query
+    counts.
 
-    `query_rows` (u4) name the users whose query comes along in `queries` (f4, one row each, unit length), with the item
-    numbers that it was made of last in `last` (u4, `collective.LAST` each, the newest first, 0 = none; where that
-    is none at all, those of the user's record); the others are asked with what is in their record.
-    `k` (i4, B): 0 = adaptive. `ignore`: row → numbers of items that the user
-    is taken not to have had. `uncounted`: rows whose retrievals do not count as accesses (where something was ignored
-    they never do). `alone`: rows that want no memories of others. `now` (f8, B): the times of the requests in seconds,
-    at which a model that looks at habits retrieves by them, too; none: by similarity alone.
-    A user "" is nobody: only the query counts. `entropy` (f4, B) is that of users of whom nothing is known.
+    `query_rows` (u4): rows of the users whose query is sent along; the others are searched with their record's state.
+    `queries` (f4): these queries, one row each, of unit length. `last` (u4, `collective.LAST` per query, newest first,
+    0 = none): the items that each query was made of last; a row of zeros: those of the user's record. `k` (i4, B): 0 =
+    adaptive. `ignore`: row → items that the user is treated as never having taken. `uncounted`: rows whose retrievals
+    do not count as accesses; rows that ignore items never count. `alone`: rows that want no memories of other users.
+    `entropy` (f4, B): used for users without memories. `now` (f8, B): time of each request in seconds, for models that
+    retrieve by habits; empty: by similarity alone.
     """
 
     model_version: str
@@ -102,7 +44,9 @@ class RetrieveRequest(msgspec.Struct):
 
 
 class StaleUser(msgspec.Struct):
-    """A user whose record belongs to another model: encode `job`, send it to `rekey`, ask again."""
+    """A user whose record belongs to another model. The caller encodes `job`, sends the result to `rekey` and asks
+    again.
+    """
 
     user_id: str
     version: int
@@ -110,16 +54,17 @@ class StaleUser(msgspec.Struct):
 
 
 class RetrieveReply(msgspec.Struct):
-    """Columns of length B: known u1, versions i8, entropy f4, k and collective_k i4, bank_size i4, states f4 (B, d);
-    then the entries, the items seen (seen_count i4, seen u4 ragged) and the users to be keyed anew. `degraded`: Redis
-    was out of reach and the answer comes from resident banks, or the collective index is still being filled.
-    `without`: for rows that ignore some of what the user had, the job that makes the state without it, which is to be
-    sent as the row's query; a job without items: nothing is left that a state could be made of.
-    `moved`: rows of users whose records are of another model that is loaded too, which this call does not answer: ask
-    again for that model.
-    Of a model that looks at habits, asked with `now`: `habits`, what the own entries tell (f4,
-    `habits.FEATURES` of one after another, in the order of `own`), and the items of each bank that were taken at
-    that very time (present_count i4, present u4 ragged); else empty.
+    """The answer about B users (`memory_service.protocol.answer`).
+
+    Columns of length B: `known` u1, `versions` i8, `entropy` f4, `k`, `collective_k` and `bank_size` i4, `states` f4
+    (B, d). `own` and `collective`: the memories found. `seen_count` i4 and `seen` u4: all items ever taken, user after
+    user. `stale`: users to be rekeyed before they can be asked about. `degraded`: Redis is out of reach and the answer
+    comes from resident banks, or the collective index is still being filled.
+    `without`: for rows that ignore items the user had taken, the job that encodes the state without them, to be sent as
+    the row's query; a job without items: nothing is left to encode. `moved`: rows whose records belong to another
+    loaded model, which must be asked instead.
+    For a model that retrieves by habits, asked with `now`: `habits` (f4, `habits.FEATURES` per own entry, in the order
+    of `own`), and the items that each user took at that very time (`present_count` i4, `present` u4); otherwise empty.
     """
 
     catalogue_size: int
@@ -144,7 +89,9 @@ class RetrieveReply(msgspec.Struct):
 
 
 class EventIn(msgspec.Struct):
-    """One interaction; `index` is its place in the caller's request. Those of one user and basket happen at once."""
+    """One interaction; `index` is its place in the caller's request. Events of a user with the same basket happen at
+    the same time.
+    """
 
     index: int
     item_id: str
@@ -162,7 +109,7 @@ class UserEvents(msgspec.Struct):
 
 
 class PlanRequest(msgspec.Struct):
-    """What would these events mean? `received_at` is the time of events without one."""
+    """Asks what events would mean. `received_at`: time of events that have none, in seconds."""
 
     model_version: str
     received_at: float
@@ -170,9 +117,11 @@ class PlanRequest(msgspec.Struct):
 
 
 class UserPlan(msgspec.Struct):
-    """Answer for one user: keys are wanted for the accepted events, in the order given, as `job` says.
+    """What one user's events mean: the indices of those that are new, known already, or older than a forget.
 
-    `version` must come back with the write. `stale` is set where the record must be keyed anew first.
+    `job`: the states that the keys of the accepted events are made from, in the order of `accepted`. `version`: of the
+    record; it must be sent with the write. `stale`: set if the record must be rekeyed first. `token`: names this plan;
+    a write that sends it need not be planned again.
     """
 
     user_id: str
@@ -182,6 +131,7 @@ class UserPlan(msgspec.Struct):
     forgotten: list[int]
     job: Job
     stale: StaleUser | None = None
+    token: str = ""
 
 
 class PlanReply(msgspec.Struct):
@@ -192,17 +142,20 @@ class PlanReply(msgspec.Struct):
 
 
 class UserWrite(msgspec.Struct):
-    """Events with keys (f4, one row an accepted event) and the state after them (f4), computed from `version`."""
+    """Planned events of one user, with keys (f4, one row per accepted event) and the state after them (f4), computed
+    from the record of `version`. `token`: that of the plan; empty: the events are planned again.
+    """
 
     user_id: str
     version: int
     events: list[EventIn]
     keys: bytes
     state: bytes
+    token: str = ""
 
 
 class WriteRequest(msgspec.Struct):
-    """Compare-and-set writes, atomic per user."""
+    """Writes planned events, atomically per user, if the records have not changed since the plan."""
 
     model_version: str
     received_at: float
@@ -210,7 +163,9 @@ class WriteRequest(msgspec.Struct):
 
 
 class UserWritten(msgspec.Struct):
-    """`version` is the record's after the write. On a conflict nothing was written; `retry` is the plan as of now."""
+    """The outcome for one user. `version`: of the record after the write. `retry`: the current plan, if the record had
+    changed; nothing was written then.
+    """
 
     user_id: str
     version: int
@@ -228,7 +183,7 @@ class WriteReply(msgspec.Struct):
 
 
 class UserRekey(msgspec.Struct):
-    """New keys (f4, one row an entry, in bank order) and state (f4) for a stale record of `version`."""
+    """New keys (f4, one row per entry, in bank order) and state (f4) for a stale record of `version`."""
 
     user_id: str
     version: int
@@ -237,7 +192,7 @@ class UserRekey(msgspec.Struct):
 
 
 class RekeyRequest(msgspec.Struct):
-    """Bring stale records to this model. A record that changed meanwhile is left alone and found stale again."""
+    """Moves stale records to this model. A record that changed meanwhile is left alone, and found stale again."""
 
     model_version: str
     users: list[UserRekey]
@@ -249,100 +204,17 @@ class RekeyReply(msgspec.Struct):
     rekeyed: list[str]
 
 
-class QualityParts(msgspec.Struct):
-    """What each term gives to a quality."""
-
-    frequency: float
-    recency: float
-    access: float
-    rating: float
-
-
-class EntryOut(msgspec.Struct):
-    """One memory of a bank. `mean_gap_s`: the mean time between its events (None: there was one, or a log has no
-    times); `occasions_since`: how many times the user did something since; `usual_hour` (0 to 24, UTC) and `usual_day`
-    (0 to 7 from Monday, 0:00 UTC): when it happens, where that is regular.
-    """
-
-    item: int
-    quality: float
-    recency: float
-    rating: float | None
-    time: float
-    frequency: int
-    access: int
-    last_access: float
-    cluster: int
-    parts: QualityParts | None = None
-    place: tuple[float, float] | None = None
-    first_time: float = 0.0
-    mean_gap_s: float | None = None
-    occasions_since: int = 0
-    usual_hour: float | None = None
-    usual_day: float | None = None
-
-
-class GoneOut(msgspec.Struct):
-    """An item of the log that the bank has pruned: when it was last taken, how often as far as the log reaches, and
-    what it would be worth today, unrated and never retrieved, in all and by the parts of the quality.
-    """
-
-    item: int
-    time: float
-    frequency: int
-    quality: float
-    parts: QualityParts
-
-
-class HowMany(msgspec.Struct):
-    """How K was reached: base · (0.5 + entropy) · growth, rounded, within k_min and k_max, and for a user's own
-    memories no more than there are. growth is 1 for others' memories.
-    """
-
-    base: float
-    growth: float
-    k_min: int
-    k_max: int
-    k: int
-
-
-class UserMemory(msgspec.Struct):
-    """A bank laid open: `clusters` is the quality-weighted distribution that the entropy is of; log is (item, time).
-    `place` of the entries and `standing`, that of the user's state, lie in the plane that keeps most of the spread of
-    all keys. Entries of a quality below `threshold` go when the bank is over-full (None: quality does not decide).
-    `gone`: newest first.
-    """
-
-    user_id: str
-    version: int
-    model_version: str
-    events: int
-    share: bool
-    entropy: float
-    k: int
-    capacity: int
-    pruned: int
-    clusters: dict[int, float]
-    entries: list[EntryOut]
-    log: list[tuple[int, float]]
-    seen: int
-    catalogue_size: int
-    standing: tuple[float, float] | None = None
-    threshold: float | None = None
-    own: HowMany | None = None
-    collective: HowMany | None = None
-    gone: list[GoneOut] = []
-
-
 class Forgotten(msgspec.Struct):
-    """Whether anything was known about the user before; `replicas` are the others, by URL, that are to let go, too."""
+    """`existed`: whether anything was known about the user. `replicas`: URLs of the other memory replicas, which must
+    drop the user from memory, too.
+    """
 
     existed: bool
     replicas: list[str] = []
 
 
 class Item(msgspec.Struct):
-    """A catalogue item. `metadata` holds the caller's attributes (title, genres, …)."""
+    """A catalogue item. `metadata`: the caller's attributes (title, genres, …)."""
 
     item_id: str
     metadata: dict[str, Any] | None = None
@@ -350,9 +222,9 @@ class Item(msgspec.Struct):
 
 
 class CatalogueReply(msgspec.Struct):
-    """Items from number `since` on, in order of their numbers (the first item has number 1): as many as one listing
-    holds, of `catalogue_size`. `revision` counts changes of metadata and hidden flags; `changed`: items before `since`,
-    with their numbers, that changed since the revision asked with; None where that was too long ago to be known.
+    """Items from number `since` on, in order of their numbers (the first item has number 1), as many as one listing
+    holds, of `catalogue_size`. `revision`: counts changes of metadata and hidden flags. `changed`: items before
+    `since`, with their numbers, that changed after the revision in the request; None: that revision is too old.
     """
 
     since: int
@@ -363,8 +235,8 @@ class CatalogueReply(msgspec.Struct):
 
 
 class RegisterRequest(msgspec.Struct):
-    """Make items known. Metadata is set only where an item has none, unless `overwrite`; None leaves it alone. Hidden
-    flags are set only where `overwrite` and `flags` are.
+    """Registers items. Metadata is set if an item has none, or with `overwrite`; None leaves it as it is. Hidden flags
+    are set with `overwrite` and `flags`.
     """
 
     items: list[Item]
@@ -381,7 +253,9 @@ class RegisterReply(msgspec.Struct):
 
 
 class QuotaRequest(msgspec.Struct):
-    """How many of the `want` requests may be answered, of `limit` in this second (Unix time)? `key` names whose."""
+    """Asks how many of the `want` requests of an API key may be answered, where `limit` may be in this second (Unix
+    time). `key`: identifies the API key.
+    """
 
     key: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
     second: Annotated[int, msgspec.Meta(ge=0, le=2**40)]
@@ -390,20 +264,21 @@ class QuotaRequest(msgspec.Struct):
 
 
 class QuotaReply(msgspec.Struct):
-    """They count as used."""
+    """`granted`: requests that may be answered; they count as used."""
 
     granted: int
 
 
 class Users(msgspec.Struct):
-    """User ids that begin with the prefix asked for, sorted; where there are more than the limit, some of them."""
+    """User ids that begin with the prefix, sorted; any of them if there are more than the limit."""
 
     users: list[str]
 
 
 class ModelReply(msgspec.Struct):
-    """Which model serves in this process and which one it writes records for, with the folders that they were
-    read from. `moved` of about `users` are in the wanted model's collective index already.
+    """The model that serves in this process and the one that it writes records for, with the folders that they were
+    read from. `moved` of about `users` users are in the collective index of the wanted model. `trouble`: why the model
+    that Redis names cannot be loaded.
     """
 
     serving: str
@@ -416,7 +291,7 @@ class ModelReply(msgspec.Struct):
 
 
 class ModelRequest(msgspec.Struct):
-    """Want the model `version` from folder `run`; with `cut_over`: the wanted model `version` is to serve."""
+    """Makes model `version` from folder `run` the wanted one; with `cut_over`: lets that wanted model serve."""
 
     version: str
     run: str = ""
@@ -424,7 +299,9 @@ class ModelRequest(msgspec.Struct):
 
 
 class StalePage(msgspec.Struct):
-    """A step through all users: `cursor` goes on (0: all were named), `looked_at` users, and those of other models."""
+    """A page of users whose records belong to other models, out of `looked_at` users. `cursor`: of the next page; 0:
+    this was the last.
+    """
 
     cursor: int
     looked_at: int
@@ -433,21 +310,23 @@ class StalePage(msgspec.Struct):
 
 
 class ReplicasReply(msgspec.Struct):
-    """The replicas that are there, by URL, and whether everything is loaded at each; `me` answers."""
+    """The memory replicas that are present, by URL, and whether each has loaded everything. `me`: the one that
+    answers.
+    """
 
     me: str
     replicas: dict[str, bool]
 
 
 class UserPage(msgspec.Struct):
-    """A step through users: `cursor` goes on (0: all were named); one may be named at several steps."""
+    """A page of users. `cursor`: of the next page; 0: this was the last. A user may be on several pages."""
 
     cursor: int
     users: list[str]
 
 
 class Problem(msgspec.Struct):
-    """Any error of the service: a stable code and what is wrong."""
+    """An error of the service: a stable code and what was wrong."""
 
     code: str
     detail: str

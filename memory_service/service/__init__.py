@@ -1,1 +1,1 @@
-"""The use cases, and what belongs to one model."""
+"""The memory service without HTTP: its use cases and what they are made of."""

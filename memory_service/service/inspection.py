@@ -1,4 +1,4 @@
-"""A user's memories laid open for people to look at. No state, no I/O."""
+"""All that is known about a user, for people to look at. Pure."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from memory_service.protocol.structs import EntryOut, GoneOut, HowMany, QualityParts, UserMemory
+from memory_service.protocol.user_memory import EntryOut, GoneOut, HowMany, QualityParts, UserMemory
 from model.config import RulesConfig
 from model.memory import habits
 from model.memory import rules as rule
 from model.memory.bank import Banks
-from model.memory.events import UserRecord
 from model.memory.plane import Plane
+from model.memory.record import UserRecord
 from model.memory.rules import Floats, Ints
 
 THURSDAY = 3.0
-"""Days after Monday on which the weeks of Unix time begin."""
+"""Unix time begins on a Thursday: days from Monday to the beginning of its weeks."""
 
 
 def user_memory(user_id: str, record: UserRecord, clusters: Ints, plane: Plane | None) -> UserMemory:
-    """A bank laid open; `clusters` maps item numbers to the item clusters of the record's model, in whose `plane`
-    its keys are drawn (None: it is not loaded).
+    """What a record tells. `clusters`: catalogue number → item cluster of the record's model. `plane`: where the keys
+    of that model are drawn; None: the model is not loaded.
     """
     banks, rules = record.banks, record.banks.rules
     cluster = banks.entry_clusters(clusters)
@@ -55,7 +55,7 @@ def user_memory(user_id: str, record: UserRecord, clusters: Ints, plane: Plane |
 
 
 def _how_many(entropy: Floats, size: Ints, rules: RulesConfig) -> tuple[HowMany, HowMany]:
-    """Of the user's own memories, and of others'."""
+    """K of the user's own memories, and of memories of others."""
     own_k, others = int(rule.own_k(entropy, size, rules)[0]), int(rule.collective_k(entropy, rules)[0])
     growth = float(rule.k_growth(size, rules)[0])
     return (
@@ -93,7 +93,7 @@ def _entries_out(banks: Banks, worth: Floats, cluster: Ints, plane: Plane | None
 
 
 def _rhythm(entry: dict[str, Any]) -> dict[str, float | None]:
-    """How often and when an item is taken."""
+    """The habit of an entry: how often and when its item is taken."""
     again, span, sums = entry["frequency"] - 1, entry["time"] - entry["first_time"], entry["sums"]
     hour, thursday = (habits.usual_time(entry["frequency"], sums, period) for period in (24.0, 168.0))
     return {
@@ -104,7 +104,7 @@ def _rhythm(entry: dict[str, Any]) -> dict[str, float | None]:
 
 
 def _gone(record: UserRecord) -> list[GoneOut]:
-    """What stands in the log but not in the bank, the newest first."""
+    """The items that are in the log but not in the bank, newest first."""
     banks = record.banks
     kept = banks.fields["item"][0, : record.size]
     newest_first = np.flatnonzero(~np.isin(record.log_item, kept))[::-1]

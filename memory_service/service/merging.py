@@ -1,7 +1,7 @@
-"""Calls that wait while others are worked on are worked on together: what every call costs is paid once for many.
+"""Merging: calls that arrive while others are worked on are then worked on together, so that fixed costs are paid once.
 
-An idle service answers a call at once; a busy one takes all that have come meanwhile as one (as databases commit in
-groups). Calls that name the same user are never taken together.
+An idle service works on a call at once; a busy one takes all calls that have arrived meanwhile as one group, as
+databases do with commits. Calls that name the same user are never in one group.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from memory_service.protocol.telemetry import CALL
+from memory_service.protocol.context import CALL
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 AT_ONCE = 2
-"""Groups under way: one is computed while another waits for Redis."""
+"""Groups in progress at the same time: one is computed while another waits for Redis."""
 LARGEST = 1000
 """Users in a group, unless a single call has more."""
 
@@ -30,8 +30,10 @@ class TooLate(RuntimeError):  # noqa: N818 - answered with 503
 
 
 @dataclass(frozen=True)
-class Call(Generic[Item, Result]):
-    """One caller's items, the users they are about, where the results go, and until when they are wanted."""
+class WaitingCall(Generic[Item, Result]):
+    """One caller's items, the users that they name, the future of their results, and the deadline
+    (`time.monotonic()`).
+    """
 
     items: Sequence[Item]
     users: frozenset[str]
@@ -40,18 +42,20 @@ class Call(Generic[Item, Result]):
 
 
 class Merged(Generic[Item, Result]):
-    """`work` on the items of many calls; its results are in the order of the items."""
+    """Does `work` on the items of many calls; `work` returns results in the order of the items."""
 
     def __init__(self, work: Callable[[list[Item]], Awaitable[list[Result]]], user_of: Callable[[Item], str]) -> None:
         self._work, self._user_of = work, user_of
-        self._waiting: deque[Call[Item, Result]] = deque()
+        self._waiting: deque[WaitingCall[Item, Result]] = deque()
         self._running: set[asyncio.Task[None]] = set()
 
     async def __call__(self, items: Sequence[Item]) -> list[Result]:
-        """Results of these items. Raises what `work` raises on them."""
+        """The results of these items. Raises what `work` raises on them, and TooLate if the deadline has passed."""
         caller = CALL.get()
         deadline = math.inf if caller is None else caller.deadline
-        call: Call[Item, Result] = Call(items, frozenset(map(self._user_of, items)), asyncio.Future(), deadline)
+        call: WaitingCall[Item, Result] = WaitingCall(
+            items, frozenset(map(self._user_of, items)), asyncio.Future(), deadline
+        )
         self._waiting.append(call)
         self._start()
         return await call.done
@@ -69,9 +73,9 @@ class Merged(Generic[Item, Result]):
         self._running.discard(task)
         self._start()
 
-    def _group(self) -> list[Call[Item, Result]]:
-        """The next calls that fit together; those whose caller left or waits no longer are dropped."""
-        group: list[Call[Item, Result]] = []
+    def _group(self) -> list[WaitingCall[Item, Result]]:
+        """The next calls that fit into one group; calls whose caller left or whose deadline has passed are dropped."""
+        group: list[WaitingCall[Item, Result]] = []
         users: set[str] = set()
         for _ in range(len(self._waiting)):
             call = self._waiting.popleft()
@@ -87,7 +91,7 @@ class Merged(Generic[Item, Result]):
             users |= call.users
         return group
 
-    async def _run(self, group: list[Call[Item, Result]]) -> None:
+    async def _run(self, group: list[WaitingCall[Item, Result]]) -> None:
         try:
             results = await self._work([item for call in group for item in call.items])
         except Exception as error:
@@ -98,8 +102,8 @@ class Merged(Generic[Item, Result]):
             _resolve(call, results[at : at + len(call.items)])
             at += len(call.items)
 
-    async def _one_by_one(self, group: list[Call[Item, Result]], error: Exception) -> None:
-        """What failed together may have failed for one of them."""
+    async def _one_by_one(self, group: list[WaitingCall[Item, Result]], error: Exception) -> None:
+        """Work on each call alone: the group may have failed because of one of them."""
         if len(group) == 1:
             _fail(group[0], error)
             return
@@ -110,11 +114,11 @@ class Merged(Generic[Item, Result]):
                 _fail(call, own)
 
 
-def _resolve(call: Call[Item, Result], results: list[Result]) -> None:
+def _resolve(call: WaitingCall[Item, Result], results: list[Result]) -> None:
     if not call.done.done():
         call.done.set_result(results)
 
 
-def _fail(call: Call[Item, Result], error: Exception) -> None:
+def _fail(call: WaitingCall[Item, Result], error: Exception) -> None:
     if not call.done.done():
         call.done.set_exception(error)

@@ -1,10 +1,10 @@
-"""How well the collective index finds. Now and then memories of others are searched for twice, for some users chosen at
-random: as a request of theirs would, and in all lists. The share of the exact neighbours that the first search finds,
-too, is the recall.
+"""Recall of the collective index, measured from time to time: the memories that some randomly chosen users would get
+are searched as for a request, and exactly, in all lists. Recall is the share of the exact neighbours that the first
+search finds.
 
-The exact search goes through the lists in slices of a few milliseconds and takes at most `SHARE` of a core: other calls
-are answered in between. What is written meanwhile counts as missed, which at a hundred writes a second is less than a
-hundredth of a percent of a large index.
+The exact search goes through the lists in slices of a few milliseconds and takes at most `CORE_SHARE` of a core, so
+that other calls are answered in between. An entry that is written meanwhile counts as missed; at a hundred writes per
+second that is less than a hundredth of a percent of a large index.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memory_service.service.space import Space
-from model.memory.collective import CollectiveIndex
+from model.memory.collective.index import CollectiveIndex
 
 QUERIES = 32
 NEIGHBOURS = 20
 DISTANCES = 64_000_000
-"""Similarities that a probe computes at most, some 3 s of a core: beyond 2 million entries fewer are searched for."""
+"""Most similarities that one measurement computes, some 3 s of a core; beyond 2 million entries it asks for fewer."""
 SLICE = 50_000
-"""Similarities computed in one go."""
-SHARE = 0.05
-"""Of a core."""
+"""Similarities that are computed without a pause."""
+CORE_SHARE = 0.05
+"""Share of a core that a measurement takes."""
 TOLERANCE = 1e-6
 
 
 async def recall(space: Space, rng: np.random.Generator) -> float | None:
-    """Recall among the 20 nearest entries of other users, over a sample of users; None where nobody has others."""
+    """Recall of the 20 nearest entries of others, over a sample of users; None if there are no entries of others."""
     if space.collective is None:
         return None
     index = space.collective.index
@@ -42,8 +42,8 @@ async def recall(space: Space, rng: np.random.Generator) -> float | None:
 async def recall_of(
     index: CollectiveIndex, queries: NDArray[np.float32], last: NDArray[np.int64], slots: NDArray[np.int64]
 ) -> float | None:
-    """Recall of questions: queries (B, d), last items (B, L), slots of the askers (B,); None where there is nothing to
-    be found.
+    """Recall over queries (B, d) with last items (B, L) and the askers' own slots (B,); None if there is nothing to
+    find.
     """
     found = index.search(queries, last, slots, np.full(len(queries), NEIGHBOURS))
     exact = await _exact(index, queries, slots)
@@ -56,7 +56,7 @@ async def recall_of(
 
 
 async def _exact(index: CollectiveIndex, queries: NDArray[np.float32], slots: NDArray[np.int64]) -> NDArray[np.float32]:
-    """(B, NEIGHBOURS) similarities of the nearest entries of others, best first; −inf where there are no more."""
+    """Similarities of the nearest entries of others, (B, NEIGHBOURS), best first, padded with −inf."""
     best = np.full((len(queries), NEIGHBOURS), -np.inf, np.float32)
     step = max(1, SLICE * index.lists // max(1, len(queries) * len(index)))
     for first in range(0, index.lists, step):
@@ -65,5 +65,5 @@ async def _exact(index: CollectiveIndex, queries: NDArray[np.float32], slots: ND
         similarity, rows = index.scan(lists, queries, NEIGHBOURS + index.most_of(slots))
         similarity[(rows < 0) | index.is_of(rows, slots)] = -np.inf
         best = -np.sort(-np.concatenate([best, similarity], axis=1), axis=1)[:, :NEIGHBOURS]
-        await asyncio.sleep((time.perf_counter() - begin) * (1 / SHARE - 1))
+        await asyncio.sleep((time.perf_counter() - begin) * (1 / CORE_SHARE - 1))
     return best

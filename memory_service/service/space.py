@@ -1,56 +1,64 @@
-"""All that belongs to one model: its users' banks ready to be asked, its collective index, rules and item clusters.
+"""Spaces: all that belongs to one loaded model, namely its users' banks in memory, its collective index, its rules and
+item clusters.
 
-Banks of one space hold keys of one model; they are searched with states of that model and no other. No I/O; one thread.
+The banks of a space hold keys of one model, and are searched with states of that model only. No I/O; one thread.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from memory_service.index.collective import CollectiveScope
-from memory_service.index.gpu import Replicate
-from memory_service.index.residents import NOBODY, Found, Residents, Wish
-from memory_service.protocol import wire
-from memory_service.protocol.structs import RetrieveReply, RetrieveRequest, UserRekey, UserWrite
-from memory_service.protocol.wire import STATE, UNIT, Prepared, column
+from memory_service.index.collective import CollectiveScope, Loaded
+from memory_service.index.gpu import Copier
+from memory_service.index.residents import EMPTY_SLOT, OwnQueries, Residents
+from memory_service.protocol.answer import Answer
+from memory_service.protocol.plans import state_job
+from memory_service.protocol.question import Question
+from memory_service.protocol.vectors import Vectors
 from memory_service.service.catalogue import Catalogue
+from memory_service.settings import MemorySettings
 from model.checkpoint import Checkpoint
 from model.memory import rules as rule
-from model.memory.bank import Entries
-from model.memory.collective import cells_of
-from model.memory.events import Change, Stacked, UserRecord, rekey, rekey_job
+from model.memory.changes import Change, Stacked, rekey, rekey_job
+from model.memory.collective.layout import cells_of
+from model.memory.events import Plan
 from model.memory.plane import Plane
+from model.memory.record import UserRecord
+from model.memory.retrieval import Entries, Retrieved
 from model.memory.rules import Floats, Ints
+
+Accesses = Sequence[tuple[int, int, float]]
+"""Retrievals that no record holds yet: (item, count, time of the last)."""
 
 
 class Space:
-    """Banks and collective index of one model. `collective`: how many others must hold an item before memories of it
-    are given to anybody; 0: others' memories are not kept at all. `collective_entries`: most of them that are kept; 0:
-    all.
+    """Banks and collective index of one model.
+
+    Args:
+        checkpoint: the model.
+        catalogue: numbers of items.
+        settings: `resident_users`, `collective`, `collective_users` and `collective_entries` (None: no limit).
+        copier: copies indexes to a GPU; None: banks are searched on the CPU.
     """
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        catalogue: Catalogue,
-        resident_users: int,
-        collective: int = 1,
-        replicate: Replicate | None = None,
-        collective_entries: int = 0,
+        self, checkpoint: Checkpoint, catalogue: Catalogue, settings: MemorySettings, copier: Copier | None = None
     ) -> None:
         self.model_version = checkpoint.version
         self.rules = checkpoint.config.rules
         self.dim = checkpoint.config.encoder.width
         self.new = UserRecord.new(self.dim, self.rules)
         """The record of a user of whom nothing is known."""
-        self.residents = Residents(resident_users, self.dim, self.rules, self.model_version, replicate)
-        self.collective = CollectiveScope(checkpoint, collective, collective_entries) if collective else None
-        self.complete = self.collective is None
-        """Whether others' memories are all here."""
+        self.residents = Residents(settings.resident_users, self.dim, self.rules, self.model_version, copier)
+        users, entries = settings.collective_users, settings.collective_entries or 0
+        self.collective = CollectiveScope(checkpoint, users, entries) if settings.collective else None
+        self.is_complete = self.collective is None
+        """Whether the collective index has been brought to what Redis has."""
         self.plane = Plane.of(checkpoint.key_plane)
         """Where memories are drawn."""
         self._catalogue, self._items = catalogue, checkpoint.item_ids
@@ -59,13 +67,13 @@ class Space:
         self.know_items()
 
     def know_items(self) -> None:
-        """Learn the catalogue numbers of the model's items; to be called again once the catalogue has them all."""
+        """Learn the catalogue numbers of the model's items. Must be called again once the catalogue has all of them."""
         if self.collective is not None:
             self.collective.know_items(np.array([0, *map(self._catalogue.number_of, self._items)], np.int64))
 
     @property
     def clusters(self) -> NDArray[np.int32]:
-        """Item number → item cluster of the model; -1 for number 0 and for items that the model does not know."""
+        """Catalogue number → item cluster of the model, (items + 1,); −1 for number 0 and for unknown items."""
         new = self._catalogue.ids[len(self._clusters) - 1 :]
         if new:
             clusters = np.array([self._cluster_of.get(item, -1) for item in new], np.int32)
@@ -73,128 +81,167 @@ class Space:
         return self._clusters
 
     def is_stale(self, record: UserRecord) -> bool:
-        """Whether a record's keys are another model's."""
+        """Whether the keys of a record are another model's."""
         return record.version > 0 and record.model_version != self.model_version
 
     # ----------------------------------------------------------------------------------------- retrieve
 
+    def stale_rows(self, users: Sequence[str]) -> dict[int, str]:
+        """Rows of residents whose records belong to another model → that model's version."""
+        slots = self.residents.slots(users)
+        rows = np.flatnonzero(self.residents.stale[slots]).tolist()
+        return {row: self.residents.model_of[int(slots[row])] for row in rows}
+
     def answer(
-        self, request: RetrieveRequest, slots: NDArray[np.int64], degraded: bool, *, others: bool
-    ) -> RetrieveReply:
-        """Everything about the residents in `slots`, one for each user of the request; `others`: whether memories of
-        others may be given.
+        self, question: Question, altered: Mapping[int, UserRecord | None], *, with_others: bool, is_degraded: bool
+    ) -> Answer:
+        """All that the residents tell about the users of a question. Users whose records belong to another model, and
+        users who are not resident, come back as not known.
+
+        Args:
+            question: its arrays must have full length, as those that `Question.unpacked` makes.
+            altered: rows → the record that answers for the user this time; None: the user is not known.
+            with_others: whether memories of other users may be given.
+            is_degraded: what the answer says of itself.
         """
+        records = {row: record for row, record in altered.items() if record is not None}
+        slots = self.residents.find(question.users)
+        slots[self.residents.stale[slots]] = EMPTY_SLOT
+        slots[[row for row in altered if row not in records]] = EMPTY_SLOT
+        with self.residents.guests(list(records.values()), self.clusters) as guests:
+            slots[list(records)] = guests
+            answer = self._answer(question, slots, with_others)
+        jobs = {row: state_job(record) for row, record in records.items()}
+        return replace(answer, degraded=is_degraded, without=jobs)
+
+    def _answer(self, question: Question, slots: Ints, with_others: bool) -> Answer:
         banks = self.residents
-        entropy = self._entropy(request, slots)
-        queries = wire.queries(request, rule.unit(banks.state[slots]))
-        last = wire.last(request, banks.last[slots])
-        found = banks.search(Wish(slots, queries, wire.asked_k(request), wire.asked_at(request)))
-        self._count(request, slots, found)
-        collective_k, theirs = self._others(request, queries, last, entropy, others)
-        return wire.retrieve_reply(self._catalogue.size, degraded, banks, slots, entropy, found, collective_k, theirs)
+        states, entropy = banks.state[slots], self._entropy(question, slots)
+        queries, last = question.queries_or(rule.unit(states)), question.last_or(banks.last[slots])
+        found = banks.search(OwnQueries(slots, queries, question.k, question.now))
+        banks.count(slots, found, ~question.uncounted, time.time())
+        collective_k = self._collective_k(question, queries, entropy)
+        versions = banks.version[slots]
+        return Answer(
+            retrieved=Retrieved(
+                entropy=entropy,
+                k=found.k,
+                bank_size=banks.size[slots].astype(np.int64),
+                own=found.entries,
+                collective=self._others(question, queries, last, collective_k if with_others else None),
+                collective_k=collective_k,
+                habits=found.habits,
+                present=found.present,
+            ),
+            known=versions != 0,
+            versions=versions,
+            states=states,
+            seen=[banks.seen[slot] for slot in slots.tolist()],
+            degraded=False,
+            catalogue_size=self._catalogue.size,
+        )
 
-    def _entropy(self, request: RetrieveRequest, slots: Ints) -> NDArray[np.float32]:
-        """(B,) diversity of each bank; where there is none, what the caller says."""
-        diversity = self.residents.entropy[slots]
-        if not request.entropy:
-            return diversity
-        given = column(request.entropy, "<f4", len(diversity), "entropy")
-        return np.where(self.residents.size[slots] > 0, diversity, np.clip(given, 0, 1)).astype(np.float32)
+    def _entropy(self, question: Question, slots: Ints) -> NDArray[np.float32]:
+        """(B,) entropy of each bank; for users without memories that of the question, if it names any."""
+        own = self.residents.entropy[slots]
+        if question.entropy is None:
+            return own
+        return np.where(self.residents.size[slots] > 0, own, question.entropy).astype(np.float32)
 
-    def _others(
-        self, request: RetrieveRequest, queries: Floats, last: Ints, entropy: Floats, given: bool
-    ) -> tuple[Ints, Entries]:
-        """Collective K and memories. Nobody can be asked about without a state or a query."""
-        k = rule.collective_k(entropy, self.rules)
-        k[~queries.any(axis=1)] = 0
-        k[wire.rows(request.alone, len(k), "alone")] = 0
+    def _collective_k(self, question: Question, queries: Floats, entropy: Floats) -> NDArray[np.int64]:
+        """(B,) number of memories of others that are wanted; 0 for rows without a state or query."""
         if self.collective is None:
-            return np.zeros_like(k), Entries.empty(len(k))
-        return k, self.collective.search(queries, last, request.users, k) if given else Entries.empty(len(k))
+            return np.zeros(len(entropy), np.int64)
+        k = rule.collective_k(entropy, self.rules).astype(np.int64, copy=False)
+        k[~queries.any(axis=1)] = 0
+        k[question.alone] = 0
+        return k
+
+    def _others(self, question: Question, queries: Floats, last: Ints, k: Ints | None) -> Entries:
+        """Memories of other users, K of each row; k None: none."""
+        if self.collective is None or k is None:
+            return Entries.empty(len(queries))
+        return self.collective.search(queries, last, list(question.users), k)
 
     def sample(
         self, scope: CollectiveScope, count: int, rng: np.random.Generator
     ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
-        """Questions of up to `count` residents chosen at random: queries (n, d), last items (n, L), and the slots (n,)
-        of their own entries in `scope`, −1 where there are none.
+        """What up to `count` randomly chosen residents would ask: queries (n, d), last items (n, L), and the slots (n,)
+        of their own entries in `scope`, −1 if there are none.
         """
-        names, slots = self.residents.sample(count, rng)
-        return rule.unit(self.residents.state[slots]), self.residents.last[slots].astype(np.int64), scope.slots(names)
-
-    def _count(self, request: RetrieveRequest, slots: Ints, found: Found) -> None:
-        """Remember which memories were retrieved, until the user's next write."""
-        counted = np.ones(len(slots), bool)
-        counted[wire.rows(request.uncounted, len(slots), "uncounted")] = False
-        self.residents.count(slots, found, counted, time.time())
+        users, slots = self.residents.sample(count, rng)
+        return rule.unit(self.residents.state[slots]), self.residents.last[slots].astype(np.int64), scope.slots(users)
 
     # -------------------------------------------------------------------------------------------- write
 
-    def changes(
-        self, prepared: Sequence[Prepared], writes: Sequence[UserWrite], first_versions: Sequence[int]
-    ) -> list[Change]:
-        """What writes do to the records that they were planned for. Raises BadRequest where vectors do not fit."""
-        counts = [len(one.plan.accepted) for one in prepared]
-        keys = [
-            column(write.keys, "<f4", count * self.dim, "keys", UNIT)
-            for write, count in zip(writes, counts, strict=True)
-        ]
-        return [
-            Change(
-                record=one.record,
-                plan=one.plan,
-                keys=own.reshape(-1, self.dim),
-                state=column(write.state, "<f4", self.dim, "state", STATE),
-                cells=cells_of(one.plan.job),
-                accesses=self.residents.accesses(one.user_id),
-                first_version=first,
-                model_version=self.model_version,
-            )
-            for one, write, own, first in zip(prepared, writes, keys, first_versions, strict=True)
-        ]
+    def change(self, user: str, record: UserRecord, plan: Plan, vectors: Vectors, first_version: int) -> Change:
+        """What a planned write does to a record. Raises BadRequest if the vectors do not fit the plan or the model."""
+        vectors.check(len(plan.accepted), self.dim)
+        return Change(
+            record=record,
+            plan=plan,
+            keys=vectors.keys,
+            state=vectors.state,
+            cells=cells_of(plan.job),
+            accesses=self.residents.accesses(user),
+            first_version=first_version,
+            model_version=self.model_version,
+        )
 
-    def rekeyed(self, record: UserRecord, write: UserRekey, accesses: Sequence[tuple[int, int, float]]) -> UserRecord:
-        """A record of another model with keys and state of this one, and retrievals counted there. Raises BadRequest
-        where they do not fit.
+    def rekeyed(self, record: UserRecord, vectors: Vectors, accesses: Accesses) -> UserRecord:
+        """The record with keys and state of this model, and retrievals counted under the other model. Raises BadRequest
+        if the vectors do not fit the record or this model.
         """
-        made = column(write.keys, "<f4", record.size * self.dim, "keys", UNIT).reshape(record.size, self.dim)
-        state = column(write.state, "<f4", self.dim, "state", STATE)
-        new = rekey(record, self.model_version, made, state, cells_of(rekey_job(record)), self.rules)
+        vectors.check(record.size, self.dim)
+        new = rekey(record, self.model_version, vectors.keys, vectors.state, cells_of(rekey_job(record)), self.rules)
         new.banks.touch(0, accesses)
         return new
 
     # --------------------------------------------------------------------------------------------- keep
 
     def put(self, records: Mapping[str, UserRecord]) -> None:
-        """Make these the users' banks, whatever model they are of."""
+        """Make the users residents with these records, of whatever model."""
         self.residents.put(list(records), list(records.values()), self.clusters)
 
     def share(self, records: Iterable[tuple[str, UserRecord]], loaded: Collection[str]) -> None:
-        """Make these others' memories, as far as they are this model's. Who moved to another of the `loaded` models
-        stays as before: those who did not move still need neighbours.
+        """Put the entries of these records into the collective index, if they are of this model. Entries of a user
+        whose record moved to another of the `loaded` models stay, for the users who have not moved yet.
         """
         if self.collective is not None:
             self.collective.put(records, loaded)
 
-    def show(self, names: list[str], stacked: Stacked) -> None:
-        """What was just written, of this model: for the next retrieval. Banks that nobody asked for push none out."""
-        slots, versions = self.residents.slots(names), np.array([record.version for record in stacked.records])
-        here, room = slots != NOBODY, self.residents.limit - len(self.residents)
-        shown = np.where(here, self.residents.version[slots] <= versions, np.cumsum(~here) <= room)
-        rows = np.flatnonzero(shown).tolist()
+    def put_written(self, users: list[str], stacked: Stacked) -> None:
+        """Take over records of this model that were just stored, so that the next retrieval sees them. Users who are
+        not resident become so only if there is room.
+        """
+        slots, versions = self.residents.slots(users), np.array([record.version for record in stacked.records])
+        is_resident, room = slots != EMPTY_SLOT, self.residents.limit - len(self.residents)
+        is_put = np.where(is_resident, self.residents.version[slots] <= versions, np.cumsum(~is_resident) <= room)
+        rows = np.flatnonzero(is_put).tolist()
         if rows:
-            self.residents.put_fresh([names[row] for row in rows], stacked.take(rows), self.clusters)
+            self.residents.put_fresh([users[row] for row in rows], stacked.take(rows), self.clusters)
         if self.collective is not None:
-            self.collective.put_written(names, stacked)
+            self.collective.put_written(users, stacked)
 
-    def fill(self, records: Mapping[str, UserRecord]) -> None:
-        """Let as many of these become residents as there is room for."""
-        absent = [name for name, slot in zip(records, self.residents.slots(list(records)), strict=True) if not slot]
-        some = absent[: max(0, self.residents.limit - len(self.residents))]
-        self.residents.put(some, [records[name] for name in some], self.clusters)
+    def fill(self, loaded: Loaded) -> None:
+        """Make as many of these users residents as there is room for, if their records are of this model."""
+        rows = self._with_room(loaded.users)
+        if rows:
+            stacked = loaded.batch.take(rows).stacked()
+            self.residents.put_fresh([loaded.users[row] for row in rows], stacked, self.clusters)
+        fresh = {user: record for user, record in loaded.records.items() if not self.is_stale(record)}
+        some = [list(fresh)[row] for row in self._with_room(list(fresh))]
+        self.residents.put(some, [fresh[user] for user in some], self.clusters)
 
-    def drop(self, users: Sequence[str]) -> None:
-        """Nothing is known about these users any more."""
-        self.residents.drop(users)
+    def _with_room(self, users: list[str]) -> list[int]:
+        """Rows of the users who are not resident, as many as there is room for."""
+        absent = np.flatnonzero(self.residents.slots(users) == EMPTY_SLOT)
+        return [int(row) for row in absent[: max(0, self.residents.limit - len(self.residents))]]
+
+    def drop(self, users: Iterable[str]) -> None:
+        """Hold nothing of these users."""
+        names = list(users)
+        self.residents.drop(names)
         if self.collective is not None:
-            for user in users:
+            for user in names:
                 self.collective.drop(user)

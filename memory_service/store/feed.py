@@ -1,8 +1,8 @@
-"""What changes in Redis, heard as it happens: who was written, forgotten, or has expired.
+"""News of what changes in Redis as it happens: which records were written, deleted, or have expired.
 
-Redis tells it itself (keyspace notifications, from each primary of a cluster), in the same step as the change, so that
-nothing need be written for it, and what expires is told, too. Notifications are not kept for who does not listen: after
-every interruption, and where another primary takes over, the listener is told that it may have missed something.
+Redis itself publishes them (keyspace notifications, from each primary of a cluster) in the same step as the change, so
+that nothing is written for it and expiry is published too. Redis does not keep notifications for a listener that is
+away: after each interruption, and when another primary takes over, the feed says that some may have been missed.
 """
 
 from __future__ import annotations
@@ -13,40 +13,48 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from typing import Any
 
-import redis.asyncio as redis
+from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
-from memory_service.protocol.slots import user_of
-from memory_service.store.link import Link, StoreUnavailable
-from memory_service.tasks import end
+from memory_service.protocol.hash_slots import user_of
+from memory_service.store.redis.connect import Connector
+from memory_service.store.redis.connection import RedisConnection
+from memory_service.store.redis.errors import StoreUnavailable
+from memory_service.tasks import cancel_and_wait
 
-PATTERN = b"__keyspace@*__:ramrec:{*"
-MARK = b"__:ramrec:{"
+CHANNEL = "__keyspace@{database}__:"
 EVENTS = set("K$gxe")
-"""Keyspace notifications of strings and deletions, of what expired, and of what was evicted."""
+"""Keyspace notifications (K) of strings ($), of deletions (g), of expiry (x) and of evictions (e)."""
 GATHER_S = 0.25
-"""How long what changes is gathered before it is looked at."""
-QUIET_S = 1.0
-"""How often it is looked whether primaries are still the same."""
+"""How long changes are gathered before they are handed on."""
+WATCH_S = 1.0
+"""How often the primaries are compared with those that are listened to."""
 RETRY_S = 0.25
+"""Pause before listening again after an interruption."""
 log = logging.getLogger(__name__)
 
 
 class Feed:
-    """Listens as long as `run` runs. `changed` is called with users; `missed` after each new beginning."""
+    """Listens while `run` runs.
+
+    Args:
+        redis: what to listen to.
+        changed: called with the users whose records have changed.
+        missed: called each time that listening begins, as earlier changes may have been missed.
+    """
 
     def __init__(
-        self, link: Link, changed: Callable[[set[str]], Awaitable[None]], missed: Callable[[], Awaitable[None]]
+        self, redis: Connector, changed: Callable[[set[str]], Awaitable[None]], missed: Callable[[], Awaitable[None]]
     ) -> None:
-        self._link, self._changed, self._missed = link, changed, missed
+        self._redis, self._changed, self._missed = redis, changed, missed
         self._gathered: set[str] = set()
         self._some = asyncio.Event()
         self.listening = asyncio.Event()
-        """Set while nothing is missed."""
+        """Set while no change can be missed."""
 
     async def run(self) -> None:
-        """Listen for good."""
-        telling = asyncio.create_task(self._tell())
+        """Listen until cancelled, and begin again after each interruption."""
+        handing_on = asyncio.create_task(self._hand_on())
         try:
             while True:
                 with suppress(StoreUnavailable, RedisError, OSError):
@@ -54,51 +62,45 @@ class Feed:
                 self.listening.clear()
                 await asyncio.sleep(RETRY_S)
                 with suppress(StoreUnavailable):
-                    await (await self._link.road()).refresh()
+                    await (await self._redis.connection()).refresh()
         finally:
-            await end([telling])
+            await cancel_and_wait([handing_on])
 
     async def _listen(self) -> None:
-        """Until a primary is lost or others have taken over."""
+        """Listen to all primaries until one is lost or replaced."""
+        connection = await self._redis.connection()
+        channel = CHANNEL.format(database=connection.database).encode()
         async with AsyncExitStack() as stack:
-            road = await self._link.road()
-            clients = await road.listeners()
+            primaries, clients = await connection.primaries(), await connection.listeners()
             for client in clients:
                 stack.push_async_callback(client.aclose)
-            heard = [await self._subscribed(client, stack) for client in clients]
+            subscriptions = [await self._subscribed(client, channel, stack) for client in clients]
             self.listening.set()
             await self._missed()
-            tasks = [asyncio.create_task(self._hear(one)) for one in heard]
-            tasks.append(asyncio.create_task(self._watch(await road.primaries())))
+            tasks = [asyncio.create_task(self._hear(subscription, channel)) for subscription in subscriptions]
+            tasks.append(asyncio.create_task(_watch(connection, primaries)))
             try:
                 ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 for task in ended:
                     task.result()
             finally:
-                await end(tasks)
+                await cancel_and_wait(tasks)
 
-    async def _subscribed(self, client: redis.Redis, stack: AsyncExitStack) -> Any:
+    async def _subscribed(self, client: Redis, channel: bytes, stack: AsyncExitStack) -> Any:
         await _turn_on(client)
-        heard = client.pubsub(ignore_subscribe_messages=True)
-        stack.push_async_callback(heard.aclose)
-        await heard.psubscribe(PATTERN)
-        return heard
+        subscription = client.pubsub(ignore_subscribe_messages=True)
+        stack.push_async_callback(subscription.aclose)
+        await subscription.psubscribe(channel + b"ramrec:{*")
+        return subscription
 
-    async def _hear(self, heard: Any) -> None:
+    async def _hear(self, subscription: Any, channel: bytes) -> None:
         while True:
-            message = await heard.get_message(timeout=QUIET_S)
+            message = await subscription.get_message(timeout=None)  # None for a confirmed subscription
             if message is not None:
-                self._gathered.add(user_of(b"ramrec:{" + message["channel"].split(MARK, 1)[1]))
+                self._gathered.add(user_of(message["channel"].removeprefix(channel)))
                 self._some.set()
 
-    async def _watch(self, before: list[str]) -> None:
-        """Until other primaries have taken over."""
-        road = await self._link.road()
-        while await road.primaries() == before:
-            await asyncio.sleep(QUIET_S)
-            await road.refresh()
-
-    async def _tell(self) -> None:
+    async def _hand_on(self) -> None:
         while True:
             await self._some.wait()
             await asyncio.sleep(GATHER_S)
@@ -112,12 +114,19 @@ class Feed:
                 await asyncio.sleep(RETRY_S)
 
 
-async def _turn_on(client: redis.Redis) -> None:
-    """Have a server send notifications, where it may be told so."""
+async def _watch(connection: RedisConnection, before: list[str]) -> None:
+    """Return once other servers have become primaries."""
+    while await connection.primaries() == before:
+        await asyncio.sleep(WATCH_S)
+        await connection.refresh()
+
+
+async def _turn_on(client: Redis) -> None:
+    """Make a server publish the notifications, if it lets us."""
     try:
         now = (await client.config_get("notify-keyspace-events"))["notify-keyspace-events"]
         on = set((now or "").replace("A", "g$lshzxetd"))
         if not on >= EVENTS:
             await client.config_set("notify-keyspace-events", "".join(sorted(on | EVENTS)))
-    except (ResponseError, KeyError) as error:  # not ours to set: a managed Redis has a parameter for it
-        log.warning("cannot turn on keyspace notifications (wanted: notify-keyspace-events K$gxe): %s", error)
+    except (ResponseError, KeyError) as error:  # a managed Redis forbids CONFIG
+        log.warning("cannot turn on keyspace notifications: set notify-keyspace-events to K$gxe in Redis (%s)", error)

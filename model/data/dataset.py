@@ -1,6 +1,6 @@
-"""From interactions to sequences: id maps, k-core filter, order, split, padding. No torch.
+"""Turns interactions into sequences: indices, k-core filter, order, split, padding. No torch.
 
-Items are counted from 1 (0 is padding), users from 0.
+Item indices begin at 1 (0 is padding), user indices at 0.
 """
 
 from __future__ import annotations
@@ -12,33 +12,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.config import DatasetConfig, Holdout
-from model.data.interactions import DatasetError, Interactions, Metadata, read_interactions
+from model.data.interactions import DatasetError, Interactions, Metadata
+from model.data.reading import read_interactions
 from model.memory.rules import Bools, Floats, Ints
-
-__all__ = [
-    "Dataset",
-    "DatasetError",
-    "Interactions",
-    "Split",
-    "k_core",
-    "leave_one_out",
-    "length_batches",
-    "pad_windows",
-    "read_dataset",
-    "read_interactions",
-]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Filtered sequences of all users, side by side.
+    """Filtered sequences of all users, one after another.
 
-    The events of user u are `sequence(u)`, oldest first, ties in file order. `offsets` (users + 1,) int64.
-    `items` (N,) int32: item i is `item_ids[i - 1]`. `times` (N,) float64 seconds, or the position in the
-    user's sequence where the source has none; those of a basket have the time of its first. `ratings` (N,) float32, NaN
-    where there is none.
-    `metadata`: item id → attributes, also of items that the filter removed. `holdout`: what is kept from training, see
-    `split_of`.
+    offsets: (users + 1,) int64; the events of user u are `sequence(u)`, oldest first, ties in file order.
+    items: (N,) int32; item i is `item_ids[i - 1]`.
+    times: (N,) float64 s, or positions in the user's sequence if the log has no times; all events of a basket have the
+        time of its first event.
+    ratings: (N,) float32; NaN = none.
+    metadata: attributes by item id, of items that the filter removed, too.
+    holdout: what is kept from training, see `split_of`.
     """
 
     user_ids: tuple[str, ...]
@@ -67,24 +56,24 @@ class Dataset:
         return len(self.item_ids)
 
     def sequence(self, user: int) -> slice:
-        """Where the events of a user are in `items`, `times` and `ratings`."""
+        """Indices of a user's events in `items`, `times` and `ratings`."""
         return slice(int(self.offsets[user]), int(self.offsets[user + 1]))
 
     def lengths(self) -> NDArray[np.int64]:
-        """Events of each user, (users,)."""
+        """(users,) the number of events of each user."""
         return np.diff(self.offsets)
 
     def owners(self) -> NDArray[np.int64]:
-        """User of each event, (N,)."""
+        """(N,) the user of each event."""
         return np.repeat(np.arange(self.users), self.lengths())
 
     def history(self, event: Ints) -> list[Ints]:
-        """Items that the user had before each event (indices into `items`)."""
+        """For each event (indices into `items`) the items that its user had before."""
         first = self.offsets[np.searchsorted(self.offsets, event, side="right") - 1]
         return [self.items[start:stop] for start, stop in zip(first, event, strict=True)]
 
     def is_repeat(self) -> NDArray[np.bool_]:
-        """(N,) which events take an item that the user had before."""
+        """(N,) bool: whether the user had the item of the event before."""
         pairs = self.owners() * (self.item_count + 1) + self.items
         repeated = np.ones(len(pairs), bool)
         repeated[np.unique(pairs, return_index=True)[1]] = False
@@ -95,27 +84,27 @@ class Dataset:
         return bool(self.is_repeat().any())
 
     def opens(self) -> NDArray[np.bool_]:
-        """(N,) which events are the first at their time: of a user, or of one of the user's baskets."""
+        """(N,) bool: whether the event is the first of its user at its time, as is the first of a basket."""
         first = np.ones(len(self), bool)
         first[1:] = self.times[1:] != self.times[:-1]
         first[self.offsets[:-1][self.lengths() > 0]] = True
         return first
 
     def basket_starts(self) -> NDArray[np.int64]:
-        """(N,) the first event at the time of each event: of its basket, or itself."""
+        """(N,) the first event of the user at the time of each event: the first of its basket, or itself."""
         return np.maximum.accumulate(np.where(self.opens(), np.arange(len(self)), 0))
 
     def positions(self) -> NDArray[np.int64]:
-        """Position of each event in its user's sequence, (N,)."""
+        """(N,) the position of each event in its user's sequence, from 0."""
         return np.arange(len(self)) - self.offsets[self.owners()]
 
 
 @dataclass(frozen=True)
 class Split:
-    """What each user trains on and is asked about: absolute positions in `Dataset.items`, each (users,) int64.
+    """Which events train, validate and test: indices into `Dataset.items`, each (users,) int64.
 
-    User u trains on `offsets[u]:train_end[u]`; `validation:validation_end` and `test:test_end` are to be predicted from
-    what came before the first of them. `validation` and `test` are −1 where there is nothing to predict.
+    Training events of user u are `offsets[u]:train_end[u]`. The events `validation:validation_end` and `test:test_end`
+    are predicted from the events before the first of them; −1 for users without such events.
     """
 
     train_end: NDArray[np.int64]
@@ -127,8 +116,8 @@ class Split:
 
 @dataclass(frozen=True)
 class Targets:
-    """Events to be predicted: event (T,) indices into `Dataset.items`, ascending, and for each the event that its
-    question is asked before: the first of its basket, or itself.
+    """Events to be predicted. event (T,): indices into `Dataset.items`, ascending. before (T,): the event that the
+    question is asked before, which is the first of its basket, or the event itself.
     """
 
     event: NDArray[np.int64]
@@ -136,15 +125,15 @@ class Targets:
 
     @classmethod
     def of(cls, start: Ints, end: Ints) -> Targets:
-        """All events from each start to its end; none where the start is −1. In order of the users."""
-        there = start >= 0
-        count = (end - start)[there]
-        before = np.repeat(start[there], count)
+        """All events from each start to its end, (users,) each, in order of the users; none if the start is −1."""
+        has_events = start >= 0
+        count = (end - start)[has_events]
+        before = np.repeat(start[has_events], count)
         event = before + np.arange(len(before)) - np.repeat(np.cumsum(count) - count, count)
         return cls(event.astype(np.int64), before.astype(np.int64))
 
     def take(self, rows: Ints | Bools | slice) -> Targets:
-        """Some of them."""
+        """Some of the targets."""
         return Targets(self.event[rows], self.before[rows])
 
     def __len__(self) -> int:
@@ -152,11 +141,11 @@ class Targets:
 
 
 def read_dataset(path: str | Path, config: DatasetConfig | None = None) -> Dataset:
-    """Read interactions in any of the formats, filter them to the k-core and sort each user's by time. Those of a
-    basket happen at once, when the first of them did, whether or not the filter leaves that one.
+    """Read interactions in any of the formats, filter them to the k-core and sort those of each user by time. All
+    events of a basket get the time of its first event, even if the filter removes that one.
 
     Raises:
-        DatasetError: unreadable, or nothing left; see `read_interactions`.
+        DatasetError: see `read_interactions`; or the filter leaves nothing.
     """
     config = config or DatasetConfig()
     log = read_interactions(path, config)
@@ -169,13 +158,13 @@ def read_dataset(path: str | Path, config: DatasetConfig | None = None) -> Datas
 
 
 def k_core(user: Ints, item: Ints, core: int) -> NDArray[np.bool_]:
-    """Which interactions remain when users and items with fewer than `core` are removed until none is left.
+    """Which interactions remain after users and items with fewer than `core` are removed, again and again.
 
     Args:
-        user: (N,) numbers ≥ 0. item: (N,) the same. Repeated pairs count each time.
+        user, item: (N,) indices ≥ 0. Repeated pairs count each time.
 
     Returns:
-        (N,) the largest part in which every user and every item has at least `core` interactions.
+        (N,) bool: the largest part in which every user and every item has at least `core` interactions.
 
     >>> k_core(np.array([0, 0, 1, 1, 2]), np.array([0, 1, 0, 1, 1]), 2).tolist()
     [True, True, True, True, False]
@@ -192,29 +181,31 @@ def k_core(user: Ints, item: Ints, core: int) -> NDArray[np.bool_]:
 
 
 def split_of(dataset: Dataset) -> Split:
-    """What is kept from training, as `Dataset.holdout` says."""
+    """The split that `Dataset.holdout` names."""
     return leave_one_out(dataset) if dataset.holdout == "leave-one-out" else last_basket(dataset)
 
 
 def training_part(dataset: Dataset) -> Bools:
-    """(N,) which events are trained on."""
+    """(N,) bool: whether the event is used for training."""
     return np.arange(len(dataset)) < split_of(dataset).train_end[dataset.owners()]
 
 
 def leave_one_out(dataset: Dataset) -> Split:
-    """Each user's last event tests, the last but one validates; users with fewer than 3 events only train."""
+    """The split by which each user's last event tests and the one before validates; users with fewer than 3 events only
+    train.
+    """
     end = dataset.offsets[1:]
     enough = dataset.lengths() >= 3
     return _split(enough, end - 2, end - 1, end)
 
 
 def last_basket(dataset: Dataset) -> Split:
-    """Each user's last basket (events of equal time) tests, the last but one validates; users with fewer than 3 baskets
-    only train.
+    """The split by which each user's last basket (events of equal time) tests and the one before validates; users with
+    fewer than 3 baskets only train.
     """
     first = np.flatnonzero(dataset.opens())
     count = np.bincount(dataset.owners()[first], minlength=dataset.users)
-    end, last = dataset.offsets[1:], np.cumsum(count) - 1  # places in `first` of each user's last basket
+    end, last = dataset.offsets[1:], np.cumsum(count) - 1  # `last`: index in `first` of each user's last basket
     enough = count >= 3
     return _split(enough, first[np.maximum(last - 1, 0)], first[np.maximum(last, 0)], end)
 
@@ -230,7 +221,7 @@ def _split(enough: Bools, validation: Ints, test: Ints, end: Ints) -> Split:
 
 
 def pad_windows(items: Ints, begin: Ints, length: Ints) -> NDArray[np.int64]:
-    """Windows `items[begin:begin + length]` as one array (W, L), filled with 0 on the right; L is the longest one's.
+    """Windows `items[begin:begin + length]` as one array (W, L), right-padded with 0; L is the longest length.
 
     >>> pad_windows(np.array([1, 2, 3, 4]), np.array([0, 3]), np.array([2, 1])).tolist()
     [[1, 2], [4, 0]]
@@ -243,9 +234,9 @@ def pad_windows(items: Ints, begin: Ints, length: Ints) -> NDArray[np.int64]:
 
 
 def length_batches(length: Floats | Ints, tokens: int) -> list[NDArray[np.int64]]:
-    """Indices (W,) of sequences put together by similar length, at most `tokens` positions a batch once padded.
+    """Batches of sequences of similar length (W,), as indices; at most `tokens` positions each, padding included.
 
-    A fraction added to a length only decides the order among equals. A sequence too long for any batch gets its own.
+    A fraction added to a length decides the order among equals only. A sequence longer than `tokens` has its own batch.
 
     >>> [batch.tolist() for batch in length_batches(np.array([3, 1, 2, 9]), 6)]
     [[1, 2], [0], [3]]
@@ -263,7 +254,7 @@ def _arrange(log: Interactions, keep: NDArray[np.bool_], holdout: Holdout) -> Da
     user, user_ids = _renumber(log.user[keep], log.user_ids)
     item, item_ids = _renumber(log.item[keep], log.item_ids)
     own = np.arange(len(log), dtype=np.float64) if log.time is None else log.time
-    time = _at_once(log, own)[keep]
+    time = _basket_times(log, own)[keep]
     order = np.lexsort((own[keep], time, user))  # stable: ties stay in file order
     offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(user_ids)))])
     ratings = np.full(len(user), np.nan, np.float32) if log.rating is None else log.rating[keep][order]
@@ -282,8 +273,8 @@ def _arrange(log: Interactions, keep: NDArray[np.bool_], holdout: Holdout) -> Da
     return arranged if log.time is not None else replace(arranged, times=_positions(arranged))
 
 
-def _at_once(log: Interactions, own: Floats) -> NDArray[np.float64]:
-    """(N,) when each interaction happened, by their `own` times (N,): those of a user's basket with its first."""
+def _basket_times(log: Interactions, own: Floats) -> NDArray[np.float64]:
+    """(N,) times of the interactions: `own` (N,), but those of a user's basket have the time of its first."""
     time = np.array(own, np.float64)
     if log.basket is not None:
         within = np.flatnonzero(log.basket >= 0)
@@ -296,7 +287,7 @@ def _at_once(log: Interactions, own: Floats) -> NDArray[np.float64]:
 
 
 def _positions(dataset: Dataset) -> NDArray[np.float64]:
-    """(N,) positions in the sequences in place of times: of a basket, that of its first event."""
+    """(N,) positions in the sequences, in place of times; all events of a basket have that of its first event."""
     return dataset.positions()[dataset.basket_starts()].astype(np.float64)
 
 

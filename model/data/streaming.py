@@ -1,7 +1,7 @@
-"""A log of interactions read a portion at a time: a file may be larger than memory. No torch.
+"""Reads a log of interactions in portions: a file may be larger than memory. No torch.
 
-Every format of `model.data.interactions`, and JSON lines. What is wrong with a file is the same `DatasetError`. Portions are
-cut by row number alone, so that a file gives the same ones every time.
+It reads every format of `model.data.reading`, and JSON lines; faults of a file are the same `DatasetError`. Portions
+are cut by row number alone, so a file gives the same ones every time.
 """
 
 from __future__ import annotations
@@ -17,18 +17,31 @@ import msgspec
 import numpy as np
 
 from model.config import DatasetConfig
-from model.data.interactions import FORMATS, LATEST_S, RATING_LIMIT, DatasetError, Interactions, Table, decode_id, delimited_layout, diagnose, from_table, id_problem, kind_of, line_of, log_file, open_log, wanted_columns
+from model.data.columns import Table, from_table, wanted_columns
+from model.data.delimited import delimited_layout, diagnose, line_of
+from model.data.interactions import (
+    FORMATS,
+    LATEST_S,
+    RATING_LIMIT,
+    DatasetError,
+    Interactions,
+    id_problem,
+    kind_of,
+    log_file,
+    open_log,
+)
+from model.data.sequences import decode_id
 from model.memory.rules import Ints
 
 PORTION = 131_072
-"""Rows of a portion: about 40 MB."""
+"""Rows of a portion; they take about 40 MB."""
 LINE_LIMIT = 1 << 20
-"""Longest line of a JSON lines file, bytes."""
+"""Longest line of a JSON lines file, in bytes."""
 JSON_LINES = (".jsonl", ".ndjson")
 
 
 class LogLine(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
-    """One interaction, as `POST /memories` takes it."""
+    """One interaction, with the fields of `POST /memories`."""
 
     user_id: str
     item_id: str
@@ -40,10 +53,10 @@ class LogLine(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
 
 
 def portions(path: str | Path, config: DatasetConfig | None = None, size: int = PORTION) -> Iterator[list[LogLine]]:
-    """The interactions of a file, in its order, `size` at a time; nothing for an empty file.
+    """The interactions of a file in its order, `size` at a time; none for an empty file.
 
     Raises:
-        DatasetError: as `read_interactions`; when the portion with the error in it is due.
+        DatasetError: see `read_interactions`; a fault is raised when its portion is reached.
     """
     file = log_file(path)
     kind = kind_of(file)
@@ -61,11 +74,8 @@ def _chunked(lines: Iterator[LogLine], size: int) -> Iterator[list[LogLine]]:
         yield portion
 
 
-# --- text, a line at a time ---
-
-
 def _numbered(file: Path, limit: int = -1) -> Iterator[tuple[int, bytes]]:
-    """Number (from 1) and bytes of each line that is not blank, without a byte order mark."""
+    """Line number (from 1) and bytes of each line that is not blank, without a byte order mark."""
     number = 0
     try:
         with open_log(file) as source:
@@ -93,20 +103,20 @@ def _json_lines(file: Path) -> Iterator[LogLine]:
 
 
 def _check(file: Path, number: int, line: LogLine) -> None:
-    """Raise for what the types do not exclude."""
+    """Raise DatasetError for faults that the types do not exclude."""
     for column in ("user_id", "item_id", "event_id", "recommendation_id", "basket_id"):
         name = getattr(line, column)
         if name is not None and (problem := id_problem(name)):
             raise DatasetError(f"{file}: line {number}, column '{column}': {problem}")
     if line.timestamp is not None and abs(line.timestamp) >= LATEST_S:
-        what = f"{line.timestamp:.0f} is no time in seconds (milliseconds?)"
+        what = f"{line.timestamp:.0f} is not a time in seconds (milliseconds?)"
         raise DatasetError(f"{file}: line {number}, column 'timestamp': {what}")
     if line.rating is not None and abs(line.rating) > RATING_LIMIT:
         raise DatasetError(f"{file}: line {number}, column 'rating': rating beyond ±{RATING_LIMIT:.0e}")
 
 
 def _sequence_lines(file: Path) -> Iterator[LogLine]:
-    """`user item item …`, oldest first. A user may have several lines, one after another in time."""
+    """Lines of `user item item …`, oldest first. A user may have several lines, in order of time."""
     for number, text in _numbered(file):
         first, *items = text.split()
         user = decode_id(file, number, "user", first)
@@ -114,9 +124,6 @@ def _sequence_lines(file: Path) -> Iterator[LogLine]:
             raise DatasetError(f"{file}: line {number}, column 'item': user {user[:40]!r} has no items")
         for item in items:
             yield LogLine(user, decode_id(file, number, "item", item))
-
-
-# --- tables, by pyarrow ---
 
 
 def _table_portions(file: Path, kind: str, config: DatasetConfig, size: int) -> Iterator[list[LogLine]]:
@@ -129,7 +136,7 @@ def _table_portions(file: Path, kind: str, config: DatasetConfig, size: int) -> 
 
 
 def _place(file: Path, kind: str, start: int, row: int) -> str:
-    """Where a row of the portion that begins at row `start` is in its file."""
+    """Describes where a row is in its file; the portion begins at row `start`."""
     return f"row {start + row + 1}" if kind == ".parquet" else f"line {line_of(file, start + row)}"
 
 
@@ -140,7 +147,7 @@ def _parquet_batches(file: Path, config: DatasetConfig) -> Iterator[Any]:
     try:
         with pq.ParquetFile(file) as source:
             columns = wanted_columns(file, "", source.schema_arrow.names, config)
-            for group in range(source.num_row_groups):  # of all groups at once, Arrow would hold ever more
+            for group in range(source.num_row_groups):  # of all groups at once, Arrow would hold more and more
                 yield from source.iter_batches(row_groups=[group], columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(f"{file}: cannot be read as Parquet: {error}") from error
@@ -160,7 +167,7 @@ def _delimited_batches(file: Path, config: DatasetConfig) -> Iterator[Any]:
 
 
 def _rebatched(batches: Iterable[Any], size: int) -> Iterator[Any]:
-    """Arrow tables of `size` rows, the last one of what is left."""
+    """Arrow tables of `size` rows; the last one has the remaining rows."""
     import pyarrow as pa
 
     parts: list[Any] = []
@@ -181,7 +188,7 @@ def _lines(log: Interactions) -> list[LogLine]:
     users = [log.user_ids[code] for code in log.user.tolist()]
     items = [log.item_ids[code] for code in log.item.tolist()]
     times = repeat(None) if log.time is None else log.time.tolist()
-    ratings = repeat(None) if log.rating is None else [None if np.isnan(one) else one for one in log.rating.tolist()]
+    ratings = repeat(None) if log.rating is None else [None if np.isnan(r) else r for r in log.rating.tolist()]
     baskets = repeat(None) if log.basket is None else _named(log.basket, log.basket_ids)
     return [
         LogLine(user, item, time, rating, basket_id=basket)

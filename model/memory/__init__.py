@@ -1,1 +1,1 @@
-"""What a memory is: the rules, a user's bank and record, everybody's memories searchable at once. No torch, no I/O."""
+"""Memories: the rules, banks and records of users, and the collective index. No torch, no I/O."""

@@ -1,14 +1,13 @@
-"""Memory banks as plain arrays: how memories are written, forgotten and chosen. No torch, no I/O.
+"""Memory banks as plain arrays: how memories are written, forgotten and retrieved. No torch, no I/O.
 
-`Banks` holds many users' banks side by side and writes one event to each of many users at once; training and
-evaluation replay whole datasets through it, the memory service the few users of a request. `select` is the choice of
-K memories. What else is remembered about a user, and what a batch of events means for it: `model.memory.events`.
+`Banks` holds the banks of many users side by side and writes one event for each of many users at once. Training and
+evaluation replay whole datasets through it; the memory service loads the few users of a request.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,186 +16,35 @@ from numpy.typing import NDArray
 from model.config import RulesConfig
 from model.memory import habits
 from model.memory import rules as rule
+from model.memory.retrieval import Entries, Retrieved, chosen_features, packed_items, select_own
 from model.memory.rules import Bools, Floats, Ints
 
 KEY = np.dtype("<f2")
-TIE = 1.1e-6
-"""Similarities further apart than this are not equal to 6 decimals."""
 NOT_SHARED = -1
-"""Cell of an entry that the collective scope leaves out."""
+"""Cell of an entry that is not in the collective scope."""
 
 ENTRY_FIELDS: dict[str, np.dtype] = {
     "item": np.dtype("<u4"),
-    "cell": np.dtype("<i4"),  # where the collective index files the entry, see `collective.cells`
+    "cell": np.dtype("<i4"),  # list of the collective index that holds the entry, see `collective.layout.cells`
     "frequency": np.dtype("<u4"),
     "access": np.dtype("<u4"),
     "rating": np.dtype("<f4"),  # NaN: none
     "time": np.dtype("<f8"),
     "last_access": np.dtype("<f8"),  # 0: never
     "first_time": np.dtype("<f8"),
-    "occasion": np.dtype("<u4"),  # number of the user's occasion in which the item was taken last
+    "occasion": np.dtype("<u4"),  # number of the user's occasion in which the item was last taken
     "sums": np.dtype(("<f4", (habits.SUMS,))),  # see `habits`
 }
-"""Fields of a memory entry; its key (d,) fp16 is kept beside them. Order and types are the record's layout."""
+"""Fields of an entry; its key (d,) fp16 is stored separately. Order and types are the layout of records."""
 HABIT_FIELDS = ("frequency", "first_time", "time", "occasion", "sums")
-"""What `habits.features` reads."""
-
-
-@dataclass(frozen=True)
-class Entries:
-    """Memories retrieved for B queries, best first, padded to K columns.
-
-    item (B, K) int64 (0 = padding), similarity / quality / recency / rating (B, K) float32 (rating in [0, 1]),
-    valid (B, K) bool.
-    """
-
-    item: NDArray[np.int64]
-    similarity: NDArray[np.float32]
-    quality: NDArray[np.float32]
-    recency: NDArray[np.float32]
-    rating: NDArray[np.float32]
-    valid: Bools
-
-    COLUMNS = ("item", "similarity", "quality", "recency", "rating", "valid")
-
-    @classmethod
-    def empty(cls, rows: int, width: int = 0) -> Entries:
-        """No memories for `rows` queries."""
-        real = np.zeros((rows, width), np.float32)
-        return cls(np.zeros((rows, width), np.int64), real, real, real, real, np.zeros((rows, width), bool))
-
-    def __len__(self) -> int:
-        return len(self.item)
-
-    def take(self, rows: Ints | Bools | slice) -> Entries:
-        """The same for some of the queries."""
-        return Entries(*(getattr(self, name)[rows] for name in self.COLUMNS))
-
-    def first(self, k: Ints | int) -> Entries:
-        """Only the best k memories of each query; k is (B,) or one number."""
-        limit = np.broadcast_to(np.asarray(k), (len(self),))
-        width = int(min(self.item.shape[1], limit.max(initial=0)))
-        cut = {name: getattr(self, name)[:, :width] for name in self.COLUMNS}
-        cut["valid"] = cut["valid"] & (np.arange(width) < limit[:, None])
-        return Entries(**cut)
-
-
-@dataclass(frozen=True)
-class Retrieved:
-    """What memory answers to B queries: entropy (B,) float32, k (B,) own-scope K, bank_size (B,), the entries of both
-    scopes, collective_k (B,), habits (B, K, F) float32, the features of the own entries (`habits.features`), and
-    present (B, P) int64, the items that the user takes at the very time of the request (a basket; 0 = padding). F and P
-    are 0 where the model does not look at them.
-    """
-
-    entropy: NDArray[np.float32]
-    k: NDArray[np.int64]
-    bank_size: NDArray[np.int64]
-    own: Entries
-    collective: Entries
-    collective_k: NDArray[np.int64]
-    habits: NDArray[np.float32]
-    present: NDArray[np.int64]
-
-    @classmethod
-    def nothing(cls, entropy: NDArray[np.float32], bank_size: NDArray[np.int64] | None = None) -> Retrieved:
-        """No memories for users of these entropies (B,)."""
-        none, zero = Entries.empty(len(entropy)), np.zeros(len(entropy), np.int64)
-        size = zero.copy() if bank_size is None else bank_size
-        no_habits, nobody = np.zeros((len(entropy), 0, 0), np.float32), np.zeros((len(entropy), 0), np.int64)
-        return cls(entropy, zero, size, none, none, zero.copy(), no_habits, nobody)
-
-    def take(self, rows: Ints | Bools | slice) -> Retrieved:
-        """The same for some of the queries."""
-        return Retrieved(
-            self.entropy[rows],
-            self.k[rows],
-            self.bank_size[rows],
-            self.own.take(rows),
-            self.collective.take(rows),
-            self.collective_k[rows],
-            self.habits[rows],
-            self.present[rows],
-        )
-
-    def first(self, k: NDArray[np.int64], collective_k: NDArray[np.int64]) -> Retrieved:
-        """Only the best memories of each scope; k and collective_k (B,)."""
-        own = self.own.first(k)
-        return replace(
-            self,
-            k=k,
-            own=own,
-            collective=self.collective.first(collective_k),
-            collective_k=collective_k,
-            habits=self.habits[:, : own.item.shape[1]],
-        )
-
-
-def chosen_memories(
-    similarity: Floats, told: NDArray[np.float32] | None, valid: Bools, time: Floats, k: Ints, rules: RulesConfig
-) -> tuple[Ints, Bools]:
-    """The own memories that are retrieved, as of `select`: by activation where the model has learned it and their
-    features `told` (B, C, F) are at hand, else by similarity to the state.
-    """
-    if told is None or not rules.activation:
-        return select(similarity, valid, time, k, rules.similarity_threshold)
-    return select(habits.activation(told, similarity, rules), valid, time, k, -np.inf)
-
-
-def packed(items: Ints, chosen: Bools) -> NDArray[np.int64]:
-    """The chosen items of each row (B, C), first to last, padded with 0 to the longest row: (B, P)."""
-    width = int(chosen.sum(axis=1).max(initial=0))
-    order = np.argsort(~chosen, axis=1, kind="stable")[:, :width]
-    return np.where(np.take_along_axis(chosen, order, 1), np.take_along_axis(items, order, 1), 0).astype(np.int64)
-
-
-def told_of(told: NDArray[np.float32] | None, slots: Ints, chosen: Bools) -> NDArray[np.float32]:
-    """The features (B, K, F) of the chosen slots (B, K), of those of all slots (B, C, F); F is 0 without any."""
-    if told is None:
-        return np.zeros((*slots.shape, 0), np.float32)
-    return np.where(chosen[..., None], told[np.arange(len(slots))[:, None], slots], np.float32(0))
-
-
-def select(similarity: Floats, valid: Bools, time: Floats, k: Ints, threshold: float) -> tuple[Ints, Bools]:
-    """Choose up to k memories of each row: the most similar (or most active), at or above the threshold.
-
-    Similarities are compared to 6 decimals, so that two machines choose alike; of equals the newer memory comes
-    first, then the later slot.
-
-    Args:
-        similarity, valid, time: (B, C).
-        k: (B,).
-
-    Returns:
-        slots (B, K) and valid (B, K), K = max(k) (at most C). Invalid places hold slot 0.
-    """
-    width = int(min(similarity.shape[1], np.max(k, initial=0)))
-    usable = valid & (similarity >= threshold)
-    newest_first = np.argsort(np.where(valid, time, -np.inf), axis=1, kind="stable")[:, ::-1]
-    rounded = np.where(usable, np.round(similarity.astype(np.float64), 6), -np.inf)
-    order = np.argsort(-np.take_along_axis(rounded, newest_first, 1), axis=1, kind="stable")[:, :width]
-    slots = np.take_along_axis(newest_first, order, 1)
-    chosen = np.take_along_axis(usable, slots, 1) & (np.arange(width) < np.asarray(k)[:, None])
-    return np.where(chosen, slots, 0), chosen
-
-
-def tied(similarity: NDArray[np.float32], valid: Bools) -> NDArray[np.int64]:
-    """Rows in which neighbours are equal to 6 decimals, so that the order found is not yet the order chosen.
-
-    similarity (B, K): best first. valid (B, K): what was found at all.
-    """
-    close = (similarity[:, :-1] - similarity[:, 1:] < TIE) & valid[:, 1:]
-    rows = np.flatnonzero(close.any(axis=1))  # few: only these are rounded
-    rounded = np.round(similarity[rows].astype(np.float64), 6)
-    equal = (rounded[:, :-1] == rounded[:, 1:]) & valid[rows, 1:]
-    return np.asarray(rows[equal.any(axis=1)], np.int64)
+"""The fields that `habits.features` reads."""
 
 
 class Banks:
-    """Memory banks of U users as arrays: fields (U, C), keys (U, C, d) fp16, size (U,). C = capacity + 1.
+    """Memory banks of U users as arrays: fields (U, C), key (U, C, d) fp16, size, pruned and occasions (U,).
 
-    occasions (U,): at how many different times the user did something, see `habits`. Slots are in the order of
-    insertion; the slot beyond capacity is used only while an entry is being written.
+    C = capacity + 1; the last slot is used only while an entry is written. Entries are in the order of insertion.
+    pruned: how many entries were forgotten. occasions: at how many different times the user did something (`habits`).
     """
 
     def __init__(self, users: int, dim: int, rules: RulesConfig) -> None:
@@ -212,7 +60,7 @@ class Banks:
         return len(self.size)
 
     def valid(self, rows: Ints | slice = slice(None)) -> Bools:
-        """(B, C) True where an entry is."""
+        """(B, C) True where there is an entry."""
         return np.arange(self.key.shape[1]) < self.size[rows, None]
 
     def recency(self, rows: Ints | slice = slice(None)) -> NDArray[np.float32]:
@@ -231,11 +79,11 @@ class Banks:
         )
 
     def entropy(self, clusters: Ints, rows: Ints | slice = slice(None)) -> NDArray[np.float32]:
-        """(B,) diversity of each bank. `clusters` maps item numbers to item clusters (−1: none)."""
+        """(B,) entropy of each bank, see `rules.entropy`. `clusters` maps items to item clusters (−1: none)."""
         return rule.entropy(self.quality(rows), self.entry_clusters(clusters, rows), self.rules.clusters)
 
     def entry_clusters(self, clusters: Ints, rows: Ints | slice = slice(None)) -> Ints:
-        """(B, C) item cluster of each entry, −1 for padding and items that the model does not know."""
+        """(B, C) item cluster of each entry; −1 for padding and for items that the model does not know."""
         return np.where(self.valid(rows), clusters[self.fields["item"][rows]], -1)
 
     def write(
@@ -249,57 +97,45 @@ class Banks:
         opens: Bools | None = None,
         ago: Ints | None = None,
     ) -> None:
-        """Remember one event for each of A different users.
+        """Write one event for each of A different users.
 
-        An item already in the bank counts up, blends its key (EMA) and keeps the newest rating and time; another is
-        inserted. A bank then over capacity is pruned.
+        If the item has an entry, the entry counts up, blends its key (EMA) and takes the newest time and rating;
+        otherwise a new entry is inserted. A bank that then exceeds its capacity is pruned.
 
         Args:
-            rows: (A,) distinct users. item: (A,). key: (A, d) unit length. time: (A,). rating: (A,), NaN = none.
-            cell: (A,) where the collective index files the key, see `collective.cells`; one that is blended
-                stays where it was. None: nowhere.
-            opens: (A,) whether the user did nothing else at this time so far; None: so it is.
-            ago: (A,) how many of the user's occasions came after it (a late event); None: none did.
+            rows: (A,) distinct users. item: (A,). key: (A, d) unit length. time: (A,) s. rating: (A,), NaN = none.
+            cell: (A,) list of the collective index for the key, see `collective.layout.cells`; an existing entry keeps its
+                cell. None: the entries are not shared.
+            opens: (A,) whether the user did nothing else at this time before; None: True for all.
+            ago: (A,) how many of the user's occasions came after the event (a late event); None: 0 for all.
         """
-        at = np.arange(len(rows))
-        opened = np.ones(len(rows), bool) if opens is None else np.asarray(opens, bool)
-        back = np.zeros(len(rows), np.int64) if ago is None else ago
-        between = opened & (back > 0)
-        if between.any():  # an occasion among those that were: all that came after it is of the next one
-            self.fields["occasion"][rows] += between[:, None] & (self.fields["time"][rows] > np.asarray(time)[:, None])
+        occasion = self._count_occasions(rows, time, opens, ago)
         match = self.valid(rows) & (self.fields["item"][rows] == np.asarray(item)[:, None])
         known = match.any(axis=1)
         slot = np.where(known, match.argmax(axis=1), self.size[rows])
         old = {name: values[rows, slot] for name, values in self.fields.items()}
-        frequency = np.where(known, old["frequency"] + 1, 1)
-        late = known & (time < old["time"])
-        keep_rating = known & (late | np.isnan(rating)) & ~np.isnan(old["rating"])
-        self.occasions[rows] += opened
-        occasion = np.maximum(self.occasions[rows] - back, 0)
-        again = habits.taken_again(old["sums"], old["time"], old["occasion"], time, occasion)
+        new = _updated(old, known, item, time, rating, NOT_SHARED if cell is None else cell, occasion)
         fresh = key.astype(KEY)
         blended = fresh
         if self.rules.key_update == "ema":
-            blended = rule.blend_keys(self.key[rows, slot], key, frequency).astype(KEY)
-        new = {
-            "item": item,
-            "cell": np.where(known & (old["cell"] >= 0), old["cell"], NOT_SHARED if cell is None else cell),
-            "frequency": frequency,
-            "access": np.where(known, old["access"], 0),
-            "rating": np.where(keep_rating, old["rating"], rating),
-            "time": np.where(late, old["time"], time),
-            "last_access": np.where(known, old["last_access"], 0.0),
-            "first_time": np.where(known, np.minimum(old["first_time"], time), time),
-            "occasion": np.where(known, np.maximum(old["occasion"], occasion), occasion),
-            "sums": np.where(known[:, None], again, habits.first_taken(time)),
-        }
+            blended = rule.blend_keys(self.key[rows, slot], key, new["frequency"]).astype(KEY)
         for name, values in new.items():
             self.fields[name][rows, slot] = values
         self.key[rows, slot] = np.where(known[:, None], blended, fresh)
         self.size[rows] += ~known
         over = self.size[rows] > self.rules.capacity
         if over.any():
-            self._prune(np.asarray(rows)[over], slot[at[over]])
+            self._prune(np.asarray(rows)[over], slot[over])
+
+    def _count_occasions(self, rows: Ints, time: Floats, opens: Bools | None, ago: Ints | None) -> Ints:
+        """Count the events among their users' occasions; returns the number (A,) of the occasion of each event."""
+        opened = np.ones(len(rows), bool) if opens is None else np.asarray(opens, bool)
+        back = np.zeros(len(rows), np.int64) if ago is None else ago
+        between = opened & (back > 0)
+        if between.any():  # a new occasion before known ones: the numbers of those after it grow by 1
+            self.fields["occasion"][rows] += between[:, None] & (self.fields["time"][rows] > np.asarray(time)[:, None])
+        self.occasions[rows] += opened
+        return np.asarray(np.maximum(self.occasions[rows] - back, 0), np.int64)
 
     def _prune(self, rows: Ints, written: Ints) -> None:
         valid = self.valid(rows)
@@ -314,7 +150,7 @@ class Banks:
         self.pruned[rows] += gone
 
     def _worth(self, rows: Ints) -> NDArray[np.float32]:
-        """(B, C) what eviction goes by: the lowest is forgotten first."""
+        """(B, C) the worth of entries under `rules.eviction`: the lowest is forgotten first."""
         match self.rules.eviction:
             case "quality":
                 return self.quality(rows)
@@ -323,24 +159,24 @@ class Banks:
             case "random":
                 return rule.scrambled(self.fields["item"][rows], self.fields["time"][rows])
 
-    def rows(self, rows: Ints) -> Banks:
-        """Some users' banks, as copies of their own."""
-        return self._taken(lambda values: values[rows])
+    def rows(self, rows: Ints | slice) -> Banks:
+        """Copies of some users' banks; of a slice, views."""
+        return self._copied(lambda values: values[rows])
 
     def row(self, row: int) -> Banks:
-        """One user's bank, as a copy of its own."""
-        return self._taken(lambda values: values[row : row + 1].copy())
+        """A copy of one user's bank."""
+        return self._copied(lambda values: values[row : row + 1].copy())
 
-    def _taken(self, take: Callable[[NDArray[Any]], NDArray[Any]]) -> Banks:
-        some = Banks.__new__(Banks)  # without making empty arrays first: a service does this for every user it writes
-        some.rules = self.rules
-        some.fields = {name: take(values) for name, values in self.fields.items()}
-        some.key, some.size = take(self.key), take(self.size)
-        some.pruned, some.occasions = take(self.pruned), take(self.occasions)
-        return some
+    def _copied(self, take: Callable[[NDArray[Any]], NDArray[Any]]) -> Banks:
+        banks = Banks.__new__(Banks)  # without allocating empty arrays first: services do this for every written user
+        banks.rules = self.rules
+        banks.fields = {name: take(values) for name, values in self.fields.items()}
+        banks.key, banks.size = take(self.key), take(self.size)
+        banks.pruned, banks.occasions = take(self.pruned), take(self.occasions)
+        return banks
 
     def fitted(self, rules: RulesConfig) -> Banks:
-        """These banks laid out for other rules; of a bank beyond the new capacity the best entries stay."""
+        """These banks in the layout of other rules; a bank beyond the new capacity keeps its best entries."""
         if rules.capacity == self.rules.capacity:
             return self
         fitted = Banks(len(self), self.key.shape[2], rules)
@@ -354,9 +190,9 @@ class Banks:
         return fitted
 
     def touch(self, row: int, accesses: Sequence[tuple[int, int, float]]) -> None:
-        """Merge buffered retrievals (item, count, time of the last) into one bank.
+        """Add buffered retrievals (item, count, time of the last in s) to the access counts of one bank.
 
-        Skipped are items that are gone, and entries newer than the retrieval: those are not what was retrieved.
+        Retrievals of forgotten items are skipped, and so are those older than the entry, which were of an earlier one.
         """
         if not accesses:
             return
@@ -368,7 +204,7 @@ class Banks:
                 self.fields["last_access"][row, slot] = max(self.fields["last_access"][row, slot], last)
 
     def describe(self, rows: Ints, slots: Ints, chosen: Bools, similarity: Floats) -> Entries:
-        """The entries at (B, K) slots of B users, with the features that fusion reads."""
+        """The entries in slots (B, K) of B users, with the features that fusion reads. chosen, similarity: (B, K)."""
         at = (np.asarray(rows)[:, None], slots)
         recency = np.take_along_axis(self.recency(rows), slots, 1)
         worth = np.take_along_axis(self.quality(rows), slots, 1)
@@ -386,48 +222,73 @@ class Banks:
             valid=chosen,
         )
 
-    def everything(self) -> Entries:
-        """All entries of all banks in order of their slots; similarity is 0."""
+    def all_entries(self) -> Entries:
+        """All entries of all banks in the order of their slots; similarity is 0."""
         slots = np.broadcast_to(np.arange(self.key.shape[1]), self.key.shape[:2])
         return self.describe(np.arange(len(self)), slots, self.valid(), np.zeros(slots.shape, np.float32))
 
     def habits(self, rows: Ints, now: Floats) -> NDArray[np.float32]:
-        """(B, C, F) what all entries of these users tell at the times `now` (B,); see `habits.features`."""
+        """(B, C, F) features of all entries of these users at the times `now` (B,) in s; see `habits.features`."""
         facts = {name: self.fields[name][rows] for name in HABIT_FIELDS}
         return habits.features(facts, self.valid(rows), self.occasions[rows], now, self.rules)
 
     def retrieve(
         self, rows: Ints, query: Floats, clusters: Ints, k: int | None = None, now: Floats | None = None
     ) -> Retrieved:
-        """Own-scope retrieval by exact search: entropy, adaptive K and the K best memories of each user.
+        """Retrieve from the own scope by exact search: entropy, adaptive K and the K best memories of each user.
 
         Args:
-            rows: (B,) users; may repeat. query: (B, d) unit length. clusters: item number → cluster.
-            k: a fixed K in place of the adaptive one. now: (B,) times of the requests; None: habits are not looked at.
+            rows: (B,) users; may repeat. query: (B, d) unit length. clusters: item clusters by item.
+            k: a fixed K in place of the adaptive one. now: (B,) times of the requests in s; None: without habits.
         """
-        diversity = self.entropy(clusters, rows)
-        size = self.size[rows]
+        diversity, size, valid = self.entropy(clusters, rows), self.size[rows], self.valid(rows)
         wanted = rule.own_k(diversity, size, self.rules) if k is None else np.minimum(k, size)
         similarity = np.einsum("bcd,bd->bc", self.key[rows].astype(np.float32), query.astype(np.float32))
-        told = None if now is None else self.habits(rows, now)
-        slots, chosen = chosen_memories(
-            similarity, told, self.valid(rows), self.fields["time"][rows], wanted, self.rules
-        )
+        features = None if now is None else self.habits(rows, now)
+        slots, chosen = select_own(similarity, features, valid, self.fields["time"][rows], wanted, self.rules)
         own = self.describe(rows, slots, chosen, np.take_along_axis(similarity, slots, 1))
-        found = replace(Retrieved.nothing(diversity, size), k=wanted, own=own, habits=told_of(told, slots, chosen))
+        chosen_habits = chosen_features(features, slots, chosen)
+        found = replace(Retrieved.nothing(diversity, size), k=wanted, own=own, habits=chosen_habits)
         if now is None:
             return found
-        at_once = self.valid(rows) & (self.fields["time"][rows] == np.asarray(now)[:, None])
-        return replace(found, present=packed(self.fields["item"][rows], at_once))
+        at_once = valid & (self.fields["time"][rows] == np.asarray(now)[:, None])
+        return replace(found, present=packed_items(self.fields["item"][rows], at_once))
+
+
+def _updated(
+    old: dict[str, NDArray[Any]],
+    known: Bools,
+    item: Ints,
+    time: Floats,
+    rating: Floats,
+    cell: Ints | int,
+    occasion: Ints,
+) -> dict[str, NDArray[Any]]:
+    """Fields of the entries after one event each, (A,). old: their fields before it, to be read where `known` (A,)."""
+    late = known & (time < old["time"])
+    keep_rating = known & (late | np.isnan(rating)) & ~np.isnan(old["rating"])
+    again = habits.taken_again(old["sums"], old["time"], old["occasion"], time, occasion)
+    return {
+        "item": np.asarray(item),
+        "cell": np.where(known & (old["cell"] >= 0), old["cell"], cell),
+        "frequency": np.where(known, old["frequency"] + 1, 1),
+        "access": np.where(known, old["access"], 0),
+        "rating": np.where(keep_rating, old["rating"], rating),
+        "time": np.where(late, old["time"], time),
+        "last_access": np.where(known, old["last_access"], 0.0),
+        "first_time": np.where(known, np.minimum(old["first_time"], time), time),
+        "occasion": np.where(known, np.maximum(old["occasion"], occasion), occasion),
+        "sums": np.where(known[:, None], again, habits.first_taken(time)),
+    }
 
 
 def stack_banks(banks: Sequence[Banks]) -> Banks:
-    """Copies of several users' banks side by side. At least one; all of one capacity and dimension."""
+    """Copies of several users' banks side by side. At least one; all of the same capacity and dimension."""
     stacked = Banks.__new__(Banks)
     stacked.rules = banks[0].rules
-    stacked.fields = {name: np.concatenate([one.fields[name] for one in banks]) for name in ENTRY_FIELDS}
-    stacked.key = np.concatenate([one.key for one in banks])
-    stacked.size = np.concatenate([one.size for one in banks])
-    stacked.pruned = np.concatenate([one.pruned for one in banks])
-    stacked.occasions = np.concatenate([one.occasions for one in banks])
+    stacked.fields = {name: np.concatenate([bank.fields[name] for bank in banks]) for name in ENTRY_FIELDS}
+    stacked.key = np.concatenate([bank.key for bank in banks])
+    stacked.size = np.concatenate([bank.size for bank in banks])
+    stacked.pruned = np.concatenate([bank.pruned for bank in banks])
+    stacked.occasions = np.concatenate([bank.occasions for bank in banks])
     return stacked

@@ -1,9 +1,9 @@
-"""The memory rules: pure numpy, no state, no I/O, no torch. The one place where they live.
+"""The memory rules, as pure functions of numpy arrays.
 
-Training, evaluation and serving all decide through these functions what a memory is worth, which are
-forgotten, how diverse a user is and how many memories to fetch. Inputs are never mutated.
-Source: "Dynamic Memory-Augmented Sequential Recommendation with Adaptive Retrieval" (RAM, AKR); where a rule
-departs from the paper, its docstring says so.
+Training, evaluation and serving all use these functions to decide what a memory is worth, which memories are forgotten,
+how diverse a user is and how many memories to retrieve. They do not change their arguments.
+Source: "Dynamic Memory-Augmented Sequential Recommendation with Adaptive Retrieval" (RAM, AKR). Where a rule differs
+from the paper, its docstring says so.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ Ints = NDArray[np.integer]
 Bools = NDArray[np.bool_]
 
 NEUTRAL = 0.5
-"""Entropy of a bank too small to have one, and the rating term of an event without a rating."""
+"""Entropy of a bank that is too small to have one, and rating term of an event without a rating."""
 SATURATION = 16
 """Frequency or access count at which its quality term reaches 1."""
 
 
 def window_start(length: int | Ints, window: int, stride: int) -> Ints:
-    """First item of the window that the state after `length` items looks at.
+    """Position of the first item in the window of the state after `length` items.
 
-    0 up to `window` items, then moving in steps of `stride`: a pure function of the absolute position, so states do
-    not depend on how events were chunked.
+    It is 0 up to `window` items, then moves in steps of `stride`. It depends on the absolute position alone, so states
+    do not depend on how events were divided into requests.
 
     >>> window_start(np.array([0, 8, 9, 10, 11]), window=8, stride=2).tolist()
     [0, 0, 2, 2, 4]
@@ -37,15 +37,15 @@ def window_start(length: int | Ints, window: int, stride: int) -> Ints:
 
 
 def age_recency(time: Floats, valid: Bools, rules: RulesConfig) -> NDArray[np.float32]:
-    """How fresh each entry is: 1 for the newest of its bank, halving with every half-life.
+    """How recent each entry is: 1 for the newest of its bank, half of that after every half-life.
 
     Args:
-        time: (B, C) event times; seconds, or any increasing number where `time_unit` is "position".
-        valid: (B, C) True where an entry is.
+        time: (B, C) event times in s, or any increasing numbers if `time_unit` is "position".
+        valid: (B, C) True where there is an entry.
 
     Returns:
-        (B, C) float32 in [0, 1]; 0 where not valid. With `time_unit` "position" the age of an entry is the number
-        of entries newer than it, so no clock is needed; among equal times the later slot is newer.
+        (B, C) float32 in [0, 1]; 0 where not valid. If `time_unit` is "position", the age of an entry is the number of
+        newer entries; among equal times the later slot is newer.
     """
     if rules.time_unit == "position":
         order = np.argsort(np.where(valid, time, np.inf), axis=1, kind="stable")
@@ -60,15 +60,15 @@ def age_recency(time: Floats, valid: Bools, rules: RulesConfig) -> NDArray[np.fl
 
 
 def rating_term(rating: Floats, rules: RulesConfig) -> NDArray[np.float32]:
-    """Ratings scaled to [0, 1]; NaN (no rating) counts as neutral. Any shape."""
+    """Ratings of any shape scaled to [0, 1]; NaN (no rating) gives NEUTRAL."""
     scaled = (rating - rules.rating_min) / (rules.rating_max - rules.rating_min)
     return np.where(np.isnan(scaled), NEUTRAL, np.clip(scaled, 0.0, 1.0)).astype(np.float32)
 
 
 def quality(frequency: Ints, recency: Floats, access: Ints, rating: Floats, rules: RulesConfig) -> NDArray[np.float32]:
-    """Worth of memories: weighted mean of four terms in [0, 1]. All arguments of one shape.
+    """Quality of memories: the weighted mean of four terms in [0, 1]. All arguments have one shape.
 
-    Frequency and access grow with the logarithm of their counts; `rating` is the raw rating, NaN where there is none.
+    The terms of frequency and access grow with the logarithm of the counts. rating: as given, NaN = none.
     """
     worth = sum(_quality_terms(frequency, recency, access, rating, rules).values()) / _quality_weight(rules)
     return np.asarray(worth, dtype=np.float32)
@@ -77,7 +77,7 @@ def quality(frequency: Ints, recency: Floats, access: Ints, rating: Floats, rule
 def quality_parts(
     frequency: Ints, recency: Floats, access: Ints, rating: Floats, rules: RulesConfig
 ) -> dict[str, NDArray[np.float32]]:
-    """What each of the four terms gives to the quality: by name, summing to it. Arguments as of `quality`."""
+    """What each of the four terms contributes to the quality, by name; they sum to it. Arguments: see `quality`."""
     terms, weight = _quality_terms(frequency, recency, access, rating, rules), _quality_weight(rules)
     return {name: np.asarray(term / weight, dtype=np.float32) for name, term in terms.items()}
 
@@ -99,7 +99,7 @@ def _quality_weight(rules: RulesConfig) -> float:
 
 
 def ema_weight(frequency: Ints) -> NDArray[np.float32]:
-    """Share α that the old key keeps when an item is taken the `frequency`-th time (paper): min(.9, .7 + .05 ln f)."""
+    """Weight α of the old key when an item is taken for the `frequency`-th time (paper): min(.9, .7 + .05 ln f)."""
     grown = 0.7 + 0.05 * np.log(np.maximum(frequency, 1))
     return np.minimum(0.9, grown).astype(np.float32)
 
@@ -112,17 +112,17 @@ def unit(vectors: Floats) -> NDArray[np.float32]:
 
 
 def blend_keys(old: Floats, new: Floats, frequency: Ints) -> NDArray[np.float32]:
-    """Key of an item taken again: normalise(α·old + (1−α)·new), (B, d); `frequency` (B,) counts the new event."""
+    """Key of an item taken again, normalise(α·old + (1−α)·new), (B, d). frequency (B,): including the new event."""
     alpha = ema_weight(frequency)[:, None]
     return unit(alpha * old.astype(np.float32) + (1.0 - alpha) * new.astype(np.float32))
 
 
 def weak_entries(worth: Floats, valid: Bools, protected: Bools, rules: RulesConfig) -> Bools:
-    """Which entries of over-full banks are deleted: (B, C) True.
+    """Which entries of banks over capacity are pruned, (B, C). worth, valid, protected: (B, C).
 
-    All below the adaptive threshold mean(q) − c·std(q), and always the lowest (of equals, the earliest slot); with
-    another `eviction` than quality only the lowest. The entry just written is `protected`, so that a write is never
-    undone by its own pruning. Banks must hold at least two entries.
+    These are all entries below the adaptive threshold mean(q) − c·std(q), and always the lowest one (of equals, the
+    earliest slot). If `eviction` is not "quality", it is the lowest one alone. The entry just written is `protected`,
+    so that pruning never undoes a write. Banks must hold at least two entries.
     """
     candidate = valid & ~protected
     weak = candidate & (worth < pruning_threshold(worth, valid, rules)) & (rules.eviction == "quality")
@@ -132,7 +132,7 @@ def weak_entries(worth: Floats, valid: Bools, protected: Bools, rules: RulesConf
 
 
 def pruning_threshold(worth: Floats, valid: Bools, rules: RulesConfig) -> NDArray[np.float64]:
-    """Quality below which an over-full bank forgets: mean(q) − c·std(q), (B, 1). Banks must hold an entry."""
+    """Quality below which a bank over capacity forgets, mean(q) − c·std(q), (B, 1). Banks must not be empty."""
     count = valid.sum(axis=1, keepdims=True)
     known = np.where(valid, worth.astype(np.float64), 0.0)
     mean = known.sum(axis=1, keepdims=True) / count
@@ -141,18 +141,18 @@ def pruning_threshold(worth: Floats, valid: Bools, rules: RulesConfig) -> NDArra
 
 
 def scrambled(item: Ints, time: Floats) -> NDArray[np.float32]:
-    """A number in [0, 1) that looks random and follows from item and time alone: eviction at random, repeatably."""
+    """A number in [0, 1) that looks random but is a function of item and time: repeatable random eviction."""
     mixed = item.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) ^ time.astype(np.float64).view(np.uint64)
     mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
     return ((mixed >> np.uint64(40)) / np.float64(1 << 24)).astype(np.float32)
 
 
 def cluster_shares(weights: Floats, cluster: Ints, clusters: int) -> NDArray[np.float64]:
-    """Distribution of weight over item clusters: (B, clusters), rows sum to 1 (or 0 where nothing counts).
+    """Distribution of weight over item clusters, (B, clusters); rows sum to 1, or to 0 without any weight.
 
     Args:
         weights: (B, C) ≥ 0.
-        cluster: (B, C) cluster of each entry; −1 where there is none (padding, item unknown to the model).
+        cluster: (B, C) cluster of each entry; −1: none (padding, or an item that the model does not know).
     """
     rows = np.arange(len(weights))[:, None]
     known = cluster >= 0
@@ -165,10 +165,11 @@ def cluster_shares(weights: Floats, cluster: Ints, clusters: int) -> NDArray[np.
 
 
 def entropy(weights: Floats, cluster: Ints, clusters: int) -> NDArray[np.float32]:
-    """How diverse each user is: Shannon entropy over item clusters, divided by its maximum. (B,) in [0, 1].
+    """How diverse each user is: Shannon entropy over item clusters, divided by its maximum, (B,) in [0, 1].
 
-    The maximum is ln(min(n, clusters)) with n the entries that have a cluster; n ≤ 1 gives 0.5. The published rule
-    (softmax over pairwise similarities) is near 1 for everybody and is not offered.
+    The maximum is ln(min(n, clusters)), where n is the number of entries with a cluster; n ≤ 1 gives 0.5. The paper
+    takes a softmax over pairwise similarities, which is near 1 for every user; it is not offered. Arguments: see
+    `cluster_shares`.
 
     >>> entropy(np.ones((2, 4)), np.array([[0, 1, 2, 3], [0, 0, 0, 0]]), 8).tolist()
     [1.0, 0.0]
@@ -183,10 +184,10 @@ def entropy(weights: Floats, cluster: Ints, clusters: int) -> NDArray[np.float32
 
 
 def own_k(diversity: Floats, size: Ints, rules: RulesConfig) -> NDArray[np.int64]:
-    """How many memories to fetch from a user's own bank: (B,), 0 for an empty bank.
+    """How many memories to retrieve from a user's own bank, (B,); 0 for an empty bank. diversity, size: (B,).
 
-    round(base·(0.5 + H)·sqrt(n / capacity)), clamped to [k_min, min(k_max, n)]. `k_rule` "paper" is the literal
-    published rule, whose growth term is min(1, sqrt(n / 100)).
+    round(base·(0.5 + H)·sqrt(n / capacity)), clamped to [k_min, min(k_max, n)]. `k_rule` "paper" is the published
+    rule, whose growth term is min(1, sqrt(n / 100)).
     """
     n = np.asarray(size, dtype=np.int64)
     wanted = _half_up(rules.k_base * (0.5 + diversity.astype(np.float64)) * k_growth(n, rules))
@@ -194,13 +195,13 @@ def own_k(diversity: Floats, size: Ints, rules: RulesConfig) -> NDArray[np.int64
 
 
 def k_growth(size: Ints, rules: RulesConfig) -> NDArray[np.float64]:
-    """How far a bank of this size has grown, as the own K counts it: (B,) in [0, 1]."""
+    """The growth term of `own_k` for banks of this size (B,): (B,) in [0, 1]."""
     n = np.asarray(size, dtype=np.int64)
     return np.minimum(1.0, np.sqrt(n / 100.0)) if rules.k_rule == "paper" else np.sqrt(n / rules.capacity)
 
 
 def collective_k(diversity: Floats, rules: RulesConfig) -> NDArray[np.int64]:
-    """How many memories to fetch from all other users: (B,). Depends on H only: new users need it most."""
+    """How many memories to retrieve from other users, (B,). It depends on entropy alone: new users need them most."""
     wanted = _half_up(rules.collective_k_base * (0.5 + diversity.astype(np.float64)))
     return np.clip(wanted, rules.collective_k_min, rules.collective_k_max)
 

@@ -1,1 +1,1 @@
-"""The networks and their objectives: encoder, fusion, losses."""
+"""The networks and their objectives: encoder, fusion, losses; and the device that they run on."""

@@ -1,7 +1,7 @@
-"""DuoRec's contrastive regularisation (Qiu et al. 2022), an option of the encoder's objective.
+"""DuoRec's contrastive regularisation (Qiu et al. 2022), an optional part of the encoder's objective.
 
-Two views of a window must be alike: two dropout passes of it (unsupervised), and a pass of another window that leads to
-the same next item (supervised).
+It pulls two views of a window together: two dropout passes of the same window (unsupervised), and a pass of another
+window that leads to the same next item (supervised).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from model.network.losses import contrastive_loss
 
 
 class ContrastiveViews:
-    """Draws, for a next item, windows of training users that lead to it."""
+    """Draws windows of training users that lead to a given next item."""
 
     def __init__(self, dataset: Dataset, users: NDArray[np.bool_], window: int) -> None:
         owner = dataset.owners()
@@ -30,25 +30,34 @@ class ContrastiveViews:
         self._items, self._window = dataset.items, window
         self._first = dataset.offsets[:-1][owner]
 
-    def loss(self, encoder: SequenceEncoder, targets: Tensor, rng: np.random.Generator, temperature: float) -> Tensor:
-        """Both terms for windows `targets` (B, T), right-padded with 0, whose last items are the next items."""
-        length = (targets > 0).sum(dim=1)
-        rows = torch.arange(len(targets))
-        last = targets[rows, length - 1].numpy()
-        known = np.flatnonzero((length.numpy() > 1) & (self._edges[last + 1] > self._edges[last]))
+    def loss(
+        self, encoder: SequenceEncoder, targets: NDArray[np.int64], rng: np.random.Generator, temperature: float
+    ) -> Tensor:
+        """The sum of both terms, a scalar. targets (B, T): windows of items, right-padded with 0; the last item of each
+        is its next item.
+        """
+        length = np.count_nonzero(targets, axis=1)
+        last = targets[np.arange(len(targets)), length - 1]
+        known = np.flatnonzero((length > 1) & (self._edges[last + 1] > self._edges[last]))
         if len(known) < 2:
-            return torch.zeros(())
-        here, before = rows[: len(known)], length[known] - 1
-        inputs = targets[known, :-1].clone()
-        inputs[torch.arange(inputs.shape[1]) >= before[:, None]] = 0
-        first, second = (encoder(inputs)[here, before] for _ in range(2))
-        windows, reach = self._leading_to(last[known], rng)
-        third = encoder(torch.from_numpy(windows))[here, torch.from_numpy(reach)]
+            return torch.zeros((), device=encoder.device)
+        before = length[known] - 1
+        inputs = targets[known, :-1].copy()
+        inputs[np.arange(inputs.shape[1]) >= before[:, None]] = 0
+        first, second = (_last_states(encoder, inputs, before) for _ in range(2))
+        third = _last_states(encoder, *self._leading_to(last[known], rng))
         return contrastive_loss(first, second, temperature) + contrastive_loss(second, third, temperature)
 
     def _leading_to(self, item: Ints, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Windows before a random training event of each item, and their lengths."""
+        """The window before a random training event of each item, and the lengths of these windows."""
         low, high = self._edges[item], self._edges[item + 1]
         event = self._events[low + (rng.random(len(item)) * (high - low)).astype(np.int64)]
         begin = np.maximum(self._first[event], event - self._window)
         return pad_windows(self._items, begin, event - begin), event - begin
+
+
+def _last_states(encoder: SequenceEncoder, windows: NDArray[np.int64], length: Ints) -> Tensor:
+    """(B, d) the state at the end of each window (B, T), of which `length` (B,) items are real."""
+    states: Tensor = encoder(torch.from_numpy(windows).to(encoder.device))
+    rows = torch.arange(len(windows), device=encoder.device)
+    return states[rows, torch.from_numpy(length).to(encoder.device)]

@@ -1,18 +1,15 @@
-"""Memory fusion: the state asks K memories by cross-attention, a gate decides how much they count; what others took in
-alike situations may be copied.
+"""Memory fusion: the state attends to K memories, a gate decides how much they count, and items of other users'
+memories may be copied.
 
-    m_j = value(item_j) + features_j                      one token a memory
-    a_j = softmax_j(q(h)·k(m_j)/√d + similarity_j/τ)      a head at a time
-    h_mem = Σ_j a_j·o(v(m_j))                             linear in the memories: no norm or MLP after it
+    m_j = value(item_j) + features_j                      one token for each memory
+    a_j = softmax_j(q(h)·k(m_j)/√d + similarity_j/τ)      for each head
+    h_mem = Σ_j a_j·o(v(m_j))                             linear in the memories: no norm or MLP follows
     h̃ = (1 − g)·h + g·h_mem,  g = gate(h, h_mem, H, n)
     l = (h̃ + shift)·Eᵀ + repeat bias + Σ_i r_i·1[item_i]                           i over the own memories
     P = (1 − λ)·softmax(l) + λ·Σ_j c_j·1[item_j]                                   j over the collective memories
 
-Because h_mem is linear, each memory's part in every logit is exact, and so is each copy's share of a probability; what
-an own memory adds to the logit of its item (`RepeatHead`) is exact by itself.
-Without memories h̃ = h and r is nothing, without collective memories λ = 0. What does not help on validation items is
-not there at all (`FusionConfig.attention`, `copying`, `repeats`). Shift and repeat bias calibrate the encoder to users
-that it was not trained on; they need no memories and belong to the model that memory is compared with.
+h_mem is linear, so the part of each memory in every logit can be computed exactly. So can the share of a probability
+that each copy gives, and what an own memory adds to the logit of its item (`RepeatHead`).
 """
 
 from __future__ import annotations
@@ -27,27 +24,31 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.config import FusionConfig
-from model.memory.bank import Entries, Retrieved
 from model.memory.habits import FEATURES as HABITS
+from model.memory.retrieval import Entries, Retrieved
 
 OWN, COLLECTIVE = 0.0, 1.0
 GATE_START = -2.0
-"""Bias of the fresh gate: memory starts with a small say."""
+"""Initial bias of the gate: memory starts with little influence."""
 COPY_START = -2.0
-"""The same for λ."""
+"""Initial bias of λ: copying starts with little influence."""
 TINY = 1e-12
-"""Weights below this are taken for it where a slope at 0 would be infinite."""
+"""Lower limit of weights before a logarithm, whose slope at 0 is infinite."""
 LOG_P_SCALE = 8.0
-"""Brings logarithms of probabilities and sizes near 1."""
+"""Scale that brings logarithms of probabilities and sizes near 1."""
 
 
 @dataclass(frozen=True)
 class MemoryTokens:
-    """Memories as tensors: item (B, K) int64 (0 = unknown to the model), copied (B, K') int64 the items of the
-    collective ones as they came (unknown ones beyond the model's items), features (B, K, 5) float32 (similarity,
-    quality, recency, rating, scope), valid (B, K) bool, entropy and size (B,) float32, habits (B, own, F) float32 what
-    the own ones tell (`habits.features`; F may be 0). The first `own` columns are the own scope's, the others
-    collective.
+    """Memories as tensors. The first `own` columns are of the own scope, the others of the collective scope.
+
+    item: (B, K) int64 item indices; 0 is an item that the model does not know.
+    copied: (B, K') int64 item indices of the collective memories as retrieved; unknown items lie beyond the model's.
+    features: (B, K, 5) float32, see FEATURES.
+    valid: (B, K) bool.
+    entropy, size: (B,) float32 of the users' banks.
+    habits: (B, own, F) float32, see `habits.features`; F may be 0.
+    present: (B, P) int64 item indices that the user takes at this very time; 0 is padding.
     """
 
     item: Tensor
@@ -63,7 +64,7 @@ class MemoryTokens:
 
     @classmethod
     def of(cls, retrieved: Retrieved, items: int) -> MemoryTokens:
-        """Own and collective memories of a batch side by side; `items` is the number of items that the model knows."""
+        """Own and collective memories of a batch side by side, on the CPU. `items`: how many items the model knows."""
         scopes = ((retrieved.own, OWN), (retrieved.collective, COLLECTIVE))
         item = np.concatenate([entries.item for entries, _ in scopes], axis=1)
         return cls(
@@ -78,12 +79,18 @@ class MemoryTokens:
         )
 
     def take(self, rows: slice) -> MemoryTokens:
-        """Those of some of the batch."""
+        """The memories of some rows of the batch."""
         return MemoryTokens(*(getattr(self, column.name)[rows] for column in fields(self)))
+
+    def to(self, device: torch.device) -> MemoryTokens:
+        """The same on another device."""
+        if self.item.device == device:
+            return self
+        return MemoryTokens(*(getattr(self, column.name).to(device) for column in fields(self)))
 
     @property
     def own(self) -> int:
-        """Columns of the own scope."""
+        """How many columns are of the own scope."""
         return self.item.shape[1] - self.copied.shape[1]
 
 
@@ -94,19 +101,18 @@ def _features(entries: Entries, scope: float) -> np.ndarray[tuple[int, ...], np.
 
 @dataclass(frozen=True)
 class Fused:
-    """state (B, d): h̃; gate (B, 1); weights (B, heads, K): attention; values (B, K, heads, d / heads)."""
+    """Fused states: state (B, d) is h̃; gate (B, 1) is g, how much the memories count."""
 
     state: Tensor
     gate: Tensor
-    weights: Tensor
-    values: Tensor
 
 
 @dataclass(frozen=True)
 class ProjectedItems:
-    """What the projections of `MemoryFusion` make of every item and feature, ahead of any request: items
-    (items + 1, 2 d), row 0 the unknown item's; features (5, 2 d). A memory's key and value are its item's row plus its
-    features · features: exact, as both projections are linear. For serving, where the weights stand still.
+    """Keys and values of every item and feature, computed ahead of requests; for serving, where weights do not change.
+
+    items (items + 1, 2 d): a row for each item, row 0 for unknown ones; features (5, 2 d). Key and value of a memory
+    are the row of its item plus its features times `features`. This is exact, as both projections are linear.
     """
 
     items: Tensor
@@ -122,19 +128,19 @@ class ProjectedItems:
 
 @dataclass(frozen=True)
 class Copying:
-    """What is copied from the collective memories: weights (B, K') adding up to 1 (0 without any), share (B, 1): λ."""
+    """Copies of collective memories: weights (B, K') is c, rows sum to 1, or to 0 without any; share (B, 1) is λ."""
 
     weights: Tensor
     share: Tensor
 
 
 class CopyHead(nn.Module):
-    """How much each collective memory is copied, and how much copying counts.
+    """Decides how much each collective memory is copied (c) and how much copying counts (λ).
 
-    c_j ∝ exp(β·similarity_j + w·(quality, recency, rating, log p(item_j))); λ from the best and mean similarity, how
-    concentrated c is, the user's entropy and bank size, how sure the model is itself, and how much probability it gives
-    the memories' items: log Σ_j c_j·p(item_j), c without its last term. Were λ's odds proportional to that sum, P would
-    be ∝ p·(1 + κ·c): votes for what the model finds plausible.
+    c_j ∝ exp(β·similarity_j + w·(quality, recency, rating, log p(item_j))). λ is computed from the best and the mean
+    similarity, the concentration of c, the user's entropy and bank size, how certain the model itself is, and the
+    probability that it gives to the memories' items: log Σ_j c_j·p(item_j), with c without its last term. If the odds
+    of λ were proportional to that sum, P would be ∝ p·(1 + κ·c): votes among the items that the model finds plausible.
     """
 
     def __init__(self, config: FusionConfig) -> None:
@@ -149,8 +155,8 @@ class CopyHead(nn.Module):
         self.share = nn.Sequential(nn.Linear(8, 16), nn.GELU(), last)
 
     def forward(self, memories: MemoryTokens, log_p: Tensor, repeat: Tensor) -> Copying:
-        """log_p (B, K): the model's own log-probability of each collective item, 0 where it has none; repeat (B, K):
-        the repeat bias that applies to each.
+        """c and λ. log_p (B, K'): the model's own log-probability of each collective item, 0 for unknown items;
+        repeat (B, K'): the repeat bias on each item.
         """
         valid, features = memories.valid[:, memories.own :], memories.features[:, memories.own :]
         similarity = features[..., 0]
@@ -191,12 +197,12 @@ class CopyHead(nn.Module):
 
 
 class RepeatHead(nn.Module):
-    """What each own memory adds to the logit of its item, for being what the user may come back to: a small network
-    over its habits (standardised), its similarity, the model's own log-probability of the item, and the user's entropy
-    and bank size. It starts at 0.
+    """Adds to the logit of an own memory's item, because users come back to items.
 
-    Two numbers stand beside it: `seen` is added to all that the user had, retrieved or not, and `present` to what the
-    user takes at this very time: nobody comes back to what is in the same basket.
+    What it adds is the output of a small network over the memory's habits (standardised), its similarity, the model's
+    own log-probability of the item, and the user's entropy and bank size. It is 0 before training.
+    Two more parameters apply without a retrieved memory: `seen` is added to all items that the user had, `present` to
+    items that the user takes at this very time, as nobody comes back to what is in the same basket.
     """
 
     CONTEXT = 4
@@ -215,16 +221,17 @@ class RepeatHead(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, memories: MemoryTokens, log_p: Tensor) -> Tensor:
-        """(B, own) from the model's log-probabilities of the items (B, own); 0 where there is no memory, or its item is
-        unknown to the model.
+        """What is added to the logit of each item, (B, own); 0 without a memory and for unknown items.
+
+        log_p (B, own): the model's log-probabilities of the items.
         """
         standard = (self.inputs(memories, log_p) - self.mean) / self.scale
         added = self.layers(functional.dropout(standard, self.dropout, self.training))[..., 0]
-        there = memories.valid[:, : memories.own] & (memories.item[:, : memories.own] > 0)
-        return added * there  # type: ignore[no-any-return]
+        known = memories.valid[:, : memories.own] & (memories.item[:, : memories.own] > 0)
+        return added * known  # type: ignore[no-any-return]
 
     def inputs(self, memories: MemoryTokens, log_p: Tensor) -> Tensor:
-        """What is looked at, (B, own, F + CONTEXT)."""
+        """The inputs of the network, (B, own, F + CONTEXT), not standardised."""
         shape = log_p.shape
         context = [
             memories.features[:, : memories.own, 0],
@@ -236,7 +243,7 @@ class RepeatHead(nn.Module):
 
     @torch.no_grad()
     def standardise(self, inputs: Tensor) -> None:
-        """Learn mean and spread from inputs (n, F + CONTEXT)."""
+        """Take mean and standard deviation of the inputs (n, F + CONTEXT) for standardising."""
         self.mean.copy_(inputs.mean(dim=0))
         self.scale.copy_(inputs.std(dim=0).clamp(min=1e-3))
 
@@ -261,31 +268,42 @@ class MemoryFusion(nn.Module):
         self.copy = CopyHead(config)
         self.repeats = RepeatHead(config)
 
-    def calibration(self) -> list[nn.Parameter]:
-        """Parameters that work without any memory."""
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.shift.device
+
+    def calibration_parameters(self) -> list[nn.Parameter]:
+        """Parameters that have an effect without any memory."""
         return [self.repeat_bias, self.shift]
 
-    def attention(self) -> Iterator[nn.Parameter]:
+    def attention_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of cross-attention and gate."""
-        apart = {id(one) for one in (*self.calibration(), *self.copy.parameters(), *self.repeats.parameters())}
-        return (one for one in self.parameters() if id(one) not in apart)
+        others = (*self.calibration_parameters(), *self.copy.parameters(), *self.repeats.parameters())
+        apart = {id(parameter) for parameter in others}
+        return (parameter for parameter in self.parameters() if id(parameter) not in apart)
 
     def forward(self, state: Tensor, memories: MemoryTokens, items: Tensor | ProjectedItems) -> Fused:
-        """States (B, d) and their memories to fused states. items: the values (items + 1, d), or `project(values)`."""
-        heads = self.config.heads
+        """Fuse states (B, d) with their memories. items: the item table (items + 1, d), or `project` of it."""
+        if not (self.config.attention or self.training):  # in training, dropout must draw the same for any config
+            return Fused(state, state.new_zeros(len(state), 1))
+        weights, values = self.attend(state, memories, items)
+        recalled = self.out(torch.einsum("bhk,bkhe->bhe", weights, values).flatten(1))
+        gate = self._gate(state, recalled, memories)
+        return Fused((1 - gate) * state + gate * recalled, gate)
+
+    def attend(self, state: Tensor, memories: MemoryTokens, items: Tensor | ProjectedItems) -> tuple[Tensor, Tensor]:
+        """Attention weights (B, heads, K) and values of the memories (B, K, heads, d / heads). Arguments: see
+        `forward`.
+        """
         keys, values = items(memories) if isinstance(items, ProjectedItems) else self._project(memories, items)
         batch, count, dim = values.shape
-        split = (batch, count, heads, dim // heads)
-        values = values.reshape(split)
-        weights = self._attention(state, keys.reshape(split), memories)
-        mixed = torch.einsum("bhk,bkhe->bhe", weights, values).reshape(batch, dim)
-        recalled = self.out(mixed)
-        gate = self._gate(state, recalled, memories)
-        return Fused((1 - gate) * state + gate * recalled, gate, weights, values)
+        split = (batch, count, self.config.heads, dim // self.config.heads)
+        return self._attention(state, keys.reshape(split), memories), values.reshape(split)
 
     @torch.no_grad()
     def project(self, item_table: Tensor) -> ProjectedItems:
-        """Keys and values of every item of the table (items + 1, d), for as long as the weights stand still."""
+        """Keys and values of every item of the table (items + 1, d). They hold until the weights change."""
         known = torch.cat([self.unknown[None], item_table[1:]]) + self.features.bias
         both = (self.key, self.value)
         items = torch.cat([part(known) for part in both], dim=1)
@@ -303,7 +321,7 @@ class MemoryFusion(nn.Module):
         return functional.dropout(tokens, self.config.dropout, self.training)
 
     def _attention(self, state: Tensor, keys: Tensor, memories: MemoryTokens) -> Tensor:
-        """(B, heads, K), rows sum to 1, or to 0 where there is no memory."""
+        """(B, heads, K); rows sum to 1, or to 0 without memories."""
         query = self.query(state).view(len(state), self.config.heads, -1)
         affinity = torch.einsum("bhe,bkhe->bhk", query, keys) / math.sqrt(keys.shape[-1])
         affinity = affinity + (memories.features[..., 0] / self.config.temperature)[:, None]
@@ -319,36 +337,41 @@ class MemoryFusion(nn.Module):
 
     @property
     def seen_bias(self) -> Tensor:
-        """What is added to the logits of all items that a user had."""
+        """What is added to the logits of all items that a user had, a scalar."""
         return self.repeat_bias + self.repeats.seen if self.config.repeats else self.repeat_bias
 
-    def coming_back(self, memories: MemoryTokens, log_p: Tensor) -> Tensor:
+    def own_lift(self, memories: MemoryTokens, log_p: Tensor) -> Tensor:
         """What own memories add to the logits of their items, (B, own). log_p (B, own): the model's own."""
         if not self.config.repeats or memories.habits.shape[2] != len(HABITS):
             return log_p.new_zeros(log_p.shape)
-        added: Tensor = self.repeats(memories, self.looked_at(log_p))
-        return added
+        lift: Tensor = self.repeats(memories, self.visible_log_p(log_p))
+        return lift
 
-    def looked_at(self, log_p: Tensor) -> Tensor:
-        """The model's log-probabilities as the repeat head sees them: 0 where it is not to look (`repeat_log_p`)."""
+    def visible_log_p(self, log_p: Tensor) -> Tensor:
+        """The log-probabilities that the repeat head is shown: zeros unless `repeat_log_p`."""
         return log_p.detach() if self.config.repeat_log_p else torch.zeros_like(log_p)
 
-    def at_once(self, memories: MemoryTokens) -> Tensor:
-        """What is added to the logits of the items that are taken at this very time, (B, P); 0 for padding."""
+    def present_lift(self, memories: MemoryTokens) -> Tensor:
+        """What is added to the logits of the items taken at this very time, (B, P); 0 for padding."""
         return self.repeats.present * ((memories.present > 0) & self.config.repeats)
 
-    def copying(self, memories: MemoryTokens, logits: Tensor, log_z: Tensor, seen: Tensor) -> Copying:
-        """What is copied. logits (B, items + 1) and log_z (B, 1): the model's own; seen (B, items + 1) bool: items that
-        each user had.
+    def copying(self, memories: MemoryTokens, logits: Tensor, log_z: Tensor, had: Tensor, seen_bias: Tensor) -> Copying:
+        """What is copied.
+
+        Args:
+            logits, log_z: the model's own, (B, items + 1) and (B, 1).
+            had: (B, items + 1) bool, items that each user had; seen_bias: what is added to their logits.
         """
         item = memories.item[:, memories.own :]
         if not item.shape[1] or not self.config.copying:
             return Copying(logits.new_zeros(item.shape), logits.new_zeros(len(logits), 1))
         own_log_p = (logits.detach().gather(1, item) - log_z.detach()).masked_fill(item == 0, 0.0)
-        return self.copy(memories, own_log_p, self.seen_bias * seen.gather(1, item))  # type: ignore[no-any-return]
+        return self.copy(memories, own_log_p, seen_bias * had.gather(1, item))  # type: ignore[no-any-return]
 
-    def entry_parts(self, fused: Fused) -> Tensor:
-        """Each memory's share of the fused state, (B, K, d); with (1 − g)·h they add up to h̃."""
-        weighted = fused.weights.transpose(1, 2)[..., None] * fused.values
+    def parts(self, gate: Tensor, weights: Tensor, values: Tensor) -> Tensor:
+        """Each memory's part of the fused state, (B, K, d); with (1 − g)·h they sum to h̃. gate: of `forward`; weights
+        and values: of `attend`.
+        """
+        weighted = weights.transpose(1, 2)[..., None] * values
         parts: Tensor = self.out(weighted.flatten(2))
-        return fused.gate[..., None] * parts
+        return gate[..., None] * parts

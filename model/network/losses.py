@@ -1,8 +1,8 @@
-"""Objectives of the encoder as pure functions of states, item table and targets.
+"""Objectives as pure functions of states, item table and targets.
 
-`softmax_loss` is the full softmax over all items. Its logits never exist as a whole: rows are taken in tiles that stay
-in the cache, and the gradient of a tile is made while its softmax is at hand (as in Liger's and Apple's fused linear
-cross-entropy), which on a CPU halves the time and keeps memory flat for large catalogues.
+`softmax_loss` is the full softmax over all items. It never holds all logits at once: it takes rows in tiles that stay
+in the cache and computes the gradient of each tile while its softmax is there (as Liger's and Apple's fused linear
+cross-entropy do). On a CPU this halves the time; its memory does not grow with the number of rows.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch import Tensor
 from torch.nn import functional
 
 TILE = 128
-"""Rows of logits that exist at a time."""
+"""Rows of logits that are held at once."""
 SAFE = 60.0
-"""Bound on |logit| under which exponentials and their sums stay finite in float32 without shifting."""
+"""Largest |logit| at which exponentials and their sums stay finite in float32 without a shift."""
 
 
 class _LogPartition(torch.autograd.Function):
-    """log Σ_v exp(s·w_v) for each row, the gradient computed on the way."""
+    """log Σ_v exp(s·w_v) for each row; the forward pass computes the gradient, too."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
-        """(N, d), (V, d) float32 → (N,); products and exponentials in `dtype`, sums in float32."""
+        """(N, d) and (V, d) float32 → (N,). Products and exponentials are in `dtype`, sums in float32."""
         rows, narrow = len(states), table.to(dtype)
         transposed = narrow.t().contiguous()
-        expected, total = torch.empty_like(states), torch.empty(rows, 1)
-        scaled = torch.zeros_like(table)  # the gradient for equal row weights; rows weigh alike in a mean
+        expected, total = torch.empty_like(states), states.new_empty(rows, 1)
+        scaled = torch.zeros_like(table)  # the gradient for rows of equal weight, as in a mean
         shift = states.new_zeros(rows, 1)
         bound = float(states.norm(dim=1).max() * table.norm(dim=1).max()) if rows else 0.0
         buffer = narrow.new_empty(min(TILE, rows), len(table))
@@ -48,27 +48,28 @@ class _LogPartition(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Every row must weigh alike, as in a mean over rows."""
+        """Every row must have the same weight, as in a mean over rows."""
         expected, scaled = ctx.saved_tensors
         return expected * gradient[:, None], scaled * gradient[0], None
 
 
 def softmax_loss(states: Tensor, table: Tensor, target: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Mean cross-entropy of the full softmax: states (N, d), table (V, d), target (N,) rows of the table → scalar.
+    """Mean cross-entropy of the full softmax, a scalar. states (N, d); table (V, d); target (N,): rows of the table.
 
-    `dtype` is that of the products with the table: bfloat16 is three times as fast where the processor multiplies it.
+    dtype: of the products with the table. bfloat16 is three times as fast on a processor with instructions for it.
     """
     partition: Tensor = _LogPartition.apply(states, table, dtype)  # type: ignore[no-untyped-call]
     return (partition - (states * table[target]).sum(dim=1)).mean()
 
 
 def sampled_softmax_loss(states: Tensor, table: Tensor, target: Tensor, negatives: int) -> Tensor:
-    """Cross-entropy against `negatives` items drawn uniformly for the whole batch, corrected by log Q.
+    """Mean cross-entropy against `negatives` items drawn uniformly for the whole batch, corrected by log Q; a scalar.
+    states (N, d); table (V, d); target (N,).
 
-    Each drawn item stands for V / negatives items (Bengio and Senécal 2008), so the loss estimates the full one;
-    a row's own target is not counted twice.
+    Each drawn item stands for V / negatives items (Bengio and Senécal 2008), so the loss estimates the full one.
+    A row whose target was drawn leaves that draw out.
     """
-    drawn = torch.randint(len(table), (negatives,))
+    drawn = torch.randint(len(table), (negatives,), device=table.device)
     against = states @ table[drawn].t() + math.log(len(table) / negatives)
     against = against.masked_fill(drawn == target[:, None], -torch.inf)
     positive = (states * table[target]).sum(dim=1)
@@ -76,11 +77,12 @@ def sampled_softmax_loss(states: Tensor, table: Tensor, target: Tensor, negative
 
 
 def gbce_loss(states: Tensor, table: Tensor, target: Tensor, negatives: int, calibration: float) -> Tensor:
-    """Generalised binary cross-entropy (gSASRec, Petrov and Macdonald 2023) with uniform negatives.
+    """Generalised binary cross-entropy (gSASRec, Petrov and Macdonald 2023) with uniform negatives, a scalar.
+    states (N, d); table (V, d); target (N,).
 
-    `calibration` t in [0, 1]: the positive probability is raised to β = α·(t·(1 − 1/α) + 1/α), α = negatives / (V − 1).
+    calibration: t in [0, 1]. The positive probability is raised to β = α·(t·(1 − 1/α) + 1/α), α = negatives / (V − 1).
     """
-    drawn = torch.randint(len(table), (negatives,))
+    drawn = torch.randint(len(table), (negatives,), device=table.device)
     rate = negatives / max(len(table) - 1, 1)
     beta = rate * (calibration * (1 - 1 / rate) + 1 / rate)
     positive = (states * table[target]).sum(dim=1)
@@ -90,21 +92,21 @@ def gbce_loss(states: Tensor, table: Tensor, target: Tensor, negatives: int, cal
 
 
 def contrastive_loss(first: Tensor, second: Tensor, temperature: float) -> Tensor:
-    """InfoNCE between two views (B, d) of the same rows, all others as negatives (DuoRec, Qiu et al. 2022)."""
+    """InfoNCE between two views (B, d) of the same rows, others as negatives (DuoRec, Qiu et al. 2022); a scalar."""
     views = functional.normalize(torch.cat([first, second]), dim=1)
     similarity = views @ views.t() / temperature
-    similarity = similarity.masked_fill(torch.eye(len(views), dtype=torch.bool), -torch.inf)
-    partner = torch.arange(len(views)).roll(len(first))
+    similarity = similarity.masked_fill(torch.eye(len(views), dtype=torch.bool, device=views.device), -torch.inf)
+    partner = torch.arange(len(views), device=views.device).roll(len(first))
     return functional.cross_entropy(similarity, partner)
 
 
 def smooth_ndcg_loss(scores: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """−mean 1/log2(1 + r) with the smooth rank r = 1 + Σ_v σ((score_v − score_target)/temperature) (approxNDCG, Qin et
-    al. 2010). scores (B, V), −inf for what cannot be ranked; target (B,) columns.
+    """−mean 1/log2(1 + r), a scalar, with the smooth rank r = 1 + Σ_v σ((score_v − score_target)/temperature)
+    (approxNDCG, Qin et al. 2010). scores (B, V): −inf for items that cannot be ranked; target (B,): columns of scores.
 
-    It looks where recommendations are made, at the head of the list: likelihood does not reward a memory that moves
-    the target from rank 15 to 8 while it costs probability elsewhere.
+    It rewards changes at the head of the list, where recommendations are made. Likelihood does not: it gives nothing
+    to a memory that moves the target from rank 15 to 8 and costs probability elsewhere.
     """
     margin = (scores - scores.gather(1, target[:, None])) / temperature
-    rank = 0.5 + torch.sigmoid(margin).sum(dim=1)  # the target's own σ(0) is the other half
+    rank = 0.5 + torch.sigmoid(margin).sum(dim=1)  # the target's own σ(0) gives the other half
     return -(1 / torch.log2(1 + rank)).mean()

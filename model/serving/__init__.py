@@ -1,1 +1,1 @@
-"""What answers a request: encode, fuse, score, choose the best items, explain."""
+"""Answers requests: encode, fuse, score, choose the best items, explain."""

@@ -1,8 +1,9 @@
-"""The item table behind a FAISS index, for catalogues that are too large to score whole. No torch, no I/O.
+"""A FAISS index over the item table, for catalogues that are too large to score every item. No torch, no I/O.
 
-Every number of a randomly rotated row is kept as 4 bits (`PQ{d}x4fs`), so that one pass over all codes finds the likely
-best items (a million of d 64: 32 MB, about a millisecond), and the exact rows decide among them. There are no cells to
-probe, hence none to miss: what is not found is what 4 bits got wrong, and the fetch leaves room for that.
+It keeps every number of a randomly rotated row in 4 bits (`PQ{d}x4fs`). One pass over all codes finds the items that
+are likely best (a million items of d 64: 32 MB, about a millisecond); the exact rows decide among them. The index has
+no cells that a search could miss. It misses an item only where 4 bits are too coarse; more items are fetched to allow
+for that.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-# Before faiss is loaded: two OpenMP threads hang a forked child, and the model has one thread of its own.
+# Before faiss is loaded: with two OpenMP threads a forked child hangs, and the model has a single thread anyway.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import faiss
@@ -20,16 +21,18 @@ from numpy.typing import NDArray
 from model.memory.rules import Floats, Ints
 
 COMPLETE = 4
-"""Of what is fetched the best quarter has no gaps: at 1M items its recall was above .999 on every table tried."""
+"""The best 1 / COMPLETE of the fetched items have no gaps: at 1M items their recall was above .999 on all tables tried.
+"""
 SAMPLED = 65_536
-"""Items that stand for those which were not found, where log Z is estimated."""
+"""Items that stand for those not found when log Z is estimated."""
 GATHERED = 8
-"""Rows apart cost as much as this many in a row."""
+"""A gathered row costs as much as this many consecutive rows."""
 TRAINED_ON, ADDED = 100_000, 100_000
+"""Items that the codes are trained on at most, and items added at once."""
 
 
 class ItemIndex:
-    """An index over an item table (items + 1, d) float32; row 0 is padding and never found."""
+    """An index over an item table (items + 1, d) float32; row 0 is padding, which is never found."""
 
     def __init__(self, table: Floats) -> None:
         self.table = np.ascontiguousarray(table, np.float32)
@@ -39,11 +42,11 @@ class ItemIndex:
         self._sample = self.table[_drawn(self.items, SAMPLED, rng)]
 
     def nearest(self, queries: NDArray[np.float32], fetch: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Items (B, n) with large inner products, and those products, exact, best first; n is `fetch`, or the number of
-        items. The first `complete(n)` are the best there are, almost surely.
+        """Items (B, n) with large inner products, best first, and the exact products (B, n); n is `fetch`, at most the
+        number of items. The first `complete(n)` of them are almost surely the best of all items. queries: (B, d).
         """
         found = self._found(np.ascontiguousarray(queries, np.float32), fetch)
-        logits = np.stack([self.logits(query, row) for query, row in zip(queries, found, strict=True)])
+        logits = np.stack([self.logits(query, items) for query, items in zip(queries, found, strict=True)])
         order = np.argsort(-logits, axis=1, kind="stable")
         return np.take_along_axis(found, order, 1), np.take_along_axis(logits, order, 1)
 
@@ -54,22 +57,22 @@ class ItemIndex:
         return places + 1
 
     def complete(self, fetched: int) -> int:
-        """How many of the first of so many fetched items have no gaps."""
+        """How many of the best of `fetched` items have no gaps."""
         return fetched if fetched >= self.items else max(1, fetched // COMPLETE)
 
     def logits(self, query: NDArray[np.float32], items: Ints) -> NDArray[np.float32]:
-        """Exact inner products of a query (d,) with items (n,)."""
+        """Exact inner products (n,) of a query (d,) with items (n,)."""
         many = len(items) * GATHERED > self.items
         return (self.table @ query)[items] if many else self.table[items] @ query
 
     def log_z(
         self, queries: NDArray[np.float32], best: NDArray[np.float32], lifted: NDArray[np.float32]
     ) -> NDArray[np.float32]:
-        """log Σ exp over the logits of all items, (B,). best (B, n): the products of `nearest`; lifted (B, n): what
-        those items' logits are in their place.
+        """log Σ exp over the logits of all items, (B,). queries (B, d); best (B, n): the products of `nearest`; lifted
+        (B, n): the logits of these items.
 
-        The best count as they are; a fixed random sample stands for the others. All of them, where the sample is the
-        whole table; otherwise off by a standard deviation of .013 to .023 at 1M items.
+        The best items count exactly; a fixed random sample stands for all others. The result is exact if the sample
+        holds every item; at 1M items its standard deviation was .013 to .023.
         """
         complete = self.complete(best.shape[1])
         edge, lifted = best[:, complete - 1 : complete], lifted[:, :complete]
@@ -84,7 +87,9 @@ class ItemIndex:
 
 
 def _coded(table: NDArray[np.float32], rng: np.random.Generator) -> Any:
-    """Rotated at random: one scale serves all numbers of a query, so none of them may stand out."""
+    """A FAISS index of the rows' codes. The rotation is random: FAISS uses one scale for all numbers of a query, so
+    none of them should be much larger than the others.
+    """
     items, dim = len(table) - 1, table.shape[1]
     index: Any = faiss.index_factory(dim, f"RR{dim},PQ{dim}x4fs", faiss.METRIC_INNER_PRODUCT)
     index.train(table[_drawn(items, TRAINED_ON, rng)])
@@ -94,5 +99,5 @@ def _coded(table: NDArray[np.float32], rng: np.random.Generator) -> Any:
 
 
 def _drawn(items: int, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """`count` different items, or all, in order."""
+    """`count` different items drawn at random, or all items, in ascending order."""
     return 1 + np.sort(rng.choice(items, min(count, items), replace=False))

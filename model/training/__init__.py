@@ -1,1 +1,1 @@
-"""Fitting a model in two stages, and measuring it: replay of a log, evaluation, metrics."""
+"""Trains a model in two stages, and evaluates it: replay of a log, metrics."""

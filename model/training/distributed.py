@@ -1,10 +1,10 @@
-"""Training by several processes, each with a share of every batch (`torchrun`); one process alone needs nothing of it.
+"""Training by several processes (`torchrun`), each with a share of every batch. A single process needs none of it.
 
-A batch is the same for all; each process takes every n-th row. Gradients are summed, weighted by each share's part of
-what the loss is a mean over, so that a step is that of the whole batch by one process, up to rounding. Dropout differs
-between processes. Validation is shared out, too. The first process writes files and shows progress.
+All processes see the same batches; each takes every n-th row. Gradients are summed, weighted by the part of the mean
+that each share makes up, so a step equals that of one process on the whole batch, up to rounding. Dropout differs
+between processes. Validation is shared, too. The first process writes files and shows progress.
 
-gloo for tensors on the CPU, NCCL for those on a GPU.
+Tensors on the CPU travel by gloo, those on GPUs by NCCL.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, distributed
 
 from model.errors import RamrecError
+from model.network.tensors import CPU, find_device
 
 Number = TypeVar("Number", bound=np.generic)
 
@@ -31,27 +32,30 @@ class PeersError(RamrecError):
 
 @dataclass(frozen=True)
 class Peers:
-    """The processes that train together, as one of them sees it; `rank` from 0 to `size` − 1."""
+    """The processes that train together, as one of them sees it: its `rank`, from 0 to `size` − 1, and the device that
+    each of them trains on.
+    """
 
     rank: int = 0
     size: int = 1
+    device: torch.device = CPU
 
     @property
     def is_first(self) -> bool:
-        """The one that writes files and shows progress."""
+        """Whether this process writes files and shows progress."""
         return self.rank == 0
 
     @property
     def share(self) -> slice:
-        """Which rows of a batch are this process's."""
+        """The rows of a batch that this process takes."""
         return slice(self.rank, None, self.size)
 
     def backward(self, network: torch.nn.Module, loss: Tensor | None, part: float) -> float:
         """Leave in `network` the gradients of the mean loss over all processes; returns that loss.
 
         Args:
-            loss: of this process's rows; None where it has none.
-            part: its part in the mean; all parts are 1 together.
+            loss: of this process's rows; None if it has no rows.
+            part: the weight of `loss` in the mean; the parts of all processes sum to 1.
         """
         if self.size == 1:
             assert loss is not None
@@ -66,19 +70,19 @@ class Peers:
         return float(summed[-1])
 
     def gathered(self, shares: NDArray[np.int64], total: int) -> NDArray[np.int64]:
-        """(total,) every process's rows together, each in its place."""
+        """The rows of all processes in their original order, (total,). shares: those of this process."""
         whole = np.zeros(total, np.int64)
         whole[self.share] = shares
         return whole if self.size == 1 else self._sum(torch.from_numpy(whole)).numpy()
 
     def synchronise(self, network: torch.nn.Module) -> None:
-        """Give every process the first one's weights: they are the same but for what different machines round."""
+        """Give all processes the weights of the first one, as different machines may round differently."""
         if self.size > 1:
             for values in network.state_dict().values():
                 distributed.broadcast(values, 0)
 
     def from_first(self, values: NDArray[Number]) -> NDArray[Number]:
-        """The first process's values for all; of the same shape everywhere."""
+        """The values of the first process; their shape must be the same in all processes."""
         if self.size == 1:
             return values
         shared = torch.from_numpy(np.ascontiguousarray(values))
@@ -86,7 +90,7 @@ class Peers:
         return np.asarray(shared.numpy(), values.dtype)
 
     def agree(self, value: int, what: str) -> None:
-        """Raises PeersError, everywhere, where the processes do not hold the same value."""
+        """Raise PeersError in all processes unless they hold the same value; `what` names it."""
         if self.size > 1:
             found = self.gathered(np.array([value]), self.size)
             if len(set(found.tolist())) > 1:
@@ -94,21 +98,22 @@ class Peers:
 
     @contextmanager
     def own_randomness(self) -> Iterator[None]:
-        """Random numbers of torch's that differ between processes; afterwards all are where they were."""
+        """Use random numbers that differ between processes; afterwards torch's generators are where they were."""
         if self.size == 1:
             yield
             return
-        with torch.random.fork_rng(devices=[]):
+        gpus = [torch.cuda.current_device()] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=gpus):
             torch.manual_seed(int(torch.randint(2**31, (1,))) + self.seed_shift)
             yield
 
     @property
     def seed_shift(self) -> int:
-        """Added to a seed it gives each process random numbers of its own, the first one those of the seed."""
+        """Added to a seed, it gives each process its own random numbers, and the first one those of the seed."""
         return self.rank << 32
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have called this."""
         if self.size > 1:
             distributed.barrier()
 
@@ -121,23 +126,28 @@ ALONE = Peers()
 
 
 @contextmanager
-def joined() -> Iterator[Peers]:
-    """The processes that `torchrun` started; this one alone where it did not. A process that fails ends all: torchrun
+def joined(device: str = "cpu") -> Iterator[Peers]:
+    """Join the processes that `torchrun` started; without torchrun, this process alone. If one process fails, torchrun
     ends the others.
 
+    Args:
+        device: see `find_device`. On GPUs, each process of a machine takes its own.
+
     Raises:
-        PeersError: they do not find each other.
+        DeviceError: the device cannot be used.
+        PeersError: the processes do not find each other, or a machine has more processes than GPUs.
     """
+    where = find_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield ALONE
+        yield Peers(device=where)
         return
+    if where.type == "cuda":
+        _take_gpu()
     try:
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
     except (RuntimeError, ValueError) as error:
         raise PeersError(f"cannot join the other processes: {error}") from error
-    peers = Peers(distributed.get_rank(), distributed.get_world_size())
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    peers = Peers(distributed.get_rank(), distributed.get_world_size(), where)
     try:
         yield peers
         peers.wait()
@@ -145,17 +155,25 @@ def joined() -> Iterator[Peers]:
         distributed.destroy_process_group()
 
 
+def _take_gpu() -> None:
+    """Make the GPU of this process its current one; NCCL refuses two processes on one GPU."""
+    number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= gpus:
+        raise PeersError(f"process {number + 1} of this machine has no GPU of its own: there are {gpus}")
+    torch.cuda.set_device(number)
+
+
 def _packed(parameters: list[torch.nn.Parameter], loss: Tensor | None) -> Tensor:
-    """All gradients, which of them there are, and the loss, in one tensor: one round a step."""
-    grads = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
-    there = grads[0].new_tensor([one.grad is not None for one in parameters])
-    told = grads[0].new_zeros(1) if loss is None else loss.detach().to(grads[0]).reshape(1)
-    return torch.cat([*(one.reshape(-1) for one in grads), there, told])
+    """All gradients, for each parameter whether it has one, and the loss: one tensor, summed in one round."""
+    grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in parameters]
+    has_grad = grads[0].new_tensor([weight.grad is not None for weight in parameters])
+    last = grads[0].new_zeros(1) if loss is None else loss.detach().to(grads[0]).reshape(1)
+    return torch.cat([*(grad.reshape(-1) for grad in grads), has_grad, last])
 
 
 def _unpack(summed: Tensor, parameters: list[torch.nn.Parameter]) -> None:
-    """Gradients back; what no process has a gradient of has none."""
-    sizes = [one.numel() for one in parameters]
-    *grads, there, _ = torch.split(summed, [*sizes, len(parameters), 1])
-    for parameter, grad, count in zip(parameters, grads, there.tolist(), strict=True):
+    """Write the summed gradients back; a parameter without a gradient in any process gets none."""
+    sizes = [weight.numel() for weight in parameters]
+    *grads, has_grad, _ = torch.split(summed, [*sizes, len(parameters), 1])
+    for parameter, grad, count in zip(parameters, grads, has_grad.tolist(), strict=True):
         parameter.grad = grad.reshape(parameter.shape) if count else None

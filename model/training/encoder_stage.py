@@ -1,4 +1,4 @@
-"""Stage one: the encoder learns to predict the next item at every position. See `model.training`."""
+"""Stage one: the encoder learns to predict the next item at every position. See `model.training.train`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from model.config import Config, TrainingConfig
 from model.data.dataset import Dataset, Targets, length_batches, pad_windows, split_of
-from model.data.marks import mark
 from model.memory.rules import Ints
 from model.network.contrast import ContrastiveViews
 from model.network.encoder import SequenceEncoder, encode_states
 from model.network.losses import gbce_loss, sampled_softmax_loss, softmax_loss
+from model.network.tensors import item_mask
 from model.training.distributed import ALONE, Peers
 from model.training.metrics import ranks, summary
 from model.training.optimisation import (
@@ -36,19 +36,26 @@ from model.training.optimisation import (
 from model.training.replay import state_requests
 
 VALIDATION_ROWS = 512
+"""Rows of logits that validation holds at once."""
 
 
 def fit_encoder(
     dataset: Dataset, config: Config, users: NDArray[np.bool_], run: Path, report: Report, peers: Peers = ALONE
 ) -> SequenceEncoder:
-    """The encoder of the best validation epoch, trained on the marked users' training interactions."""
+    """The encoder of the best validation epoch, in evaluation mode. users (users,): whose training interactions it is
+    trained on. A state saved in `run` is resumed; one is saved after every epoch.
+
+    Raises:
+        PeersError: the processes resume from different epochs.
+        TrainingError: a loss was not finite, or `run` holds the state of another config or dataset.
+    """
     settings = config.training
     torch.manual_seed(settings.seed)
-    encoder = SequenceEncoder(config.encoder, dataset.item_count)
+    encoder = SequenceEncoder(config.encoder, dataset.item_count).to(peers.device)
     optimizer = adamw(encoder.parameters(), settings.learning_rate, settings.weight_decay)
     best = snapshot(encoder)
     progress = resume(run, _fingerprint(dataset, config), encoder, optimizer, best)
-    peers.agree(progress.epoch, "the epoch they go on from; the run's folder must be one for all")
+    peers.agree(progress.epoch, "the epoch they resume from; all need the same --out folder")
     while not progress.over(settings.max_epochs, settings.patience):
         set_rate(optimizer, decayed(settings.learning_rate, progress.epoch / settings.max_epochs, settings.final_rate))
         peers.synchronise(encoder)
@@ -72,7 +79,7 @@ def _encoder_epoch(
     epoch: int,
     peers: Peers,
 ) -> float:
-    """One pass over every training interaction as a target; returns the mean loss."""
+    """One pass with every training interaction as a target; returns the mean loss."""
     torch.manual_seed((config.training.seed + 1) * 100_003 + epoch + peers.seed_shift)
     rng = np.random.default_rng([config.training.seed, 2, epoch])
     encoder.train()
@@ -80,61 +87,65 @@ def _encoder_epoch(
     views = ContrastiveViews(dataset, users, config.encoder.window) if settings.contrast_weight else None
     view_rng = rng if peers.size == 1 else np.random.default_rng([settings.seed, 5, epoch, peers.rank])
     for windows in training_batches(dataset, users, config, rng):
-        targets = windows.targets
-        mine, loss, targeted = targets[peers.share], None, np.count_nonzero(targets)
-        if len(mine):
-            before = None if windows.before is None else torch.from_numpy(windows.before[peers.share])
-            loss = next_item_loss(encoder, torch.from_numpy(mine), settings, before)
+        own, loss, targeted = windows.take(peers.share), None, np.count_nonzero(windows.targets)
+        if len(own.targets):
+            loss = next_item_loss(encoder, own, settings)
             if views is not None:
-                contrast = views.loss(encoder, torch.from_numpy(mine), view_rng, settings.contrast_temperature)
+                contrast = views.loss(encoder, own.targets, view_rng, settings.contrast_temperature)
                 loss = loss + settings.contrast_weight * contrast
-        total += targeted * step(optimizer, encoder, loss, peers, np.count_nonzero(mine) / targeted)
+        total += targeted * step(optimizer, encoder, loss, peers, np.count_nonzero(own.targets) / targeted)
         count += targeted
     return total / count
 
 
 @dataclass(frozen=True)
 class Windows:
-    """A batch of training windows: targets (B, T) items, right-padded with 0; before (B, T): after how many items of
-    the window each is predicted, None: after those that precede it.
+    """A batch of training windows. targets (B, T): items, right-padded with 0. before (B, T): after how many items of
+    its window each target is predicted; None: after all items that precede it.
     """
 
     targets: NDArray[np.int64]
     before: NDArray[np.int64] | None = None
 
+    def take(self, rows: slice) -> Windows:
+        """Some of the windows."""
+        return Windows(self.targets[rows], None if self.before is None else self.before[rows])
 
-def next_item_loss(
-    encoder: SequenceEncoder, targets: Tensor, settings: TrainingConfig, before: Tensor | None = None
-) -> Tensor:
-    """The objective at every position; arguments as of `Windows`."""
+
+def next_item_loss(encoder: SequenceEncoder, windows: Windows, settings: TrainingConfig) -> Tensor:
+    """The objective over all positions of the windows, a scalar."""
+    targets = torch.from_numpy(windows.targets).to(encoder.device)
     real, states = targets > 0, encoder(targets[:, :-1])
-    if before is not None:
+    if windows.before is not None:
+        before = torch.from_numpy(windows.before).to(encoder.device)
         states = states.gather(1, before[..., None].expand(-1, -1, states.shape[-1]))
     states, table, target = states[real], encoder.table()[1:], targets[real] - 1
     match settings.objective:
         case "softmax":
-            return softmax_loss(states, table, target, softmax_dtype(settings))
+            return softmax_loss(states, table, target, softmax_dtype(settings, encoder.device))
         case "sampled":
             return sampled_softmax_loss(states, table, target, settings.negatives)
         case "gbce":
             return gbce_loss(states, table, target, settings.negatives, settings.calibration)
 
 
-def softmax_dtype(settings: TrainingConfig) -> torch.dtype:
-    """What the full softmax multiplies in; `auto` is bfloat16 where the processor has instructions for it."""
+def softmax_dtype(settings: TrainingConfig, device: torch.device) -> torch.dtype:
+    """The type of the full softmax's products. `auto`: bfloat16 if the device has instructions for it."""
+    has_bfloat16 = settings.precision == "bfloat16"
     if settings.precision == "auto":
-        able = torch.cpu.get_capabilities()
-        return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
-    return torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
+        processor = torch.cpu.get_capabilities()
+        on_cpu = bool(processor.get("avx512_bf16") or processor.get("amx_bf16"))
+        has_bfloat16 = on_cpu if device.type == "cpu" else torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 def training_batches(
     dataset: Dataset, users: NDArray[np.bool_], config: Config, rng: np.random.Generator
 ) -> Iterator[Windows]:
-    """Windows of the marked users' training items, each item once a pass, similar lengths together.
+    """Windows of the training items of `users` (users,) bool, each item once, similar lengths together.
 
-    The windows of a user are laid end to end from a random offset, other ones every epoch. Where whole baskets are to
-    be predicted (`dataset.holdout`), every item is predicted from what came before its basket.
+    The windows of a user follow one another from a random offset, which differs between epochs. If whole baskets are to
+    be predicted (`dataset.holdout`), every item is predicted from the items before its basket.
     """
     begin, length = _training_windows(dataset, users, config.encoder.window, rng)
     batches = length_batches(length + rng.random(len(length)), config.training.batch_tokens)
@@ -151,7 +162,7 @@ def training_batches(
 def _training_windows(
     dataset: Dataset, users: NDArray[np.bool_], window: int, rng: np.random.Generator
 ) -> tuple[Ints, Ints]:
-    """Begin (in `dataset.items`) and length of every training window."""
+    """Where every training window begins in `dataset.items`, and its length; (W,) each."""
     first = dataset.offsets[:-1][users]
     train_end = split_of(dataset).train_end[users] - first
     lead = np.where(train_end > window, rng.integers(1, window + 1, len(first)), train_end)
@@ -164,30 +175,30 @@ def _training_windows(
 
 
 def validate_encoder(encoder: SequenceEncoder, dataset: Dataset, peers: Peers = ALONE) -> dict[str, float]:
-    """Metrics of the encoder alone on the validation items of all users. Where nobody ever takes an item again, what a
-    user has had is left out of the ranking: the repeat bias, fitted later, will do the same.
+    """Metrics of the encoder alone on the validation items of all users. If nobody ever takes an item again, the items
+    that a user had are not ranked, as the repeat bias, which is fitted later, will lower them.
     """
     split = split_of(dataset)
     validated = Targets.of(split.validation, split.validation_end)
-    mine = validated.take(peers.share)
-    states = encode_states(encoder, state_requests(dataset, mine.before, dataset.item_count))
-    target, masked = dataset.items[mine.event], not dataset.repeats()
+    own = validated.take(peers.share)
+    states = encode_states(encoder, state_requests(dataset, own.before, dataset.item_count))
+    target, masked = dataset.items[own.event], not dataset.repeats()
     found = []
-    for at in range(0, len(mine), VALIDATION_ROWS):
+    for at in range(0, len(own), VALIDATION_ROWS):
         rows = slice(at, at + VALIDATION_ROWS)
         with torch.inference_mode():
-            scores = encoder.logits(torch.from_numpy(states[rows]))
+            scores = encoder.logits(torch.from_numpy(states[rows]).to(encoder.device))
             if masked:
-                scores[mark(dataset.history(mine.before[rows]), scores.shape[1])] = -torch.inf
-        found.append(ranks(scores.numpy(), target[rows]))
+                scores[item_mask(dataset.history(own.before[rows]), scores.shape[1], scores.device)] = -torch.inf
+        found.append(ranks(scores.cpu().numpy(), target[rows]))
     together = np.concatenate([*found, np.zeros(0, np.int64)])
     return summary(peers.gathered(together, len(validated)))
 
 
 def _fingerprint(dataset: Dataset, config: Config) -> str:
-    """What a saved state belongs to: everything that shapes the encoder's course, and the data."""
+    """Identifies what a saved state belongs to: the settings that affect the encoder's training, and the data."""
     parts = config.model_dump(include={"dataset", "encoder", "training"})
-    elsewhere = ("fusion", "repeat", "threads")
-    parts["training"] = {k: v for k, v in parts["training"].items() if not k.startswith(elsewhere)}
+    irrelevant = ("fusion", "repeat", "threads")
+    parts["training"] = {name: v for name, v in parts["training"].items() if not name.startswith(irrelevant)}
     data = [dataset.users, dataset.item_count, len(dataset.items), int(dataset.items[:1000].sum())]
     return json.dumps([parts, data], sort_keys=True)

@@ -1,12 +1,13 @@
 """Evaluation: leave-one-out on test items, all items ranked, with and without memory.
 
-Protocols: `unmasked` removes nothing from the ranking; `masked` removes the user's history less the target, and is left
-out where people come back to things: it would remove what is to be found. With `dataset.holdout` "last-basket" the
-items of each user's last basket are asked about together, before the first of them. The own
-scope holds the user's own earlier events (the validation item included). Stores of the collective scope: `train`
-holds others' training interactions, `live` their validation items too; nobody's test item is in either. Both are
-transductive: others' interactions later than the test item are visible. `strict`, where there are timestamps, is `live`
-without those.
+Protocols: `unmasked` ranks all items. `masked` leaves out the items that the user had, except the target; it is not
+used if users come back to items, as it would leave out possible answers. If `dataset.holdout` is "last-basket", all
+items of each user's last basket are asked for before the first of them.
+
+The own scope holds the user's own earlier events, the validation item included. The stores of the collective scope are
+`train` (training interactions of others) and `live` (their validation items, too); neither holds test items. Both are
+transductive: interactions of others that are later than the test item are visible. `strict`, for logs with times, is
+`live` without these.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from model.data.dataset import Dataset, Targets, split_of
 from model.errors import RamrecError
-from model.memory.bank import Retrieved
+from model.memory.retrieval import Retrieved
 from model.memory.rules import collective_k, own_k, unit
 from model.serving.recommender import Recommender
 from model.training.fusion_stage import memory_ranks
@@ -47,14 +48,15 @@ BASELINE, MEMORY, SHUFFLED = "encoder+calibration", "memory", "shuffled"
 
 
 class EvaluationError(RamrecError):
-    """The run and the dataset do not fit together; the message says how."""
+    """The run and the dataset do not fit together; the message says why."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Every user's question before their test item, answered by both scopes with the most memories they may give.
+    """The questions of all users before their test items, answered with the most memories that K allows, and the banks
+    at that time.
 
-    banks: as they are then; strangers (N,): for each question another user, whose memories stand for shuffled ones.
+    strangers (N,): for each question another user, whose memories are retrieved when memories are shuffled.
     """
 
     replayed: Replayed
@@ -64,16 +66,16 @@ class Asked:
 
     @property
     def questions(self) -> Replay:
-        """The questions."""
+        """The questions and their answers."""
         return self.replayed.replay
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What the ranking may use: which memories, whether the encoder is calibrated (repeat bias and shift), and whether
-    what the repeat head knows of all that was seen counts.
+    """What a ranking may use.
 
-    `stores`: those of the collective scope that it is ranked with; "none" where it uses no collective memory.
+    memories: which are retrieved. calibrated: whether repeat bias and shift are added. repeats: whether the repeat head
+    is used. stores: those of the collective scope to rank with; "none" if it uses no collective memory.
     """
 
     name: str
@@ -90,23 +92,23 @@ def no_memory(asked: Asked) -> Retrieved:
 
 
 def own_only(asked: Asked) -> Retrieved:
-    """Adaptive K of the own scope."""
+    """Memories of the own scope, with the adaptive K."""
     return own_memories(asked.questions)
 
 
 def collective_only(asked: Asked) -> Retrieved:
-    """Adaptive K of the collective scope."""
+    """Memories of the collective scope, with the adaptive K."""
     chosen = adaptive(asked.questions)
     return chosen.first(np.zeros_like(chosen.k), chosen.collective_k)
 
 
 def both_scopes(asked: Asked) -> Retrieved:
-    """What serving retrieves."""
+    """Memories of both scopes, as serving retrieves them."""
     return adaptive(asked.questions)
 
 
 def fixed_own(k: int) -> Callable[[Asked], Retrieved]:
-    """K own memories for everybody, the collective scope as ever."""
+    """The same K of the own scope for all users; the collective scope as usual."""
 
     def retrieve(asked: Asked) -> Retrieved:
         retrieved = asked.questions.retrieved
@@ -116,7 +118,7 @@ def fixed_own(k: int) -> Callable[[Asked], Retrieved]:
 
 
 def fixed_collective(k: int) -> Callable[[Asked], Retrieved]:
-    """K collective memories for everybody, the own scope as ever."""
+    """The same K of the collective scope for all users; the own scope as usual."""
 
     def retrieve(asked: Asked) -> Retrieved:
         retrieved = asked.questions.retrieved
@@ -126,15 +128,15 @@ def fixed_collective(k: int) -> Callable[[Asked], Retrieved]:
 
 
 def shuffled(asked: Asked) -> Retrieved:
-    """Each query gets what another user's bank and another user's question retrieve."""
+    """Memories of other users' banks, and those that other users' questions retrieve."""
     questions = asked.questions
-    mine = adaptive(questions)
+    right = adaptive(questions)
     banks, times = asked.replayed.banks, questions.times if asked.space.rules.activation else None
     own = banks.retrieve(asked.strangers, unit(questions.state), asked.space.clusters, now=times)
-    order = np.random.default_rng(len(mine.k)).permutation(len(mine.k))
+    order = np.random.default_rng(len(right.k)).permutation(len(right.k))
     other = np.empty_like(order)
     other[order] = np.roll(order, 1)
-    return replace(own, collective=mine.collective.take(other), collective_k=mine.collective_k)
+    return replace(own, collective=right.collective.take(other), collective_k=right.collective_k)
 
 
 MAIN_VARIANTS = (
@@ -155,9 +157,10 @@ VARIANTS = MAIN_VARIANTS + FIXED_VARIANTS
 
 @dataclass(frozen=True)
 class Tested:
-    """One run on the test items: ranks (N,) by (variant, protocol, store), and what the memory decided for each
-    question: entropy, k, collective_k, bank_size (N,); repeat (N,): whether the user had the item before; basket (N,):
-    equal numbers for what is one answer together.
+    """Results of one run on the test items.
+
+    ranks: (N,) by (variant, protocol, store). entropy, k, collective_k, bank_size (N,): what memory decided for each
+    question. repeat (N,): whether the user had the item before. basket (N,): numbers, equal for the items of a basket.
     """
 
     ranks: dict[tuple[str, str, str], NDArray[np.int64]]
@@ -170,12 +173,12 @@ class Tested:
 
 
 def evaluate(recommenders: Sequence[Recommender], dataset: Dataset, name: str) -> dict[str, Any]:
-    """The report of one or several runs (seeds) on a dataset's test items; figures are means over the runs.
+    """Evaluate one or several runs (seeds) on a dataset's test items; all figures are means over the runs.
 
     Returns:
         {"rows": [{dataset, variant, protocol, store, seeds, hr@5, …, mrr}], "gains": [{dataset, variant, protocol,
         store, over, gain, low, high}] (relative NDCG@10, 95 % paired bootstrap over users), "entropy", "k",
-        "collective_k": {mean, distinct values, …}}. Variants without collective memories have the store "none".
+        "collective_k": {mean, distinct values, …}}. The store of variants without collective memories is "none".
 
     Raises:
         EvaluationError: a run was trained on other items.
@@ -184,30 +187,30 @@ def evaluate(recommenders: Sequence[Recommender], dataset: Dataset, name: str) -
 
 
 def report(tested: Sequence[Tested], name: str) -> dict[str, Any]:
-    """See `evaluate`."""
+    """The report of tested runs, see `evaluate`."""
     rows, gains = [], []
     for variant, protocol, store in tested[0].ranks:
-        found = [one.ranks[variant, protocol, store] for one in tested]
+        found = [run.ranks[variant, protocol, store] for run in tested]
         label = {"dataset": name, "variant": variant, "protocol": protocol, "store": store}
-        figures = [_figures(ranks, one) for ranks, one in zip(found, tested, strict=True)]
+        figures = [_figures(ranks, run) for ranks, run in zip(found, tested, strict=True)]
         rows.append({**label, "seeds": len(tested), **_mean(figures)})
         if variant not in ("encoder", BASELINE):
-            base = np.mean([ndcg(one.ranks[BASELINE, protocol, "none"]) for one in tested], axis=0)
-            gain = relative_gain(np.mean([ndcg(one) for one in found], axis=0), base)
+            base = np.mean([ndcg(run.ranks[BASELINE, protocol, "none"]) for run in tested], axis=0)
+            gain = relative_gain(np.mean([ndcg(ranks) for ranks in found], axis=0), base)
             gains.append({**label, "over": BASELINE, **gain})
-    spreads = [spread_of(one) for one in tested]
-    return {"rows": rows, "gains": gains, **{part: _mean([one[part] for one in spreads]) for part in spreads[0]}}
+    spreads = [spread_of(run) for run in tested]
+    return {"rows": rows, "gains": gains, **{part: _mean([spread[part] for spread in spreads]) for part in spreads[0]}}
 
 
 def _figures(ranks: NDArray[np.int64], tested: Tested) -> dict[str, float]:
-    """HR, NDCG and MRR over all targets; of repeats and of new items apart, where there are both; of whole baskets,
-    where some hold more than one item.
+    """HR, NDCG and MRR over all targets; over repeats and new items separately, if there are both; and metrics of whole
+    baskets, if some hold more than one item.
     """
     figures, repeat = summary(ranks), tested.repeat
     if repeat.any() and not repeat.all():
-        for name, some in (("repeat", repeat), ("explore", ~repeat)):
-            of_some = summary(ranks[some])
-            figures |= {f"{name}-hr@10": of_some["hr@10"], f"{name}-ndcg@10": of_some["ndcg@10"]}
+        for name, part in (("repeat", repeat), ("explore", ~repeat)):
+            of_part = summary(ranks[part])
+            figures |= {f"{name}-hr@10": of_part["hr@10"], f"{name}-ndcg@10": of_part["ndcg@10"]}
         figures["repeat-share"] = float(repeat.mean())
     if len(np.unique(tested.basket)) < len(tested.basket):
         figures |= basket_summary(ranks, tested.basket)
@@ -215,13 +218,13 @@ def _figures(ranks: NDArray[np.int64], tested: Tested) -> dict[str, float]:
 
 
 def rank_test_items(recommender: Recommender, dataset: Dataset, variants: Sequence[Variant] = VARIANTS) -> Tested:
-    """The variants of one run. Raises EvaluationError, see `evaluate`."""
+    """Rank the test items with the variants of one run. Raises EvaluationError, see `evaluate`."""
     check_items(recommender, dataset)
     state = trajectory(dataset, recommender.encoder)
     protocols = PROTOCOLS[:1] if recommender.config.rules.repeat_share >= REPEATS_MATTER else PROTOCOLS
     ranks: dict[tuple[str, str, str], NDArray[np.int64]] = {}
     possible = STORES if dataset.has_times else STORES[:2]
-    wanted = [one for one in possible if any(one in variant.stores for variant in variants)] or [STORES[0]]
+    wanted = [store for store in possible if any(store in variant.stores for variant in variants)] or [STORES[0]]
     for store in wanted:
         asked = ask_test(recommender, dataset, store, state)
         for variant in variants:
@@ -250,7 +253,7 @@ def rank_test_items(recommender: Recommender, dataset: Dataset, variants: Sequen
 
 
 def ask_test(recommender: Recommender, dataset: Dataset, store: Store, state: NDArray[np.float32]) -> Asked:
-    """Every user's memory just before their test item. state: the dataset's `trajectory`."""
+    """Ask for every user's memories just before their test item. state: the dataset's `trajectory`."""
     split, owner = split_of(dataset), dataset.owners()
     space = memory_space_of(recommender, dataset.item_count)
     asked = replay(dataset, state, space, Targets.of(split.test, split.test_end))
@@ -258,11 +261,11 @@ def ask_test(recommender: Recommender, dataset: Dataset, store: Store, state: ND
     users, place = np.unique(owner[questions.event], return_inverse=True)
     order = np.random.default_rng([recommender.config.training.seed, 5]).permutation(len(users))
     strangers = users[np.roll(order, 1)]
-    return Asked(Replayed(questions, asked.banks), space, store, _nobody_their_own(users, strangers)[place])
+    return Asked(Replayed(questions, asked.banks), space, store, _without_self(users, strangers)[place])
 
 
 def memory_space_of(recommender: Recommender, items: int = 0) -> MemorySpace:
-    """Rules, clusters and layout that a checkpoint carries; unknown items up to number `items` have no cluster."""
+    """Rules, clusters and layout of a checkpoint; unknown items up to `items` have no cluster."""
     checkpoint = recommender.checkpoint
     unknown = max(0, items - recommender.item_count)
     clusters = np.pad(checkpoint.item_clusters, (0, unknown), constant_values=-1)
@@ -270,7 +273,7 @@ def memory_space_of(recommender: Recommender, items: int = 0) -> MemorySpace:
 
 
 def check_items(recommender: Recommender, dataset: Dataset) -> None:
-    """Raises EvaluationError where a run was trained on other items than the dataset's."""
+    """Raise EvaluationError if the run was trained on other items than the dataset's."""
     if recommender.checkpoint.item_ids != dataset.item_ids:
         raise EvaluationError(
             f"the run knows {len(recommender.checkpoint.item_ids)} items, the dataset has {dataset.item_count}: "
@@ -278,13 +281,14 @@ def check_items(recommender: Recommender, dataset: Dataset) -> None:
         )
 
 
-def _nobody_their_own(users: NDArray[np.int64], strangers: NDArray[np.int64]) -> NDArray[np.int64]:
+def _without_self(users: NDArray[np.int64], strangers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The strangers, with another user for whom it would be themselves; (users,) each."""
     same = users == strangers
     return np.where(same, np.roll(users, 1), strangers)
 
 
 def spread_of(tested: Tested) -> dict[str, dict[str, float]]:
-    """How entropy and adaptive K differ between users: over all, and among the quarter with the fullest banks."""
+    """The spread of entropy and adaptive K over all users, and over the quarter with the fullest banks."""
     entropy, k = tested.entropy, tested.k
     full = tested.bank_size >= np.quantile(tested.bank_size, 0.75)
     varied = np.std(k[full]) > 0 and np.std(entropy[full]) > 0
@@ -310,4 +314,4 @@ def spread_of(tested: Tested) -> dict[str, dict[str, float]]:
 
 
 def _mean(figures: list[dict[str, float]]) -> dict[str, float]:
-    return {key: float(np.mean([one[key] for one in figures])) for key in figures[0]}
+    return {key: float(np.mean([values[key] for values in figures])) for key in figures[0]}

@@ -1,6 +1,6 @@
-"""What the memory rules learn from a log in which people come back to things: which memories are worth keeping, and
-which are worth retrieving. Both are a few readable numbers of `RulesConfig`, and used by `model.memory.rules` and
-`model.memory.habits` alone. See `model.training`.
+"""Fits the memory rules to logs in which users come back to items: which memories are worth keeping, and which are
+worth retrieving. Both are a few readable numbers in `RulesConfig`, which `model.memory.rules` and `model.memory.habits`
+read.
 """
 
 from __future__ import annotations
@@ -18,21 +18,23 @@ from model.memory.rules import Bools, Floats
 from model.training.replay import MemorySpace, Replay, replay
 
 REPEATS_MATTER = 0.01
-"""Share of repeated events below which nothing is learned about coming back."""
+"""Share of repeated events below which nothing is fitted."""
 EARLIEST = 5
-"""Events of a user before the first question: with fewer there is nothing to come back to."""
+"""Events that a user must have before the first question: with fewer there is little to come back to."""
 RULE_QUESTIONS = 15_000
-"""Questions that the rules are fitted on: each holds a whole bank."""
+"""Most questions that the rules are fitted on; each holds a whole bank."""
 HALF_LIVES_D = (120.0, 60.0, 30.0, 14.0, 7.0, 4.0, 2.0, 1.0, 0.5)
-"""Longest first: where several do as well, the longest stays."""
+"""Half-lives to try, in days, longest first: among equally good ones the longest is taken."""
 FREQUENCY_SHARES = np.linspace(0, 1, 11)
+"""Shares to try of frequency in the weight of frequency and recency together."""
 KEPT_PARTS = (10, 25)
 """Bank sizes that quality is fitted for."""
 ROUNDS, RATE, DECAY = 400, 0.05, 1e-3
+"""Steps, learning rate and weight decay of fitting the activation."""
 
 
 def measured_rules(dataset: Dataset, rules: RulesConfig) -> RulesConfig:
-    """The rules with what the training part says by itself: how much repeats, and how long users stay away."""
+    """The rules with what is measured on the training part: how often items repeat, and how long users stay away."""
     training = training_part(dataset)
     repeats = dataset.is_repeat()[training]
     share = float(repeats.mean()) if len(repeats) else 0.0
@@ -43,24 +45,24 @@ def measured_rules(dataset: Dataset, rules: RulesConfig) -> RulesConfig:
 
 
 def recent_targets(dataset: Dataset, settings: TrainingConfig, most: int) -> Targets:
-    """The newest training events of each user (`repeat_positions` of them), at most `most`, chosen by the seed."""
+    """The newest training events of each user (`repeat_positions` of them), at most `most`, drawn by the seed."""
     event, end = np.arange(len(dataset)), split_of(dataset).train_end[dataset.owners()]
     near = (event < end) & (event >= end - settings.repeat_positions)
-    # where whole baskets are to be found, all of a basket is asked before its first event
+    # if whole baskets are predicted, all items of a basket are asked for before its first event
     before = dataset.basket_starts() if dataset.holdout == "last-basket" else event
     chosen = event[near & (dataset.positions()[before] >= EARLIEST)]
     return some_of(Targets(chosen, before[chosen]), most, settings.seed)
 
 
 def some_of(targets: Targets, most: int, seed: int) -> Targets:
-    """At most so many of them, in their order, chosen by the seed."""
+    """At most `most` of the targets, in their order, drawn by the seed."""
     if len(targets) <= most:
         return targets
     return targets.take(np.sort(np.random.default_rng([seed, 6]).choice(len(targets), most, replace=False)))
 
 
 def fit_rules(dataset: Dataset, state: Floats, space: MemorySpace, settings: TrainingConfig) -> RulesConfig:
-    """The rules of quality and of retrieval that fit the log best. `state`: the dataset's `trajectory`."""
+    """The rules of quality and retrieval that fit the log best. state: the dataset's `trajectory`."""
     rules = space.rules
     targets = recent_targets(dataset, settings, RULE_QUESTIONS)
     if rules.repeat_share < REPEATS_MATTER or not len(targets):
@@ -72,13 +74,13 @@ def fit_rules(dataset: Dataset, state: Floats, space: MemorySpace, settings: Tra
 
 
 def _quality(asked: Replay, hit: Bools, rules: RulesConfig) -> dict[str, float]:
-    """Weights of frequency and recency and the half-life under which the best entries of a bank, as many as KEPT_PARTS
-    say, hold most of what users take next; the other weights keep their shares.
+    """Weights of frequency and recency, and the half-life, with which the best entries of a bank (KEPT_PARTS of them)
+    hold most of what users take next. Other weights keep their shares. hit (N, C): the entry that is taken next.
     """
     own = asked.retrieved.own
-    told = dict(zip(FEATURES, np.moveaxis(asked.retrieved.habits, -1, 0), strict=True))
-    frequency = np.exp(told["log_count"])
-    age_s = (np.expm1(2 * told["log_hours_since"]) - np.expm1(2 * told["log_hours_idle"])) * HOUR_S
+    habits = dict(zip(FEATURES, np.moveaxis(asked.retrieved.habits, -1, 0), strict=True))
+    frequency = np.exp(habits["log_count"])
+    age_s = (np.expm1(2 * habits["log_hours_since"]) - np.expm1(2 * habits["log_hours_idle"])) * HOUR_S
     timed = rules.time_unit == "seconds"
     best, found = -1.0, {}
     for half_life in HALF_LIVES_D if timed else (None,):
@@ -97,18 +99,18 @@ def _quality(asked: Replay, hit: Bools, rules: RulesConfig) -> dict[str, float]:
 
 
 def _kept(worth: Floats, hit: Bools) -> float:
-    """How often what is taken next (`hit`) is among the worthiest entries of its bank, summed over KEPT_PARTS; of
-    equals it counts as the last.
+    """How often the entry taken next (`hit`) is among the best entries of its bank, summed over KEPT_PARTS. Among equal
+    entries it counts as the last. worth, hit: (N, C).
     """
-    there = hit.any(axis=1)
+    in_bank = hit.any(axis=1)
     least = np.max(np.where(hit, worth, -np.inf), axis=1, keepdims=True)
     rank = (worth >= np.where(np.isfinite(least), least, np.inf)).sum(axis=1)
-    return float(sum((there & (rank <= part)).mean() for part in KEPT_PARTS))
+    return float(sum((in_bank & (rank <= part)).mean() for part in KEPT_PARTS))
 
 
 def _activation(asked: Replay, hit: Bools, seed: int) -> dict[str, float]:
-    """Weights under which the memory of what is taken next stands out in its bank: a softmax over the entries, fitted
-    on the questions whose answer is in the bank. Empty where there are none.
+    """Weights of the features, by name, that make the entry taken next stand out in its bank: a softmax over entries,
+    fitted on the questions whose answer is in the bank. Empty if there are none. hit (N, C): the entry taken next.
     """
     rows = np.flatnonzero(hit.any(axis=1))
     if not len(rows):

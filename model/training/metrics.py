@@ -15,17 +15,18 @@ BOOTSTRAP_ROUNDS = 1000
 
 
 def ranks(scores: Floats, target: Ints) -> NDArray[np.int64]:
-    """Rank of each row's target, 1 = best, ties counted against us: items scoring ≥ the target's, itself left out.
+    """Rank of each row's target, (B,), 1 = best: the number of items whose score is at least the target's, itself
+    included. Ties thus count as better items.
 
     Args:
-        scores: (B, items + 1), −inf for items that cannot be recommended. target: (B,) item indices.
+        scores: (B, items + 1), −inf for items that are not ranked. target: (B,) item indices.
     """
     rows = np.arange(len(target))
     return np.asarray((scores >= scores[rows, target][:, None]).sum(axis=1), np.int64)
 
 
 def summary(rank: Ints) -> dict[str, float]:
-    """HR@k, NDCG@k and MRR of ranks (N,): means over N."""
+    """HR@k, NDCG@k and MRR, means over ranks (N,)."""
     rank = np.asarray(rank)
     figures = {f"hr@{k}": float(np.mean(rank <= k)) for k in CUTOFFS}
     figures |= {f"ndcg@{k}": float(np.mean(ndcg(rank, k))) for k in CUTOFFS}
@@ -34,11 +35,11 @@ def summary(rank: Ints) -> dict[str, float]:
 
 
 def basket_summary(rank: Ints, basket: Ints) -> dict[str, float]:
-    """Recall, NDCG and PHR (whether anything was hit) at 10 and 20 of whole baskets, means over baskets, as the
-    next-basket literature has them.
+    """Recall, NDCG and PHR (whether any item was hit) of whole baskets at 10 and 20, means over baskets, as defined in
+    the next-basket literature.
 
     Args:
-        rank: (N,) of each item of a basket among all items. basket: (N,) equal numbers for one basket.
+        rank: (N,) of each item of a basket among all items. basket: (N,) numbers, equal within a basket.
 
     >>> basket_summary(np.array([1, 30]), np.array([7, 7]))["basket-recall@10"]
     0.5
@@ -62,16 +63,16 @@ def ndcg(rank: Ints, cutoff: int = 10) -> NDArray[np.float64]:
 
 @lru_cache(maxsize=1)
 def _resamples(users: int) -> NDArray[np.float32]:
-    """(rounds, users) how often each user is drawn; fixed seed, so that all differences are resampled alike."""
+    """(rounds, users) how often each user is drawn. The seed is fixed: all comparisons use the same resamples."""
     drawn = np.random.default_rng(0).multinomial(users, np.full(users, 1 / users), size=BOOTSTRAP_ROUNDS)
     return drawn.astype(np.float32)
 
 
 def relative_gain(with_it: Floats, without: Floats) -> dict[str, float]:
-    """How much larger the mean of `with_it` is than that of `without`, figures of the same users (N,).
+    """By how much the mean of `with_it` exceeds that of `without`, relative to it; figures (N,) of the same users.
 
     Returns:
-        gain, and low / high, the 95 % interval of a paired bootstrap over users (fixed seed).
+        gain, and low and high, the 95 % interval of a paired bootstrap over users (fixed seed).
     """
     sums = _resamples(len(without)) @ np.stack([with_it, without], axis=1).astype(np.float32)
     ratios = sums[:, 0] / np.maximum(sums[:, 1], 1e-12) - 1

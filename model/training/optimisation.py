@@ -1,4 +1,4 @@
-"""What both training stages share: progress and early stopping, the optimiser step, saving and resuming."""
+"""What both training stages share: progress and early stopping, optimiser steps, saving and resuming."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ STATE_FILE = "training.safetensors"
 
 
 class TrainingError(RamrecError):
-    """Training cannot go on; the message says why (a loss that is not a number, an optimiser state of another run)."""
+    """Training cannot go on; the message says why."""
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What a progress display is told after every epoch; `note`: what there is to say in the end."""
+    """What is reported after every epoch. `of`: the most epochs of the stage; `note`: a closing remark."""
 
     stage: str
     epoch: int
@@ -43,7 +43,7 @@ Report = Callable[[Epoch], None]
 
 @dataclass
 class Progress:
-    """Where a stage stands: epochs done, the best validation NDCG@10 and its epoch, and the history."""
+    """Progress of a stage: epochs done, the best validation NDCG@10 and its epoch, and the metrics of every epoch."""
 
     epoch: int = 0
     best: float = -1.0
@@ -51,12 +51,12 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
 
     def over(self, max_epochs: int, patience: int) -> bool:
-        """Whether to stop: epochs used up, or no better for `patience` of them."""
+        """Whether to stop: after `max_epochs`, or `patience` epochs without a better one."""
         return self.epoch >= max_epochs or self.epoch - self.best_epoch >= patience
 
 
 def adamw(parameters: Iterable[torch.nn.Parameter], rate: float, decay: float) -> torch.optim.Optimizer:
-    """AdamW that decays matrices only."""
+    """AdamW with weight decay for matrices only."""
     parameters = list(parameters)
     matrices, others = [p for p in parameters if p.dim() >= 2], [p for p in parameters if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
@@ -64,7 +64,7 @@ def adamw(parameters: Iterable[torch.nn.Parameter], rate: float, decay: float) -
 
 
 def decayed(rate: float, done: float, final: float) -> float:
-    """Cosine decay from `rate` to `final`·rate as `done` goes from 0 to 1.
+    """The learning rate by cosine decay, from `rate` to `final`·rate as `done` goes from 0 to 1.
 
     >>> [decayed(1.0, done, 0.0) for done in (0.0, 0.5, 1.0)]
     [1.0, 0.5, 0.0]
@@ -73,7 +73,7 @@ def decayed(rate: float, done: float, final: float) -> float:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Change the learning rate from the next step on."""
+    """Set the learning rate of the following steps."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
@@ -85,13 +85,13 @@ def step(
     peers: Peers = ALONE,
     part: float = 1.0,
 ) -> float:
-    """One clipped optimiser step; returns the loss over all processes (`Peers.backward`). Raises TrainingError where it
-    is not finite.
+    """One optimiser step with clipped gradients; returns the mean loss over all processes. loss, part: see
+    `Peers.backward`. Raises TrainingError if the loss is not finite.
     """
     optimizer.zero_grad(set_to_none=True)
     mean = peers.backward(network, loss, part)
     if not math.isfinite(mean):
-        raise TrainingError(f"the loss is {mean}: lower the learning rate, or look for broken input")
+        raise TrainingError(f"the loss is {mean}: lower the learning rate, or check the data")
     torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
     optimizer.step()
     return mean
@@ -103,12 +103,12 @@ def snapshot(network: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def named_weights(network: torch.nn.Module, prefix: str) -> dict[str, NDArray[Any]]:
-    """All weights as arrays, their names prefixed."""
-    return {prefix + name: values.numpy() for name, values in snapshot(network).items()}
+    """All weights as arrays, with `prefix` before their names."""
+    return {prefix + name: values.cpu().numpy() for name, values in snapshot(network).items()}
 
 
 def advance(progress: Progress, figures: dict[str, float], network: torch.nn.Module, best: dict[str, Tensor]) -> None:
-    """Count an epoch; keep its weights in `best` if it is the best one so far."""
+    """Count an epoch with validation metrics `figures`; copy its weights to `best` if it is the best so far."""
     progress.epoch += 1
     progress.history.append(figures)
     if figures["ndcg@10"] > progress.best:
@@ -124,7 +124,7 @@ def save_state(
     best: dict[str, Tensor],
     progress: Progress,
 ) -> None:
-    """Write all that resuming needs to `run`, replacing the last state."""
+    """Save all that resuming needs in `run`, replacing the last state."""
     run.mkdir(parents=True, exist_ok=True)
     tensors = {f"now.{name}": values for name, values in snapshot(network).items()}
     tensors |= {f"best.{name}": values for name, values in best.items()}
@@ -143,7 +143,7 @@ def resume(
     optimizer: torch.optim.Optimizer,
     best: dict[str, Tensor],
 ) -> Progress:
-    """Load a saved state into network, optimiser and `best`; fresh progress where there is none.
+    """Load a saved state into network, optimiser and `best`; without one, return fresh progress.
 
     Raises:
         TrainingError: the state belongs to another config or dataset.
@@ -153,7 +153,7 @@ def resume(
         return Progress()
     about = _metadata(file)
     if about.get("fingerprint") != fingerprint:
-        raise TrainingError(f"{file} belongs to another config or dataset; choose another --out or delete it")
+        raise TrainingError(f"{file} belongs to another config or dataset; use another --out or delete it")
     tensors = load_file(file)
     network.load_state_dict({n[4:]: v for n, v in tensors.items() if n.startswith("now.")})
     best.update({n[5:]: v for n, v in tensors.items() if n.startswith("best.")})

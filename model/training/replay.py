@@ -1,10 +1,9 @@
-"""Replaying a dataset through the memory: what would memory have answered before each event?
+"""Replays a dataset through the memory: what would memory have answered before each event?
 
-The same `Banks` that serves requests is written event by event, all users at once, one step a position; the steps in
-between are where the questions are asked. Own scope: only strictly earlier events of the user are ever in the bank.
-Collective scope: the banks of all others as a store holds them, `train` (training interactions), `live` (validation
-items too) or `strict` (live, but only what is older than the event asked about); the user's own entries are always
-left out.
+The same `Banks` that serve requests are written event by event, all users at once, position by position; questions are
+asked between the writes. In the own scope, a bank holds only earlier events of its user. The collective scope searches
+the banks of all other users as a store holds them: `train` (training interactions), `live` (validation items, too) or
+`strict` (live, but only entries older than the event that is asked for).
 """
 
 from __future__ import annotations
@@ -19,19 +18,23 @@ from numpy.typing import NDArray
 from model.config import RulesConfig
 from model.data.dataset import Dataset, Targets, split_of
 from model.memory import rules as rule
-from model.memory.bank import Banks, Entries, Retrieved
-from model.memory.collective import LAST, CollectiveIndex, Layout, cells
+from model.memory.bank import Banks
+from model.memory.collective.index import CollectiveIndex
+from model.memory.collective.layout import LAST, Layout, cells
+from model.memory.retrieval import Entries, Retrieved
 from model.memory.rules import Bools, Floats, Ints
 from model.network.encoder import SequenceEncoder, StateRequests, encode_states
 
 Store = Literal["train", "live", "strict"]
 SEARCH_ROWS, PUT_ROWS = 512, 512
+"""Queries searched and users put into the index at once."""
 EXACT_ROWS = 64
+"""Queries of an exact search at once."""
 
 
 @dataclass(frozen=True)
 class MemorySpace:
-    """What the memories of one model are measured by: its rules, item clusters (items + 1,) and collective index."""
+    """What a model defines for its memories: rules, item clusters (items + 1,) and the layout of the index."""
 
     rules: RulesConfig
     clusters: NDArray[np.int32]
@@ -40,10 +43,11 @@ class MemorySpace:
 
 @dataclass(frozen=True)
 class Replay:
-    """Answers to N questions: what follows, asked before the event `before` (N,) at the time of the event `event` (N,)
-    that is to be found (indices into `dataset.items`; one and the same, or the first of its basket); state (N, d)
-    float32 of the user then, times (N,) of the questions, and the k_max best memories, to be cut by `adaptive` or to a
-    fixed K.
+    """Answers to N questions: which event comes next?
+
+    event (N,): the event to be predicted. before (N,): the event that the question is asked before, which is `event` or
+    the first of its basket. Both are indices into `dataset.items`. times (N,): of the questions. state (N, d) float32:
+    the user's state then. retrieved: the k_max best memories, to be cut by `adaptive` or to a `fixed` K.
     """
 
     event: NDArray[np.int64]
@@ -54,53 +58,53 @@ class Replay:
     rules: RulesConfig
 
     def take(self, rows: Ints | Bools | slice) -> Replay:
-        """Some of the questions; a mask, indices or a slice."""
+        """Some of the questions."""
         event, before, times = self.event[rows], self.before[rows], self.times[rows]
         return Replay(event, before, times, self.state[rows], self.retrieved.take(rows), self.rules)
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """The answers, and the banks as they are after the last event written."""
+    """The answers, and the banks after the last write."""
 
     replay: Replay
     banks: Banks
 
 
 def adaptive(asked: Replay) -> Retrieved:
-    """Only as many of the retrieved memories as adaptive K says, in both scopes."""
+    """The retrieved memories cut to the adaptive K, in both scopes."""
     retrieved, rules = asked.retrieved, asked.rules
     own = rule.own_k(retrieved.entropy, retrieved.bank_size, rules)
     return fixed(retrieved, own, rule.collective_k(retrieved.entropy, rules))
 
 
 def own_memories(asked: Replay) -> Retrieved:
-    """As `adaptive`, nothing of others."""
+    """As `adaptive`, without memories of others."""
     rules, retrieved = asked.rules, asked.retrieved
     return fixed(retrieved, rule.own_k(retrieved.entropy, retrieved.bank_size, rules), 0)
 
 
 def fixed(retrieved: Retrieved, k: Ints | int, collective_k: Ints | int) -> Retrieved:
-    """Only the best k memories of each scope; k (B,) or one number."""
+    """Only the best memories of each scope; k and collective_k are (B,) or one number."""
     shape = retrieved.bank_size.shape
     own = np.minimum(np.broadcast_to(k, shape), retrieved.bank_size)
     return retrieved.first(own, np.broadcast_to(np.asarray(collective_k, np.int64), shape))
 
 
 def trajectory(dataset: Dataset, encoder: SequenceEncoder) -> NDArray[np.float32]:
-    """(N, d) every user's state just before each of their events, by the one window rule."""
+    """(N, d) float32 the user's state just before each event of the dataset."""
     return encode_states(encoder, state_requests(dataset, np.arange(len(dataset)), encoder.item_count))
 
 
 def replay(
     dataset: Dataset, state: Floats, space: MemorySpace, targets: Targets, k: int | None = None, habits: bool = False
 ) -> Replayed:
-    """Write every user's events up to their last question, asking the own scope before each target. `state` (N, d) is
-    the dataset's `trajectory`.
+    """Write every user's events up to their last question, and ask the own scope before each target.
 
     Args:
-        k: memories retrieved for each question; none: as many as adaptive K may want. habits: whether their features
-            are told; they are where they decide what is retrieved.
+        state: (N, d) the dataset's `trajectory`.
+        k: memories to retrieve for each question; None: as many as the adaptive K may need.
+        habits: whether to return features of habits; they are always returned if retrieval depends on them.
     """
     key, rules = rule.unit(state), space.rules
     asked = np.zeros(len(dataset), bool)
@@ -125,7 +129,7 @@ def replay(
 
 
 def filled(dataset: Dataset, state: Floats, space: MemorySpace, lengths: Ints) -> Banks:
-    """All users' banks after their first `lengths` (users,) events."""
+    """All users' banks after their first `lengths` (users,) events. state (N, d): the dataset's `trajectory`."""
     key = rule.unit(state)
     banks, opens = Banks(dataset.users, key.shape[1], space.rules), dataset.opens()
     for rows, event in _steps(dataset, lengths):
@@ -135,7 +139,7 @@ def filled(dataset: Dataset, state: Floats, space: MemorySpace, lengths: Ints) -
 
 
 def collective(dataset: Dataset, state: Floats, space: MemorySpace, asked: Replay, store: Store) -> Replay:
-    """The questions with the collective_k_max best memories of others that a store holds."""
+    """The questions, answered with the collective_k_max best memories of others that a store holds, too."""
     split = split_of(dataset)
     end = split.train_end if store == "train" else np.maximum(split.train_end, split.validation_end)
     lengths = end - dataset.offsets[:-1]
@@ -146,7 +150,7 @@ def collective(dataset: Dataset, state: Floats, space: MemorySpace, asked: Repla
 
 
 def index_of(banks: Banks, space: MemorySpace) -> CollectiveIndex:
-    """A collective index of all the banks; a user's slot is their row."""
+    """A collective index of all banks; the slot of a user is their row."""
     index = CollectiveIndex(space.layout, space.rules)
     for at in range(0, len(banks), PUT_ROWS):
         rows = np.arange(at, min(at + PUT_ROWS, len(banks)))
@@ -155,17 +159,19 @@ def index_of(banks: Banks, space: MemorySpace) -> CollectiveIndex:
 
 
 def last_items(dataset: Dataset, before: Ints, count: int = LAST) -> NDArray[np.int64]:
-    """(N, count) what each user took last before the events `before` (N,), the newest first; 0 = nothing."""
+    """(N, count) the items that each user took last before the events `before` (N,), newest first; 0 = none."""
     place = np.asarray(before)[:, None] - 1 - np.arange(count)
     own = place >= dataset.offsets[dataset.owners()[before]][:, None]
     return np.where(own, dataset.items[np.maximum(place, 0)], 0).astype(np.int64)
 
 
 def ask_others(asked: Replay, owners: Ints, last: Ints, index: CollectiveIndex) -> Replay:
-    """The questions with the collective_k_max best memories of others. owners (N,): the asking users' slots; last
-    (N, L): what they took last.
+    """The questions, answered with the collective_k_max best memories of others, too. owners (N,): the asking users'
+    slots. last (N, L): the items that they took last.
     """
-    _, first, place = np.unique(asked.before, return_index=True, return_inverse=True)  # a basket's are one question
+    _, first, place = np.unique(
+        asked.before, return_index=True, return_inverse=True
+    )  # the items of a basket are one question
     queries, width = rule.unit(asked.state[first]), asked.rules.collective_k_max
     last, askers, wanted = last[first], owners[first], np.full(len(first), width)
     chunks = [slice(at, at + SEARCH_ROWS) for at in range(0, len(queries), SEARCH_ROWS)]
@@ -176,11 +182,11 @@ def ask_others(asked: Replay, owners: Ints, last: Ints, index: CollectiveIndex) 
 
 
 def _ask_older(asked: Replay, owners: Ints, times: Floats, banks: Banks) -> Replay:
-    """As `ask_others`, by exact search over the entries older than each question's time (N,)."""
+    """As `ask_others`, by exact search over the entries that are older than each question. times (N,): of questions."""
     usable = banks.valid() & (banks.fields["cell"] >= 0)
     who, slot = np.nonzero(usable)
     keys, age = banks.key[who, slot].astype(np.float32), banks.fields["time"][who, slot]
-    everything, width = banks.everything(), asked.rules.collective_k_max
+    entries, width = banks.all_entries(), asked.rules.collective_k_max
     found = []
     for at in range(0, len(owners), EXACT_ROWS):
         rows = slice(at, at + EXACT_ROWS)
@@ -189,24 +195,24 @@ def _ask_older(asked: Replay, owners: Ints, times: Floats, banks: Banks) -> Repl
         best = np.argsort(-similarity, axis=1, kind="stable")[:, :width]
         score = np.take_along_axis(similarity, best, 1)
         valid = np.isfinite(score)
-        columns = {name: getattr(everything, name)[who[best], slot[best]] for name in Entries.COLUMNS}
+        columns = {name: getattr(entries, name)[who[best], slot[best]] for name in Entries.COLUMNS}
         columns = {name: np.where(valid, values, 0) for name, values in columns.items()}
         found.append(Entries(**columns | {"similarity": np.where(valid, score, 0).astype(np.float32), "valid": valid}))
-    joined = Entries(*(np.concatenate([getattr(one, name) for one in found]) for name in Entries.COLUMNS))
+    joined = Entries(*(np.concatenate([getattr(part, name) for part in found]) for name in Entries.COLUMNS))
     wanted = np.full(len(owners), width)
     return replace(asked, retrieved=replace(asked.retrieved, collective=joined, collective_k=wanted))
 
 
 def last_question(dataset: Dataset, asked: Bools) -> NDArray[np.int64]:
-    """(users,) how many events matter: up to the last one asked about, 0 where none is."""
+    """(users,) the number of events up to and including the last one that is asked about (N,), or 0."""
     reach = np.where(asked, dataset.positions() + 1, 0)
     filled = np.maximum.reduceat(np.append(reach, 0), dataset.offsets[:-1])
     return np.where(dataset.lengths() > 0, filled, 0).astype(np.int64)
 
 
 def state_requests(dataset: Dataset, events: Ints, known_items: int) -> StateRequests:
-    """The user's state just before each of `events` (R,), indices into `dataset.items`. Items beyond `known_items` are
-    unknown to the encoder and skipped.
+    """Requests of the user's state just before each of `events` (R,), indices into `dataset.items`. Items beyond
+    `known_items` are unknown to the encoder and skipped.
     """
     owner = dataset.owners()[events]
     starts = np.zeros(dataset.users, np.int64)
@@ -215,7 +221,7 @@ def state_requests(dataset: Dataset, events: Ints, known_items: int) -> StateReq
 
 
 def _steps(dataset: Dataset, lengths: Ints) -> Iterator[tuple[Ints, Ints]]:
-    """(users, their events) position by position, for all users that reach so far."""
+    """(users, their events) for one position after another, each with all users that have an event there."""
     longest_first = np.argsort(-np.asarray(lengths), kind="stable")
     reach = -np.asarray(lengths)[longest_first]
     for position in range(int(np.max(lengths, initial=0))):
@@ -232,17 +238,19 @@ def _write(
 
 
 def _stack(answers: list[Retrieved], width: int) -> Retrieved:
-    own = [_widen(one.own, width) for one in answers]
-    entropy, k, size = (np.concatenate([getattr(one, n) for one in answers]) for n in ("entropy", "k", "bank_size"))
-    joined = Entries(*(np.concatenate([getattr(one, name) for one in own]) for name in Entries.COLUMNS))
-    told = [np.pad(one.habits, ((0, 0), (0, width - one.habits.shape[1]), (0, 0))) for one in answers]
-    most = max(one.present.shape[1] for one in answers)
-    present = [np.pad(one.present, ((0, 0), (0, most - one.present.shape[1]))) for one in answers]
+    own = [_widen(answer.own, width) for answer in answers]
+    entropy, k, size = (
+        np.concatenate([getattr(answer, n) for answer in answers]) for n in ("entropy", "k", "bank_size")
+    )
+    joined = Entries(*(np.concatenate([getattr(entries, name) for entries in own]) for name in Entries.COLUMNS))
+    habits = [np.pad(answer.habits, ((0, 0), (0, width - answer.habits.shape[1]), (0, 0))) for answer in answers]
+    most = max(answer.present.shape[1] for answer in answers)
+    present = [np.pad(answer.present, ((0, 0), (0, most - answer.present.shape[1]))) for answer in answers]
     return replace(
         Retrieved.nothing(entropy, size),
         k=k,
         own=joined,
-        habits=np.concatenate(told),
+        habits=np.concatenate(habits),
         present=np.concatenate(present),
     )
 

@@ -1,10 +1,10 @@
-"""Fitting: first the encoder, then the fusion on events that the encoder was not trained on.
+"""Training: first the encoder, then the fusion on events that the encoder was not trained on.
 
-The encoder is over-confident on events that it was trained on and would teach the gate to ignore memory. So the fusion
-is fitted on users held out from the encoder, or on everybody's validation items, which come after all training
-events as requests do; memories and queries come from this one encoder. Both ship together.
-A run that was interrupted goes on where it was: weights, optimiser and best epoch are saved after every epoch, and
-all randomness of an epoch follows from (seed, epoch).
+The encoder is over-confident on events that it was trained on, and would teach the gate to ignore memory. Therefore the
+fusion is fitted on users held out from the encoder, or on validation items, which follow all training events as
+requests do. Memories and queries come from this one encoder; a checkpoint holds both.
+An interrupted run resumes where it stopped: weights, optimiser and best epoch are saved after every epoch, and all
+random numbers of an epoch depend on the seed and the epoch alone.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from torch.nn import functional
 
 from model.checkpoint import Checkpoint, save_checkpoint
 from model.config import Config, TrainingConfig
-from model.data.dataset import Dataset
-from model.memory.collective import Layout
+from model.data.dataset import Dataset, split_of
+from model.data.interactions import DatasetError
+from model.memory.collective.layout import Layout
 from model.network.encoder import SequenceEncoder
+from model.network.fusion import MemoryFusion
 from model.training.collective_layout import layout_of, plane_of, sampled_keys
 from model.training.distributed import ALONE, Peers
 from model.training.encoder_stage import fit_encoder
@@ -35,16 +37,18 @@ from model.training.replay import MemorySpace, trajectory
 def train(
     dataset: Dataset, config: Config, run: Path, report: Report = lambda epoch: None, peers: Peers = ALONE
 ) -> Checkpoint:
-    """Fit encoder and fusion, write the checkpoint to `run`, return it. Resumes an interrupted run of equal config.
+    """Fit encoder and fusion, write the checkpoint to `run` and return it. Resumes an interrupted run of equal config.
 
-    With `peers` every process calls this with the same data, config and folder; the first one reports and writes, and
-    the others' checkpoint has no version.
+    With several `peers`, every process calls this with the same data, config and folder. The first one reports and
+    writes; the checkpoint that the others return has no version. Training runs on the device of `peers`.
 
     Raises:
-        PeersError: the processes do not go on from the same state.
+        PeersError: the processes do not resume from the same state.
         TrainingError: a loss was not finite, or `run` holds the state of another config or dataset.
-        DatasetError: no user has the three events that training, validation and test need.
+        DatasetError: no user has three events, as training, validation and test need one each.
     """
+    if not (split_of(dataset).validation >= 0).any():
+        raise DatasetError("no user has three events (or baskets): training, validation and test need one each")
     config = fitted_config(config, dataset)
     if config.training.threads:
         torch.set_num_threads(max(1, config.training.threads // peers.size))
@@ -57,27 +61,39 @@ def train(
     space = replace(space, rules=fit_rules(dataset, state, space, config.training))
     fusion, exclude_seen = fit_fusion(dataset, config, encoder, state, space, held_out, report, peers)
     rules = space.rules.model_copy(update={"exclude_seen": exclude_seen})
-    checkpoint = Checkpoint(
-        config=config.model_copy(update={"rules": rules, "fusion": fusion.config}),
+    config = config.model_copy(update={"rules": rules, "fusion": fusion.config})
+    checkpoint = _checkpoint(dataset, config, encoder, fusion, space, peers.from_first(plane_of(keys)))
+    if not peers.is_first:
+        return checkpoint
+    return replace(checkpoint, version=save_checkpoint(run, checkpoint))
+
+
+def _checkpoint(
+    dataset: Dataset,
+    config: Config,
+    encoder: SequenceEncoder,
+    fusion: MemoryFusion,
+    space: MemorySpace,
+    plane: NDArray[np.float32],
+) -> Checkpoint:
+    """The checkpoint of fitted networks, not saved yet."""
+    return Checkpoint(
+        config=config,
         item_ids=dataset.item_ids,
         metadata={item: dataset.metadata[item] for item in dataset.item_ids if item in dataset.metadata},
         weights=named_weights(encoder, "encoder.") | named_weights(fusion, "fusion."),
         item_clusters=space.clusters,
         popularity=space.layout.popularity,
         key_span=space.layout.span,
-        key_plane=peers.from_first(plane_of(keys)),
+        key_plane=plane,
         item_near=space.layout.near,
         item_nearness=space.layout.nearness,
     )
-    if not peers.is_first:
-        return checkpoint
-    version = save_checkpoint(run, checkpoint)
-    return replace(checkpoint, version=version)
 
 
 def fitted_config(config: Config, dataset: Dataset) -> Config:
-    """The config with what the data decides: the unit of time, the range of ratings where it is wider, how much people
-    come back to things.
+    """The config with settings that depend on the data: the unit of time, a wider range of ratings, and how often users
+    come back to items.
     """
     found: dict[str, Any] = {"time_unit": "seconds" if dataset.has_times else "position"}
     if dataset.has_ratings:
@@ -88,7 +104,7 @@ def fitted_config(config: Config, dataset: Dataset) -> Config:
 
 
 def hold_out(users: int, config: TrainingConfig) -> NDArray[np.bool_]:
-    """(users,) True for those kept from the encoder; follows from the seed. Nobody, where the fusion needs nobody."""
+    """(users,) bool: users kept from the encoder, drawn by the seed; none if `fusion_targets` needs none."""
     chosen = np.zeros(users, bool)
     if config.fusion_targets == "validation":
         return chosen
@@ -98,12 +114,12 @@ def hold_out(users: int, config: TrainingConfig) -> NDArray[np.bool_]:
 
 
 def memory_space(dataset: Dataset, encoder: SequenceEncoder, config: Config, keys: NDArray[np.float32]) -> MemorySpace:
-    """Item clusters and index layout of a fitted encoder, beside the rules; keys (n, d): some of its memories'."""
+    """Rules, item clusters and index layout for a fitted encoder. keys (n, d): a sample of the keys of entries."""
     return MemorySpace(config.rules, cluster_items(encoder, config), layout_of(dataset, encoder, keys))
 
 
 def _shared(space: MemorySpace, peers: Peers) -> MemorySpace:
-    """The first process's for all."""
+    """The memory space of the first process."""
     layout = space.layout
     shared = Layout(
         peers.from_first(layout.near),
@@ -115,8 +131,8 @@ def _shared(space: MemorySpace, peers: Peers) -> MemorySpace:
 
 
 def cluster_items(encoder: SequenceEncoder, config: Config) -> NDArray[np.int32]:
-    """k-means clusters of the item embeddings by direction, (items + 1,) int32; −1 for padding."""
-    vectors = functional.normalize(encoder.item.weight[1:].detach(), dim=1).numpy()
+    """k-means clusters of the directions of item embeddings, (items + 1,) int32; −1 for padding."""
+    vectors = functional.normalize(encoder.item.weight[1:].detach(), dim=1).cpu().numpy()
     clusters = min(config.rules.clusters, len(vectors))
     centroids = _spherical_kmeans(vectors, clusters, config.training.seed)
     return np.concatenate([[-1], np.argmax(vectors @ centroids.T, axis=1)]).astype(np.int32)

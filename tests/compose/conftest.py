@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from api.cli import measured_with
+from api.commands.report import measured_with
 from benchmarks.measures import Measure, measured, store
 
 

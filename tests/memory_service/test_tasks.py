@@ -5,7 +5,7 @@ import asyncio
 import pytest
 import redis.asyncio as redis
 
-from memory_service.tasks import end
+from memory_service.tasks import cancel_and_wait
 
 
 def test_who_calls_redis_all_the_time_ends_whenever_it_is_told_to(go, valkey_url):
@@ -22,7 +22,7 @@ def test_who_calls_redis_all_the_time_ends_whenever_it_is_told_to(go, valkey_url
             for _ in range(turns % 24):
                 await asyncio.sleep(0)
             tasks[-1].cancel()
-        await end(tasks)
+        await cancel_and_wait(tasks)
         await client.aclose()
         return sum(task.cancelled() for task in tasks)
 
@@ -48,13 +48,13 @@ def test_an_end_that_is_interrupted_still_ends_all(go):
     async def story() -> None:
         tasks = [asyncio.create_task(one) for one in (stubborn(0), stubborn(2), failing())]
         await asyncio.sleep(0)
-        ending = asyncio.create_task(end(tasks))
+        ending = asyncio.create_task(cancel_and_wait(tasks))
         await asyncio.sleep(0)
         ending.cancel()
         with pytest.raises(asyncio.CancelledError):
             await ending
         assert all(task.done() for task in tasks)
-        await end(tasks)
-        await end([])
+        await cancel_and_wait(tasks)
+        await cancel_and_wait([])
 
     go(story())

@@ -1,4 +1,4 @@
-"""docs/operations.md, "Backup and restore": everything is lost, restored, and recommended as before."""
+"""docs/operations.md, "Backup and restore": after each kind of restore, everybody gets the same recommendations."""
 
 import shutil
 from contextlib import ExitStack
@@ -21,7 +21,7 @@ USERS = [f"u{n}" for n in range(6)]
 
 @pytest.fixture
 def answers(run):
-    """What everybody gets from services that are started over a Redis; first `events` are sent, if any."""
+    """Start services over a Redis, send `events` if given, and return what each user gets."""
 
     def over(url: str, events: list[dict] | None = None) -> dict[str, dict]:
         with ExitStack() as stack:
@@ -42,7 +42,7 @@ def answers(run):
 
 
 def events() -> list[dict]:
-    """Full banks (10 entries) and others, items that the model does not know, ratings, repeats."""
+    """Events that fill some banks (10 entries), with ratings, repeats, and items that the model does not know."""
     return [
         {"user_id": user, "item_id": f"i{(3 * n + place) % 25 + 1}" if n % 7 else "new", "timestamp": 1_700_000_000 + n}
         | ({"rating": n % 5 + 1} if n % 2 else {})

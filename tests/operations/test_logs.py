@@ -1,4 +1,4 @@
-"""Logs of both services: JSON lines, request ids that go through, and no user in them."""
+"""Logs of both services: JSON lines under the request id, which name no user."""
 
 import json
 import logging
@@ -12,7 +12,8 @@ from api.access.keys import create_key
 from api.http.app import create_app as create_api
 from api.settings import ApiSettings
 from memory_service.http.app import create_app as create_memory
-from memory_service.protocol.telemetry import CALL, LINES_PER_S, AccessLog, Call, JsonLines, request_id
+from memory_service.protocol.context import CALL, Call, request_id
+from memory_service.protocol.logs import LINES_PER_S, AccessLog, JsonLines
 from memory_service.settings import MemorySettings
 from tests.api.commands.test_serve import start  # noqa: F401 - a fixture
 from tests.conftest import served
@@ -21,7 +22,7 @@ USER = "somebody-in-particular"
 
 
 def listen(stack: ExitStack, *names: str) -> list[dict]:
-    """What these loggers say from now on, as the lines that would be written."""
+    """The lines that these loggers write from now on."""
     lines = []
 
     class Hear(logging.Handler):
@@ -40,7 +41,7 @@ def lines_of(caplog, logger: str) -> list[dict]:
 
 
 def test_a_whole_run_names_no_user(start):  # noqa: F811
-    """The real processes at info level: ingested, recommended, looked into, refused, forgotten."""
+    """With the real processes at info level: a user's memories are written, used, inspected and forgotten."""
     process, client = start()
     event = {"user_id": USER, "item_id": "i1", "timestamp": 5.0}
     assert client.post("/memories", json={"interactions": [event]}).is_success
@@ -75,7 +76,7 @@ def test_an_answer_carries_the_request_id(api_url):
             assert answer.headers["x-request-id"] != hostile
 
 
-def test_a_failure_nobody_foresaw_carries_it_too_and_is_logged(run, stack):
+def test_an_unexpected_failure_carries_the_request_id_too_and_is_logged(run, stack):
     app = create_api(ApiSettings(run=run))
 
     @app.get("/broken")
@@ -83,7 +84,7 @@ def test_a_failure_nobody_foresaw_carries_it_too_and_is_logged(run, stack):
         raise RuntimeError("inside")
 
     with served(app) as url:
-        heard = listen(stack, "uvicorn.error")  # uvicorn has set it up by now
+        heard = listen(stack, "uvicorn.error")  # after uvicorn has configured it
         answer = httpx2.get(f"{url}/broken", headers={"X-Request-Id": "r-1"})
     assert (answer.status_code, answer.json()["request_id"], answer.headers["x-request-id"]) == (500, "r-1", "r-1")
     (failure,) = [line for line in heard if "exception" in line]
@@ -114,7 +115,7 @@ def test_calls_are_logged_with_the_name_of_the_key(run, caplog, tmp_path):
     assert secret not in caplog.text
 
 
-def test_lines_are_json_whatever_is_said():
+def test_lines_are_json_whatever_the_message():
     record = logging.LogRecord("x", logging.WARNING, "", 0, 'a "b"\n%s', ("\ud800",), None)
     record.fields = {"n": 1, "odd": object}
     CALL.set(Call("r-3"))
@@ -125,12 +126,12 @@ def test_lines_are_json_whatever_is_said():
 
 
 @pytest.mark.parametrize("sent", [None, b"", b"a" * 65, b"a\nb", b"<x>"])
-def test_ids_that_are_not_sane_are_replaced(sent):
+def test_invalid_request_ids_are_replaced(sent):
     assert len(request_id(sent)) > 16
     assert request_id(sent) != request_id(sent)
 
 
-def test_a_flood_of_refusals_is_counted_not_written(caplog):
+def test_most_lines_of_a_flood_of_refusals_are_counted_only(caplog):
     caplog.set_level(logging.INFO)
     access = AccessLog(logging.getLogger("flood"), clock=lambda: now)
     now = 0.0
@@ -144,7 +145,7 @@ def test_a_flood_of_refusals_is_counted_not_written(caplog):
     assert "left_out" not in caplog.records[-1].fields
 
 
-def test_what_went_well_is_not_written_at_info(caplog):
+def test_ordinary_successes_are_not_logged_at_info_level(caplog):
     caplog.set_level(logging.INFO, logger="flood")
     AccessLog(logging.getLogger("flood")).note("POST", "/recommend", 200, 0.0, notable=False)
     assert not caplog.records

@@ -1,4 +1,4 @@
-"""What /metrics of both services says, against what was done; and the recall that the memory service measures."""
+"""The metrics of both services, compared with what was done, and how the memory service measures recall."""
 
 import asyncio
 import re
@@ -10,17 +10,15 @@ from starlette.testclient import TestClient
 
 from memory_service.protocol.structs import UserEvents
 from memory_service.service import recall as probe
-from memory_service.service.service import MemoryService
-from memory_service.store.store import Store
 from model.checkpoint import load_checkpoint
-from model.memory.collective import CollectiveIndex
-from tests.memory_service.service.test_edges import remember
-from tests.memory_service.service.test_service import Caller, opened, took
+from model.memory.collective.index import CollectiveIndex
+from tests.memory_service.calling import Caller, opened, remember, took
+from tests.memory_service.calling import service as in_process
 from tests.model.memory.test_collective import LAST_ITEMS, LAYOUT, QUERIES, RULES, banks, brute_force, index_of
 
 
 def figures(client: httpx2.Client | TestClient) -> dict[str, float]:
-    """Every sample by name and labels."""
+    """The value of each sample, by name and labels."""
     return {name: float(value) for name, value in re.findall(r"^([a-z]\S*) (\S+)$", client.get("/metrics").text, re.M)}
 
 
@@ -36,7 +34,7 @@ def client(api_url):
 SLOTS = np.arange(30)
 
 
-def test_all_lists_looked_at_is_full_recall_in_however_many_slices(go, monkeypatch):
+def test_searching_all_lists_is_full_recall_whatever_the_slices(go, monkeypatch):
     index = index_of(banks())
     assert go(probe.recall_of(index, QUERIES, LAST_ITEMS, SLOTS)) == 1.0
     monkeypatch.setattr(probe, "SLICE", 1)
@@ -45,7 +43,7 @@ def test_all_lists_looked_at_is_full_recall_in_however_many_slices(go, monkeypat
 
 def test_recall_is_the_share_of_what_brute_force_finds(go):
     made = banks()
-    index = index_of(made, RULES.model_copy(update={"collective_codes": 200}))  # of some 600
+    index = index_of(made, RULES.model_copy(update={"collective_codes": 200}))  # of about 600
     measured = go(probe.recall_of(index, QUERIES, LAST_ITEMS, SLOTS))
     found = index.search(QUERIES, LAST_ITEMS, SLOTS, np.full(30, probe.NEIGHBOURS))
     shares = []
@@ -56,9 +54,9 @@ def test_recall_is_the_share_of_what_brute_force_finds(go):
     assert 0.05 < measured < 0.9
 
 
-def test_the_sample_is_residents_what_they_took_last_and_where_their_own_entries_are(go, run, valkey_url):
+def test_the_sample_consists_of_residents_their_last_items_and_their_slots(go, run, valkey_url):
     async def sampled():
-        service = MemoryService(Store(valkey_url, load_checkpoint(run).config.rules, 5), load_checkpoint(run), 100)
+        service = in_process(run, valkey_url)
         await service.start()
         try:
             for user, items in (("a", ["i3", "i1", "i2"]), ("b", ["i2", "i1"])):
@@ -77,9 +75,9 @@ def test_the_sample_is_residents_what_they_took_last_and_where_their_own_entries
     assert there[own[1]] == [number["i1"], number["i2"], 0, 0, 0]
 
 
-def test_others_are_answered_between_the_slices(go, monkeypatch):
+def test_other_tasks_run_between_the_slices(go, monkeypatch):
     monkeypatch.setattr(probe, "SLICE", 1)
-    monkeypatch.setattr(probe, "SHARE", 1)
+    monkeypatch.setattr(probe, "CORE_SHARE", 1)
     turns = 0
 
     async def other() -> None:
@@ -97,7 +95,7 @@ def test_others_are_answered_between_the_slices(go, monkeypatch):
     assert go(both()) <= turns
 
 
-def test_where_nobody_has_others_nothing_is_measured(go):
+def test_without_other_users_nothing_is_measured(go):
     index = CollectiveIndex(LAYOUT, RULES)
     assert go(probe.recall_of(index, QUERIES, LAST_ITEMS, SLOTS)) is None
     index.put(np.arange(1), banks(users=1))
@@ -111,7 +109,7 @@ def test_the_memory_service_counts_banks_prunes_and_conflicts(run, valkey_url, s
     caller = Caller(stack.enter_context(opened(run, valkey_url)), load_checkpoint(run).version)
     caller.remember("a", *(took(n, f"i{n + 1}") for n in range(8)))
     assert figures(caller.client)["ramrec_memory_entries_pruned_total"] == 0
-    caller.remember("a", *(took(n, f"i{n + 1}") for n in range(8, 14)))  # 14 items, room for 10
+    caller.remember("a", *(took(n, f"i{n + 1}") for n in range(8, 14)))  # 14 items, of which 10 fit
     caller.remember("b", took(20, "i1"), took(21, "i2"))
     caller.retrieve("a", "b", "nobody")
     seen = figures(caller.client)
@@ -130,7 +128,7 @@ def test_the_memory_service_counts_banks_prunes_and_conflicts(run, valkey_url, s
     assert seen["process_resident_memory_bytes"] > 1e6
 
 
-def test_a_write_that_lost_is_counted(run, valkey_url, stack):
+def test_a_write_conflict_is_counted(run, valkey_url, stack):
     caller = Caller(stack.enter_context(opened(run, valkey_url)), load_checkpoint(run).version)
     caller.remember("a", took(0, "i1"))
     users = [UserEvents("a", [took(1, "i2")])]
@@ -140,7 +138,7 @@ def test_a_write_that_lost_is_counted(run, valkey_url, stack):
     assert figures(caller.client)["ramrec_memory_write_conflicts_total"] == 1
 
 
-def test_recall_is_measured_again_and_again(run, valkey_url, stack):
+def test_recall_is_measured_repeatedly(run, valkey_url, stack):
     caller = Caller(stack.enter_context(opened(run, valkey_url, recall_s=0.01)), load_checkpoint(run).version)
     before = figures(caller.client)
     assert np.isnan(before["ramrec_memory_collective_recall"])
@@ -149,7 +147,7 @@ def test_recall_is_measured_again_and_again(run, valkey_url, stack):
         caller.remember(user, *(took(n, f"i{n + 1}") for n in range(5)))
     while not (seen := figures(caller.client))["ramrec_memory_collective_recall_timestamp_seconds"]:
         pass
-    assert seen["ramrec_memory_collective_recall"] == 1  # two neighbours and all lists of so small a model
+    assert seen["ramrec_memory_collective_recall"] == 1  # a model as small as this searches all lists
 
 
 def test_the_api_times_routes_and_names_its_models(client, run):

@@ -1,5 +1,5 @@
-"""Prometheus configuration, alerts and dashboard: every metric they name exists, every alert fires where it must, and a
-real Prometheus reads real services.
+"""Prometheus configuration, alerts and dashboard: all metrics that they name exist, every alert fires when it must, and
+a real Prometheus reads real services.
 """
 
 import json
@@ -13,7 +13,7 @@ import httpx2
 import pytest
 import yaml
 
-from api.http.metrics import Metrics as ApiMetrics
+from api.http.metrics import ApiMetrics
 from benchmarks.ports import free_port
 from memory_service.http.metrics import Metrics as MemoryMetrics
 
@@ -27,7 +27,7 @@ WORDS = {"and", "or", "unless", "by", "without", "on", "ignoring", "offset", "bo
 
 
 def tool(name: str) -> str:
-    """A program that `make tools` fetches, or the machine has."""
+    """The path of a program that `make tools` has fetched or that is installed."""
     ours = ROOT / "build" / "tools" / name
     found = str(ours) if ours.exists() else shutil.which(name)
     if found is None:
@@ -36,13 +36,13 @@ def tool(name: str) -> str:
 
 
 def exposed() -> set[str]:
-    """Names of all samples that the services show."""
+    """Names of all samples that the services expose."""
     families = [one for metrics in (ApiMetrics(), MemoryMetrics()) for one in metrics.registry.collect()]
     return {one.name + suffix for one in families for suffix in SUFFIXES[one.type]}
 
 
 def named(expression: str) -> set[str]:
-    """Names of the series in an expression of PromQL."""
+    """Names of the series in a PromQL expression."""
     bare = re.sub(r'"[^"]*"', "", expression)
     bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]", "", bare)
     bare = re.sub(r"\b(by|without|on|ignoring)\s*\([^)]*\)", "", bare)
@@ -76,22 +76,25 @@ def test_names_are_found_in_expressions():
 
 
 @pytest.mark.parametrize("expression", expressions())
-def test_every_metric_that_is_asked_for_exists(expression):
+def test_every_metric_in_an_expression_exists(expression):
     asked = named(expression)
     assert asked
     assert asked <= exposed() | PROMETHEUS_OWN
 
 
-def test_every_metric_of_ours_is_on_the_dashboard():
+def test_the_dashboard_shows_every_metric_of_the_services():
     shown = {name for panel in panels() for target in panel["targets"] for name in named(target["expr"])}
-    rates = {"ramrec_api_click_through", "ramrec_api_hit_rate"}  # of one process; over several they are divided anew
+    rates = {
+        "ramrec_api_click_through",
+        "ramrec_api_hit_rate",
+    }  # of one process; the dashboard computes them over all
     for metrics in (ApiMetrics(), MemoryMetrics()):
         for one in metrics.registry.collect():
             if one.name.startswith("ramrec_") and one.name not in rates:
                 assert {one.name + suffix for suffix in SUFFIXES[one.type]} & shown, one.name
 
 
-def test_the_dashboard_is_laid_out():
+def test_panels_of_the_dashboard_do_not_overlap():
     places = json.loads(DASHBOARD.read_text())["panels"]
     assert len({one["id"] for one in places}) == len(places)
     taken = [
@@ -112,7 +115,7 @@ def test_every_alert_says_what_is_wrong_how_bad_and_what_to_do():
         assert rule["annotations"]["runbook_url"] == f"docs/operations.md#{rule['alert'].lower()}"
 
 
-def test_every_alert_is_tried_out_both_ways():
+def test_every_alert_has_a_test_that_it_fires_and_one_that_it_does_not():
     tried = {test["name"] for file in TRIALS for test in yaml.safe_load(file.read_text())["tests"]}
     assert tried == {f"{rule['alert']} {kind}" for rule in alerts() for kind in ("fires", "stays quiet")}
 
@@ -126,18 +129,18 @@ def run_tool(*words: object) -> str:
     return done.stdout
 
 
-def test_promtool_finds_configuration_and_rules_in_order():
+def test_promtool_accepts_configuration_and_rules():
     assert "SUCCESS" in run_tool(tool("promtool"), "check", "config", PROMETHEUS / "prometheus.yml")
     assert f"{len(alerts())} rules found" in run_tool(tool("promtool"), "check", "rules", PROMETHEUS / "alerts.yml")
 
 
-def test_alerts_fire_where_they_must_and_nowhere_else():
+def test_alerts_fire_when_they_must_and_at_no_other_time():
     run_tool(tool("promtool"), "test", "rules", *TRIALS)
 
 
 @pytest.fixture
 def prometheus(api_url, memory_url, tmp_path) -> Iterator[httpx2.Client]:
-    """A Prometheus with our configuration that finds the services at their ports here, and scrapes each second."""
+    """A Prometheus with the repository's configuration, which scrapes the services of this test each second."""
     program = tool("prometheus")
     config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
@@ -165,7 +168,7 @@ def asked(client: httpx2.Client, expression: str) -> list[dict]:
     try:
         answer = client.get("/api/v1/query", params={"query": expression})
     except httpx2.ConnectError:
-        return []  # it is starting
+        return []  # it is still starting
     return answer.json()["data"]["result"] if answer.status_code == 200 else []
 
 

@@ -1,4 +1,4 @@
-"""Traces across both services, with the real SDK; and nothing of it where it is not asked for."""
+"""Traces across both services, with the real SDK, which is not even imported unless it is configured."""
 
 import os
 import subprocess
@@ -15,7 +15,8 @@ from opentelemetry.trace import StatusCode
 from api.http.app import create_app as create_api
 from api.settings import ApiSettings
 from memory_service.http.app import create_app as create_memory
-from memory_service.protocol.telemetry import Call, TracingError, traceparent, tracer_of
+from memory_service.protocol.context import Call, traceparent
+from memory_service.protocol.tracing import TracingError, tracer_of
 from memory_service.settings import MemorySettings
 from tests.conftest import served
 
@@ -26,7 +27,7 @@ USER = "somebody-in-particular"
 
 
 class Kept:
-    """A tracer, and the spans that it made."""
+    """A tracer, and the spans that it has made."""
 
     def __init__(self) -> None:
         self._exporter = InMemorySpanExporter()
@@ -35,14 +36,14 @@ class Kept:
         self.tracer = provider.get_tracer("ramrec")
 
     def spans(self, trace: str = TRACE) -> dict:
-        """Name → span, of one trace."""
+        """The spans of a trace, by name."""
         found = self._exporter.get_finished_spans()
         return {span.name: span for span in found if f"{span.context.trace_id:032x}" == trace}
 
 
 @pytest.fixture
 def traced(run, valkey_url):
-    """Ask a traced service; gives the spans of both services after they have ended."""
+    """Send requests to traced services; returns the spans of the api and of the memory service."""
 
     def ask(*calls: tuple[str, str, dict | None]) -> tuple[dict, dict]:
         api, memory = Kept(), Kept()
@@ -91,7 +92,7 @@ def test_a_failure_shows_in_the_trace(run, stack):
     assert spans["GET /users/{user_id:id}/memory"].status.status_code is StatusCode.ERROR
 
 
-def test_a_trace_that_is_not_kept_is_passed_on(run, valkey_url):
+def test_an_api_without_traces_passes_the_trace_on(run, valkey_url):
     memory = Kept()
     app = create_memory(MemorySettings(run=run, redis_url=valkey_url), memory.tracer)
     with served(app) as memory_url, served(create_api(ApiSettings(run=run, memory_url=memory_url))) as url:
@@ -99,7 +100,7 @@ def test_a_trace_that_is_not_kept_is_passed_on(run, valkey_url):
     assert f"{memory.spans()['POST /v1/retrieve'].parent.span_id:016x}" == PARENT
 
 
-def test_only_a_traceparent_is_one():
+def test_malformed_traceparents_are_ignored():
     assert traceparent(SENT.encode()) == SENT
     for odd in (b"", b"x", SENT.encode()[:-1], SENT.replace(TRACE, "0" * 32).encode(), SENT.encode() + b"\n"):
         assert traceparent(odd) is None
@@ -116,13 +117,13 @@ def test_without_an_endpoint_nothing_is_imported(monkeypatch):
 
 def test_an_endpoint_without_the_extra_is_an_error_in_one_line(monkeypatch):
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)  # as if it were not installed
     with pytest.raises(TracingError, match=r"ramrec\[otel\]"):
         tracer_of("x")
 
 
-def test_an_endpoint_turns_it_on():
-    code = "from memory_service.protocol.telemetry import tracer_of; "
+def test_an_endpoint_turns_traces_on():
+    code = "from memory_service.protocol.tracing import tracer_of; "
     code += "tracer_of('ramrec-api').start_span('x').end(); print('made')"
     env = os.environ | {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_EXPORTER_OTLP_TIMEOUT": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)

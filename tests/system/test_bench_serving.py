@@ -9,8 +9,8 @@ import httpx2
 import pytest
 from fastapi import FastAPI, Response
 
-from api.http.schemas import RecommendRequest
-from api.recommend.recommend import recommend
+from api.http.schemas.recommend import RecommendRequest
+from api.recommend.pipeline import recommend
 from benchmarks.serving.asking import LoadError, Look, Probes, parsed, write_bodies
 from benchmarks.serving.deployment import Deployment, is_empty, serving
 from benchmarks.serving.floor import create_app as create_floor

@@ -1,4 +1,4 @@
-"""Damaged messages and files: refused with a reason, whatever they hold, and nothing else suffers. Seeded."""
+"""Damaged messages and files are refused with a reason and do no harm, whatever they contain. Seeded."""
 
 import random
 import resource
@@ -30,13 +30,13 @@ from memory_service.protocol.structs import (
     RetrieveReply,
     RetrieveRequest,
     UserEvents,
-    UserMemory,
     UserRekey,
     Users,
     UserWrite,
     WriteReply,
     WriteRequest,
 )
+from memory_service.protocol.user_memory import UserMemory
 from model.checkpoint import (
     HEADER_FILE,
     ITEMS_FILE,
@@ -58,7 +58,7 @@ ROUNDS = 1500
 LIES = 1200
 CHECKPOINTS = 500
 MEMORY_KB = 1_000_000
-"""Growth of the process that no refusal may cost."""
+"""By how much the process may grow."""
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def remember(client: httpx2.Client, model: str, user: str, events: list[EventIn]
 
 
 def requests(model: str, user: str) -> dict[str, msgspec.Struct]:
-    """A good request of every call that has a body."""
+    """A valid request for every call with a body."""
     events = [EventIn(n, f"i{n + 1}", NOW + 50 + n, 5.0, f"e{n}") for n in range(3)]
     return {
         "/v1/retrieve": RetrieveRequest(
@@ -129,7 +129,7 @@ def test_the_memory_service_survives_damaged_requests(memory, run, path):
 
 
 def assert_sound(memory: httpx2.Client, model: str) -> None:
-    """Everybody can be asked about and looked at, and the catalogue be listed; all numbers are numbers."""
+    """Checks that users can be retrieved and inspected, the catalogue can be listed, and all numbers are finite."""
     users = msgspec.msgpack.decode(memory.get("/v1/users", params={"limit": 1000}).content, type=Users).users
     reply = post(memory, "/v1/retrieve", RetrieveRequest(model, ["u1", *users]))
     answer = msgspec.msgpack.decode(reply.content, type=RetrieveReply)
@@ -147,14 +147,14 @@ def assert_sound(memory: httpx2.Client, model: str) -> None:
     assert msgspec.msgpack.decode(listing.content, type=CatalogueReply).items
 
 
-# ------------------------------------------------------------------------------ a memory service that lies
+# ------------------------------------------------------------------------ a memory service with damaged replies
 
 
-class Liar:
-    """An ASGI application between api and memory service that damages what comes back, while `lying`."""
+class DamagingProxy:
+    """An ASGI application between api and memory service that damages replies while `damaging`."""
 
     def __init__(self, url: str, seed: str) -> None:
-        self.url, self.rng, self.lying, self.told = url, random.Random(seed), False, 0
+        self.url, self.rng, self.damaging, self.damaged = url, random.Random(seed), False, 0
         self.client: httpx2.AsyncClient | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -166,12 +166,12 @@ class Liar:
         assert self.client is not None
         answer = await self.client.request(scope["method"], target, content=await request.body(), headers=MSGPACK)
         status, content = answer.status_code, answer.content
-        if self.lying and content and not scope["path"].startswith("/health"):
-            self.told += 1
+        if self.damaging and content and not scope["path"].startswith("/health"):
+            self.damaged += 1
             content = damaged_msgpack(self.rng, content)
             if self.rng.random() < 0.1:
                 status = self.rng.choice([200, 201, 204, 404, 409, 418, 500, 503])
-        if self.lying and scope["path"].startswith("/health"):
+        if self.damaging and scope["path"].startswith("/health"):
             content = damaged(self.rng, content)
         await Response(b"" if status == 204 else content, status)(scope, receive, send)
 
@@ -212,7 +212,7 @@ CALLS = [
 
 
 def documented(document: dict, method: str, path: str, response: httpx2.Response) -> bool:
-    """Whether an answer is one that the OpenAPI document describes, and no failure of the api."""
+    """Whether the OpenAPI document describes the response, and it is not an internal error."""
     described = document["paths"][path][method.lower()]["responses"].get(str(response.status_code))
     if described is None or response.status_code == 500:
         return False
@@ -220,13 +220,13 @@ def documented(document: dict, method: str, path: str, response: httpx2.Response
     return jsonschema_rs.is_valid(schema | {"components": document["components"]}, response.json())
 
 
-def test_the_api_survives_a_memory_service_that_lies(memory_url, run, stack):
-    liar = Liar(memory_url, "liar")
-    url = stack.enter_context(served(create_api(ApiSettings(run=run, memory_url=stack.enter_context(served(liar))))))
+def test_the_api_survives_damaged_replies_of_the_memory_service(memory_url, run, stack):
+    proxy = DamagingProxy(memory_url, "liar")
+    url = stack.enter_context(served(create_api(ApiSettings(run=run, memory_url=stack.enter_context(served(proxy))))))
     client = stack.enter_context(httpx2.Client(base_url=url, timeout=30))
     events = [{"user_id": f"u{n % 3}", "item_id": f"i{n % 7 + 1}", "timestamp": n} for n in range(20)]
     assert client.post("/memories", json={"interactions": events}).status_code == 200
-    liar.lying = True
+    proxy.damaging = True
     document, failed = client.get("/openapi.json").json(), []
     for n in range(LIES):
         method, path, template, body = CALLS[n % len(CALLS)]
@@ -234,8 +234,8 @@ def test_the_api_survives_a_memory_service_that_lies(memory_url, run, stack):
         if not documented(document, method, template, response):
             failed.append((method, path, response.status_code, response.text))
     assert not failed, (len(failed), failed[:3])
-    assert liar.told > LIES // 2
-    liar.lying = False
+    assert proxy.damaged > LIES // 2
+    proxy.damaging = False
     answer = client.post("/recommend", json={"user_id": "u1", "explain": True}).json()
     assert (answer["source"], answer["memory"]["degraded"]) == ("memory", False)
     assert client.get("/health/ready").status_code == 200
@@ -249,7 +249,7 @@ def memory_kb() -> int:
 
 
 def loads(folder: Path) -> str:
-    """The version of a checkpoint that both services take, "" for one that either refuses; any other error escapes."""
+    """Version of a checkpoint that both services load; "" if either refuses it. Other errors are raised."""
     try:
         light = load_checkpoint(folder, with_weights=False)
         assert Recommender.load(folder).version == light.version
@@ -269,22 +269,22 @@ def test_damaged_checkpoints_are_refused(run, tmp_path, name, damage):
     for _ in range(CHECKPOINTS):
         content = damage(rng, good)
         (tmp_path / name).write_bytes(content)
-        taken = loads(tmp_path)
-        assert taken in ("", version), content[:1000]  # what is taken has the content of the whole one
-        refused += not taken
+        loaded = loads(tmp_path)
+        assert loaded in ("", version), content[:1000]  # whatever loads has the contents of the undamaged checkpoint
+        refused += not loaded
     assert refused > CHECKPOINTS // 3
     assert memory_kb() - before < MEMORY_KB
 
 
 def shaped(rules: dict | None = None, **encoder: object) -> Callable[[Checkpoint], Checkpoint]:
-    """A checkpoint whose config promises something else, with tables to match."""
+    """Changes the shape in a checkpoint's config, and its tables to match."""
 
     def change(good: Checkpoint) -> Checkpoint:
         shape = good.config.encoder.model_copy(update=encoder)
         config = good.config.model_copy(
             update={"encoder": shape, "rules": good.config.rules.model_copy(update=rules or {})}
         )
-        width = min(shape.width, 2**15)  # tables of the others would not fit this test's memory
+        width = min(shape.width, 2**15)  # larger tables would not fit into memory
         tables = {name: np.zeros((rows, width), np.float32) for name, rows in (("key_span", 2), ("key_plane", 3))}
         return replace(good, config=config, **tables)
 
@@ -318,8 +318,8 @@ def filled(name: str, value: object) -> Callable[[Checkpoint], Checkpoint]:
         filled("weights", {"encoder.item.weight": np.full((31, 16), np.nan, "f4")}),
     ],
 )
-def test_checkpoints_that_are_whole_but_cannot_be_are_refused(run, tmp_path, change):
-    """Their content fits their version, as in a file made by hand."""
+def test_undamaged_checkpoints_with_impossible_contents_are_refused(run, tmp_path, change):
+    """Their version matches their contents, as in a file made by hand."""
     before = memory_kb()
     save_checkpoint(tmp_path, change(load_checkpoint(run)))
     assert not loads(tmp_path)
@@ -327,7 +327,7 @@ def test_checkpoints_that_are_whole_but_cannot_be_are_refused(run, tmp_path, cha
 
 
 @pytest.mark.parametrize("about", ['{"i1": []}', '{"i1": {"x": NaN}}', '{"i1": {"x": 1e400}}', "[" * 10**6, "[]"])
-def test_metadata_that_could_not_be_served_is_refused(run, tmp_path, about):
+def test_metadata_that_cannot_be_served_is_refused(run, tmp_path, about):
     shutil.copytree(run, tmp_path, dirs_exist_ok=True)
     (tmp_path / ITEMS_FILE).write_text(about)
     assert not loads(tmp_path)

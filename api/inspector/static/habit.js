@@ -1,4 +1,4 @@
-// How often something is taken, and when, in words; `api/commands/drawing.py` says the same. Times in seconds.
+// How often something is taken, and when, in words; `api/commands/inspect/text.py` says the same. Times in seconds.
 
 const MINUTE = 60, HOUR = 3600, DAY = 86400;
 const UNITS = [["year", 365.25 * DAY], ["month", 30.44 * DAY], ["week", 7 * DAY], ["day", DAY], ["hour", HOUR], ["minute", MINUTE]];

@@ -8,13 +8,14 @@ import httpx2
 import pytest
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
+from starlette.routing import Route
 from typer.testing import CliRunner
 
 from api.access.keys import LOOK_S, KeyFileError, KeyRing, create_key, read_keys, revoke_key
-from api.access.scopes import ROUTES, needed
 from api.cli import app as cli
+from api.http.app import ROUTERS
 from api.http.app import create_app as create_api
-from api.http.routes import direct, router
+from api.http.policy import UNDECLARED, RouteTable, policy_of
 from api.settings import ApiSettings
 from memory_service.http.app import create_app as create_memory
 from memory_service.settings import MemorySettings
@@ -61,16 +62,27 @@ def bearer(key: str) -> dict[str, str]:
 
 def test_every_route_has_a_declared_scope(run):
     app = create_api(ApiSettings(run=run))
-    routes = [*direct.routes, *router.routes, *(route for route in app.routes if hasattr(route, "methods"))]
-    found = {(method, route.path) for route in routes for method in route.methods - {"HEAD"}}
-    assert len(found) > 15
-    assert found <= set(ROUTES)
+    routes = [route for router in ROUTERS for route in router.routes]
+    assert len(routes) > 15
+    assert all(isinstance(route, APIRoute) and policy_of(route.endpoint) is not UNDECLARED for route in routes)
     described = {(m.upper(), path) for path, methods in app.openapi()["paths"].items() for m in methods}
-    assert described <= {(method, path.replace(":id}", "}")) for method, path in ROUTES}
-    assert all(isinstance(route, APIRoute) for route in router.routes)
+    assert described <= {(method, route.path_format) for route in routes for method in route.methods}
+
+
+def test_the_documents_pages_need_no_key(run):
+    app, table = create_api(ApiSettings(run=run)), RouteTable(ROUTERS, ["/docs"])
+    pages = {route.path for route in app.routes if isinstance(route, Route)}
+    assert pages == {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
+    assert table.find("GET", "/docs")[1].scope is None
 
 
 def test_what_is_not_declared_needs_admin():
+    table = RouteTable(ROUTERS, ["/docs"])
+
+    def needed(method: str, path: str) -> tuple[str, str | None]:
+        template, policy = table.find(method, path)
+        return template, policy.scope
+
     assert needed("GET", "/secrets") == ("unknown", "admin")
     assert needed("HEAD", "/docs") == ("unknown", "admin")
     assert needed("GET", "/users/a\n/memory") == ("/users/{user_id:id}/memory", "admin")
@@ -201,7 +213,7 @@ def test_a_file_that_cannot_be_used_stops_the_start(keys, run):
 def test_two_keys_of_one_name_are_refused(keys):
     create_key(keys, "web", ("admin",), None)
     twice = json.loads(keys.read_text())["keys"] * 2
-    with pytest.raises(KeyFileError, match="'web' already"):
+    with pytest.raises(KeyFileError, match="already holds a key 'web'"):
         create_key(keys, "web", ("admin",), None)
     keys.write_text(json.dumps({"keys": twice}))
     with pytest.raises(KeyFileError, match="two keys"):

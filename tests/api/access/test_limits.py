@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+from dataclasses import replace
 
 import httpx2
 import msgspec
@@ -16,6 +17,7 @@ from api.http.problems import RateLimited
 from api.memory.client import MemoryClient
 from api.settings import ApiSettings
 from memory_service.protocol.structs import CONTENT_TYPE, QuotaReply, QuotaRequest
+from tests.api.services import with_services
 from tests.conftest import served
 
 
@@ -49,10 +51,10 @@ def test_two_apis_together_stay_within_the_limit(run, memory_url, keys, stack):
     secret = create_key(keys, "web", ("recommend",), 7)
     headers = {"Authorization": f"Bearer {secret}"}
     apis = [create_api(ApiSettings(run=run, memory_url=memory_url, keys=keys)) for _ in range(2)]
-    urls = [stack.enter_context(served(app)) for app in apis]
     now = 1000.25
     for app in apis:
-        app.state.limits = Limits(app.state.engine.memory.quota, lambda: now)
+        with_services(app, lambda one: replace(one, limits=Limits(one.engine.memory.quota, lambda: now)))
+    urls = [stack.enter_context(served(app)) for app in apis]
     for _ in range(2):
         answers = [httpx2.post(f"{urls[n % 2]}/recommend", json={}, headers=headers) for n in range(12)]
         assert [answer.status_code for answer in answers] == [200] * 7 + [429] * 5

@@ -1,4 +1,4 @@
-"""Settings out of files, as container engines hand over secrets, and a Redis password beside its URL."""
+"""Settings from files, as container engines provide secrets, and a Redis password apart from its URL."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ def secrets(tmp_path):
     return tmp_path
 
 
-def test_settings_come_from_files_called_like_their_variables(run, secrets):
+def test_settings_come_from_files_that_have_the_names_of_their_variables(run, secrets):
     memory = MemorySettings(run=run, redis_url="redis://redis:6379/0", _secrets_dir=secrets)
     assert memory.token.get_secret_value() == TOKEN
     assert memory.redis_url == f"redis://:{QUOTED}@redis:6379/0"
@@ -45,6 +45,13 @@ def test_services_read_the_folder_that_the_environment_names(secrets):
     assert done.stdout == f"redis://:{QUOTED}@there\n"
 
 
+def test_the_folder_is_looked_up_when_settings_are_made(run, secrets, monkeypatch):
+    monkeypatch.setenv("RAMREC_SECRETS_DIR", str(secrets))
+    assert ApiSettings(run=run).memory_token.get_secret_value() == TOKEN
+    monkeypatch.delenv("RAMREC_SECRETS_DIR")
+    assert ApiSettings(run=run).memory_token is None
+
+
 @pytest.mark.parametrize(
     ("url", "opened"),
     [
@@ -54,11 +61,11 @@ def test_services_read_the_folder_that_the_environment_names(secrets):
         ("unix:///run/redis", "unix:///run/redis"),
     ],
 )
-def test_a_password_goes_where_the_url_names_none(url, opened):
+def test_a_password_goes_into_urls_that_contain_none(url, opened):
     assert with_password(url, PASSWORD) == opened
 
 
-def test_a_password_of_no_redis_is_refused_and_not_quoted(run, secrets):
+def test_a_password_without_a_url_is_refused_and_not_quoted(run, secrets):
     with pytest.raises(ValidationError, match="whose password") as refused:
         MemorySettings(run=run, _secrets_dir=secrets)
     assert "s3cret" not in str(refused.value)

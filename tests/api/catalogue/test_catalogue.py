@@ -4,6 +4,7 @@ import asyncio
 
 import httpx2
 import msgspec
+import numpy as np
 import pytest
 import redis
 from hypothesis import given
@@ -11,15 +12,16 @@ from hypothesis import strategies as st
 
 from api.catalogue.catalogue import CatalogueMirror
 from api.http.app import create_app as create_api
-from api.http.metrics import Metrics
+from api.http.metrics import ApiMetrics
 from api.memory.client import MemoryClient
 from api.models.engine import Engine
 from api.settings import ApiSettings
 from memory_service.protocol.structs import CatalogueReply, Item
-from memory_service.store.store import CatalogueItem, Store
+from memory_service.store.items import CatalogueItem
+from memory_service.store.store import Store
 from model.config import RulesConfig
 from model.serving.recommender import Recommender
-from tests.api.http.test_api import ids, recommend
+from tests.api.calls import ids, recommend
 from tests.conftest import served
 
 
@@ -51,7 +53,7 @@ def test_only_items_that_were_there_before_count_as_changed(store, go):
 
 
 def test_changes_too_long_ago_are_not_made_up(store, go, monkeypatch, valkey_url):
-    monkeypatch.setattr("memory_service.store.store.CHANGES_KEPT", 3)
+    monkeypatch.setattr("memory_service.store.items.CHANGES_KEPT", 3)
     go(register(store, *"abcde"))
     for item in "abcd":
         go(register(store, item, about=b"{}"))
@@ -75,7 +77,7 @@ def test_numbers_and_revisions_that_cannot_be_are_no_trouble(memory_url, number)
 @pytest.fixture
 def engine(run, memory_url, go) -> Engine:
     async def opened() -> Engine:
-        return Engine(Recommender.load(run), MemoryClient(memory_url, 5), Metrics())
+        return Engine(Recommender.load(run), MemoryClient(memory_url, 5), ApiMetrics())
 
     engine = go(opened())
     yield engine
@@ -84,7 +86,7 @@ def engine(run, memory_url, go) -> Engine:
 
 @pytest.mark.parametrize("kept", [2, 100])
 def test_the_mirror_is_the_catalogue_however_it_came_over(engine, store, go, monkeypatch, kept):
-    monkeypatch.setattr("memory_service.store.store.CHANGES_KEPT", kept)
+    monkeypatch.setattr("memory_service.store.items.CHANGES_KEPT", kept)
     monkeypatch.setattr("memory_service.service.catalogue.LISTED", 4)
     monkeypatch.setattr("api.catalogue.filters.RUN", 8)
 
@@ -125,7 +127,7 @@ def test_a_mirror_of_a_catalogue_that_is_gone_starts_anew(engine, store, go, val
 
 
 def test_what_one_process_hides_the_others_hide_too(run, memory_url, stack, monkeypatch):
-    monkeypatch.setattr("api.http.app.REFRESH_S", 0.01)
+    monkeypatch.setattr("api.http.lifespan.REFRESH_S", 0.01)
     one, other = (
         stack.enter_context(
             httpx2.Client(base_url=stack.enter_context(served(create_api(ApiSettings(run=run, memory_url=memory_url)))))
@@ -200,3 +202,19 @@ def test_a_search_finds_what_a_look_at_every_item_finds(items, query, limit):
         mirror.take(CatalogueReply(1, 0, items, len(items)))
         found = mirror.find(query, limit)
     assert found == [item for item in items if mentions(item, query)][:limit]
+
+
+def test_the_catalogue_mirror_grows_and_changes_step_by_step():
+    mirror = CatalogueMirror({"a": 1, "b": 2})
+    mirror.take(CatalogueReply(1, 0, [Item("a")], 3))
+    before = mirror.model_index
+    mirror.take(CatalogueReply(2, 0, [Item("new"), Item("b", None, True)], 3))
+    assert before.tolist() == [0, 1]  # the model's thread may still be reading it
+    assert mirror.model_index.tolist() == [0, 1, 0, 2]
+    assert mirror.number_of == {"a": 1, "new": 2, "b": 3}
+    assert mirror.hidden.tolist() == [3]
+    assert mirror.indices(np.array([[1, 3]])).tolist() == [[1, 2]]
+    mirror.take(CatalogueReply(4, 2, [Item("c")], 4, [(1, Item("a", {"n": 1}, True)), (3, Item("b"))]))
+    assert mirror.numbers(["a", "no", "c"]) == [1, 4]
+    assert [item.metadata for item in mirror.items] == [{"n": 1}, None, None, None]
+    assert (mirror.hidden.tolist(), mirror.revision) == ([1], 2)

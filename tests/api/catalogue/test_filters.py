@@ -8,10 +8,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from api.catalogue.filters import KEPT, Filters, extended
 from api.http.app import create_app as create_api
-from api.http.schemas import Filter
+from api.http.schemas.filters import Filter
 from api.settings import ApiSettings
 from memory_service.protocol.structs import Item
-from tests.api.http.test_api import ids, recommend, remember, scores
+from tests.api.calls import ids, recommend, remember, scores
 from tests.conftest import served
 
 FILMS = [
@@ -278,7 +278,7 @@ def test_without_a_catalogue_nothing_is_known_of_any_item(run, stack):
 @pytest.mark.parametrize(
     ("wanted", "field", "told"),
     [
-        ({"year": {"like": 3}}, "filter.year", "'like' is no operator; there are eq, ne, any, all,"),
+        ({"year": {"like": 3}}, "filter.year", "'like' is not an operator; the operators are eq, ne, any, all,"),
         ({"year": {}}, "filter.year", "at least one of eq,"),
         ({"year": {"gt": 1, "lt": "z"}}, "filter.year", "all numbers or all texts"),
         ({"year": {"gt": True}}, "filter.year.gt", "valid number"),

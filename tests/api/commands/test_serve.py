@@ -228,8 +228,8 @@ def test_a_killed_worker_and_a_killed_replica_come_back_and_requests_go_on(start
         os.kill(number, signal.SIGKILL)
     assert process.wait(60) == 2
     said = process.stdout.read()
-    assert "api worker 1 ended with exit code -9; it is started anew in 0.5 s" in said
-    assert "memory replica 1 ended with exit code -9; it is started anew in 0.5 s" in said
+    assert "api worker 1 ended with exit code -9; it is restarted in 0.5 s" in said
+    assert "memory replica 1 ended with exit code -9; it is restarted in 0.5 s" in said
     assert re.search(r"^ramrec: api worker [12] ended with exit code -9; the rest was stopped$", said, re.M)
     assert all_gone(after)
 
@@ -245,7 +245,7 @@ def test_a_process_that_keeps_ending_is_started_less_and_less_often(caplog):
         until(lambda: tend([steady, ending]) or len(caplog.messages) == 2)
     finally:
         steady.process.kill()
-    assert caplog.messages == [f"ending ended with exit code 3; it is started anew in {s} s" for s in ("0.5", "1")]
+    assert caplog.messages == [f"ending ended with exit code 3; it is restarted in {s} s" for s in ("0.5", "1")]
     steady.process.wait()
     with pytest.raises(ServeError, match="steady ended with exit code -9; the rest was stopped"):
         tend([steady, ending])
@@ -256,7 +256,7 @@ def test_a_process_that_keeps_ending_is_started_less_and_less_often(caplog):
     [
         (8001, 8000, None, "cannot both listen on port 8001"),
         (8000, 65535, None, "need the ports 65535 to 65536"),
-        (8000, 8001, "http://127.0.0.1:8001", "not ours to start"),
+        (8000, 8001, "http://127.0.0.1:8001", "does not start the memory service"),
     ],
 )
 def test_replicas_that_cannot_be_are_refused(run, port, memory_port, memory_url, complaint):

@@ -21,9 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api.http.app import create_app as create_api
-from api.jobs.backfill import BackfillError, backfill
+from api.jobs.backfill import backfill
+from api.jobs.batches import BLOCK, LARGEST, batches, with_event_ids
 from api.jobs.journal import JournalError, journal_file
-from api.jobs.parcels import BLOCK, PARCEL, named, parcels
+from api.jobs.sender import BackfillError
 from api.settings import ApiSettings
 from memory_service.http.app import create_app as create_memory
 from memory_service.settings import MemorySettings
@@ -57,10 +58,10 @@ LINES = st.lists(st.tuples(st.integers(0, 9), st.none() | st.integers(0, 50)), m
 def test_parcels_hold_every_line_once_and_keep_each_users_order(drawn, timed):
     lines = [LogLine(f"u{u * u % 10}", f"i{n}", (t or 0) if timed else t) for n, (u, t) in enumerate(drawn)]
     before = [LogLine("u", "i", 0.0)] * 1000
-    _, lines = named([before, lines], "file")
-    cut = parcels(lines)
+    _, lines = with_event_ids([before, lines], "file")
+    cut = batches(lines)
     assert sorted(row for one in cut for row in one.rows) == list(range(len(lines)))
-    assert max(len(one.rows) for one in cut) <= PARCEL
+    assert max(len(one.rows) for one in cut) <= LARGEST
     rows_of = defaultdict(list)
     for one in cut:
         assert one.users == {line.user_id for line in one.lines}
@@ -75,7 +76,7 @@ def test_parcels_hold_every_line_once_and_keep_each_users_order(drawn, timed):
 
 def test_users_of_neighbouring_parcels_differ_where_they_can():
     lines = [LogLine(f"u{u}", f"i{n}") for u in range(40) for n in range(5 * BLOCK)]
-    cut = parcels(lines)
+    cut = batches(lines)
     shared = [bool(one.users & other.users) for one, other in pairwise(cut)]
     assert sum(shared) <= len(shared) / 4
 

@@ -14,14 +14,14 @@ from pyarrow import parquet
 
 from api.http.app import create_app as create_api
 from api.jobs.backfill import backfill
-from api.jobs.bulk import HERE, BulkError, OnRay, divided
-from api.jobs.everybody import FEWEST_FILES, recommend_all
+from api.jobs.bulk import LOCAL, BulkError, RayRunner, split
+from api.jobs.recommend_all import FEWEST_FILES, recommend_all
 from api.jobs.reembed import ReembedError, reembed
 from api.memory.client import MemoryClient
-from api.recommend.recommend import recommend
+from api.recommend.pipeline import recommend
 from api.settings import ApiSettings
 from memory_service.http.app import create_app as create_memory
-from memory_service.protocol.slots import slot_of
+from memory_service.protocol.hash_slots import slot_of
 from memory_service.settings import MemorySettings
 from tests.api.jobs.test_backfill import remembered
 from tests.api.models.test_lifecycle import version
@@ -86,11 +86,11 @@ def close(rows: dict[str, list[dict]]) -> dict[str, list[dict]]:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[OnRay]:
+def cluster() -> Iterator[RayRunner]:
     """Two workers of Ray on loopback."""
     if find_spec("ray") is None:
         pytest.skip("Ray is not installed: pip install 'ramrec[ray]'")
-    with OnRay(workers=2) as started:
+    with RayRunner(workers=2) as started:
         yield started
 
 
@@ -133,7 +133,7 @@ def test_everybody_is_answered_for_one_time_and_as_the_data_says(habit_url, habi
     recommend_all(habit_run, habit_memory_url, tmp_path / "new", exclude_seen=True)
     (row,) = (row for part in files_of(tmp_path / "new").values() for row in part)
     assert {"i1", "i2"}.isdisjoint(row["items"])
-    with pytest.raises(BulkError, match="is no time in seconds"):
+    with pytest.raises(BulkError, match="is not a time in seconds"):
         recommend_all(habit_run, habit_memory_url, tmp_path / "ms", timestamp=when * 1000)
 
 
@@ -164,8 +164,8 @@ def test_it_does_not_count_as_a_use(known_url, memory_url, run, tmp_path, valkey
 
 def test_half_a_memory_is_no_answer(memory_url, run, tmp_path, monkeypatch, known_url):
     """A service that loses Redis under way: nothing wrong is written."""
-    monkeypatch.setattr("api.jobs.everybody.PAUSE_S", 0.0)
-    monkeypatch.setattr("api.jobs.everybody.recommend", degraded)
+    monkeypatch.setattr("api.jobs.recommend_all.PAUSE_S", 0.0)
+    monkeypatch.setattr("api.jobs.recommend_all.recommend", degraded)
     with pytest.raises(BulkError, match="without all of its memories"):
         recommend_all(run, memory_url, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.parquet"))
@@ -183,7 +183,7 @@ def test_the_cluster_that_is_started_listens_on_loopback_alone(cluster):
 
 def test_on_ray_recommendations_are_the_same(known_url, memory_url, run, tmp_path, cluster):
     here = recommend_all(run, memory_url, tmp_path / "here")
-    there = recommend_all(run, memory_url, tmp_path / "there", where=cluster)
+    there = recommend_all(run, memory_url, tmp_path / "there", runner=cluster)
     assert here == there
     assert files_of(tmp_path / "there") == close(files_of(tmp_path / "here"))
 
@@ -200,14 +200,14 @@ def test_on_ray_histories_arrive_the_same(run, valkey_url, tmp_path, stack, clus
     else:
         file.write_text("".join(f"{user} {' '.join(items)}\n" for user, items in taken.items()))
     found = []
-    for number, where in enumerate((HERE, cluster)):
+    for number, runner in enumerate((LOCAL, cluster)):
         settings = MemorySettings(run=run, redis_url=f"{valkey_url}?db={number}")
         memory = stack.enter_context(served(create_memory(settings)))
         url = stack.enter_context(served(create_api(ApiSettings(run=run, memory_url=memory))))
-        first, again = (backfill(url, file, where=where) for _ in range(2))
+        first, again = (backfill(url, file, runner=runner) for _ in range(2))
         assert (first.tally.accepted, first.tally.rows, first.before) == (len(rows), len(rows), 0)
         assert (again.tally, again.before) == (first.tally, len(rows))
-        assert backfill(url, file, where=where, again=True).tally.duplicates == len(rows)
+        assert backfill(url, file, runner=runner, again=True).tally.duplicates == len(rows)
         with httpx2.Client(base_url=url) as client:
             found.append({user: remembered(client, user, timed) for user in taken})
     assert found[0] == found[1]
@@ -216,7 +216,7 @@ def test_on_ray_histories_arrive_the_same(run, valkey_url, tmp_path, stack, clus
 def test_on_ray_everybody_moves(known_url, memory_url, run, other, cluster):
     with httpx2.Client(base_url=known_url, timeout=60) as client:
         assert client.post("/model/reload", json={"run": str(other)}).json()["state"] == "moving"
-        assert reembed(other, memory_url, where=cluster) == len(USERS)
+        assert reembed(other, memory_url, runner=cluster) == len(USERS)
         assert client.get("/health/ready").status_code == 200  # an api that finds the memory service ahead follows it
         state = client.get("/model").json()
         assert state["model_version"] == state["wanted"] == version(other)
@@ -257,12 +257,12 @@ def test_over_a_redis_cluster_and_a_group_of_replicas_it_is_all_the_same(
         lambda: lists_over_http(str(api.base_url)) == lists_over_http(known_url)
     )  # holders are counted within a second
     recommend_all(run, memory_url, tmp_path / "alone", top_n=30)
-    for name, where in (("here", HERE), ("on ray", cluster)):
-        written = recommend_all(run, api.memory_url, tmp_path / name, top_n=30, where=where)
+    for name, runner in (("here", LOCAL), ("on ray", cluster)):
+        written = recommend_all(run, api.memory_url, tmp_path / name, top_n=30, runner=runner)
         assert written.users == len(USERS)
         assert lists_of(tmp_path / name) == lists_of(tmp_path / "alone")
     assert api.post("/model/reload", json={"run": str(other)}).json()["state"] == "moving"
-    assert reembed(other, api.memory_url, where=cluster) == len(USERS)
+    assert reembed(other, api.memory_url, runner=cluster) == len(USERS)
     until(lambda: api.get("/model").json()["model_version"] == version(other))
     moved = api.post("/recommend/batch", json={"requests": [{"user_id": user} for user in USERS[:200]]}).json()
     assert {one["model_version"] for one in moved["results"]} == {version(other)}
@@ -270,9 +270,9 @@ def test_over_a_redis_cluster_and_a_group_of_replicas_it_is_all_the_same(
 
 def test_what_goes_wrong_in_a_worker_is_said_here(memory_url, other, cluster):
     with pytest.raises(ReembedError, match="POST /model/reload first"):
-        reembed(other, memory_url, where=cluster)
+        reembed(other, memory_url, runner=cluster)
     with pytest.raises(BulkError, match=r"a Ray worker failed: TypeError.*divmod"):
-        list(cluster.run(divmod, divided(3), lambda looked_at, done: None))  # workers know no module of the tests
+        list(cluster.run(divmod, split(3), lambda looked_at, done: None))  # workers know no module of the tests
 
 
 async def degraded(models, asked):

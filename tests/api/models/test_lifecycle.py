@@ -15,21 +15,21 @@ import pytest
 import redis
 
 from api.http.app import create_app as create_api
-from api.http.metrics import Metrics
-from api.jobs.reembed import ReembedError, one_pass, reembed, wanted
+from api.http.metrics import ApiMetrics
+from api.jobs.reembed import ReembedError, check_wanted, one_pass, reembed
 from api.memory.client import MemoryClient
 from api.models.engine import Engine
 from api.settings import ApiSettings
 from memory_service.http.app import create_app as create_memory
+from memory_service.protocol.question import Question
 from memory_service.protocol.structs import RekeyRequest, RetrieveRequest, UserRekey
 from memory_service.service.models import ModelMismatch
 from memory_service.settings import MemorySettings
 from model.checkpoint import HEADER_FILE, WEIGHTS_FILE, load_checkpoint, save_checkpoint
 from model.serving.recommender import Recommender
 from tests.conftest import served
-from tests.memory_service.service.test_edges import remember
-from tests.memory_service.service.test_edges import service as memory
-from tests.memory_service.service.test_service import took, vectors
+from tests.memory_service.calling import remember, took, vectors
+from tests.memory_service.calling import service as memory
 from tests.synthetic import random_checkpoint, small_config
 
 USERS = [f"u{n}" for n in range(8)]
@@ -282,7 +282,7 @@ def test_a_process_that_is_behind_takes_no_user_back(run, valkey_url, tmp_path, 
         await here.models.cut_over(second)
         await behind.models.follow()
         await here.models.want(first, run)
-        (stale,) = (await behind.retrieve(RetrieveRequest(second, ["u"]))).stale
+        (stale,) = (await behind.retrieve(Question.unpacked(RetrieveRequest(second, ["u"])))).stale
         move = UserRekey("u", stale.version, vectors("u", 1), vectors("u", 1))
         with pytest.raises(ModelMismatch, match=f"written for model {first}"):
             await behind.rekey(RekeyRequest(second, [move]))
@@ -304,8 +304,8 @@ def test_a_broken_off_reembed_goes_on_where_it_was(service, other, monkeypatch):
         pass
 
     async def begin() -> None:
-        engine = Engine(Recommender.load(other), MemoryClient(service.memory_url, 30), Metrics())
-        await wanted(engine)
+        engine = Engine(Recommender.load(other), MemoryClient(service.memory_url, 30), ApiMetrics())
+        await check_wanted(engine)
 
         def after_some(looked_at: int, moved: int) -> None:
             if moved:
@@ -427,7 +427,7 @@ def _empty(folder: Path) -> None:
         (_flipped, "content does not match version"),
         (_truncated, "cannot read"),
         (_of_another_format, "checkpoint format 9"),
-        (_of_another_capacity, "rules.capacity 20, the one that serves 10"),
+        (_of_another_capacity, "rules.capacity 20, the serving model 10"),
         (_empty, "no checkpoint at"),
     ],
 )

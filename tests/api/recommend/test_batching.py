@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from api.http.problems import Overloaded
+from api.http.problems import CallerGone, MemoryUnavailable, Overloaded
 from api.recommend.batching import MicroBatcher
 
 
@@ -23,7 +23,7 @@ class Recorder:
         return [2 * ask for ask in asks]
 
 
-def batcher(work, size=4, limit=6, lanes=1, kind_of=lambda ask: None) -> MicroBatcher[int, int]:
+def batcher(work, size=4, limit=6, lanes=1, kind_of=lambda request: None) -> MicroBatcher[int, int]:
     return MicroBatcher(work, size, 0.0, limit, lambda seconds: None, 60.0, lanes, kind_of)
 
 
@@ -128,3 +128,83 @@ def test_a_batch_holds_one_kind_and_one_that_hangs_holds_up_no_other():
         await made.stop()
 
     asyncio.run(scenario())
+
+
+async def _doubled(numbers):
+    return [2 * number for number in numbers]
+
+
+def leaving_batcher(work=_doubled, limit=8, patience_s=60.0) -> MicroBatcher:
+    return MicroBatcher(work, 4, 0.0, limit, lambda seconds: None, patience_s)
+
+
+def test_callers_get_their_own_answers(go):
+    async def scene():
+        batches = leaving_batcher()
+        answers = await asyncio.gather(*(batches.submit([n, 10 * n]) for n in range(4)))
+        await batches.stop()
+        return answers
+
+    assert go(scene()) == [[0, 0], [2, 20], [4, 40], [6, 60]]
+
+
+def test_requests_beyond_the_limit_are_refused_at_once_and_none_of_theirs_is_done(go):
+    async def scene():
+        batches = leaving_batcher(limit=3)
+        waiting = asyncio.ensure_future(batches.submit([1, 2]))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await batches.submit([3, 4])
+        answers = await waiting
+        await batches.stop()
+        return answers
+
+    assert go(scene()) == [2, 4]
+
+
+def test_no_work_is_done_for_those_who_left(go):
+    done = []
+
+    async def noted(numbers):
+        done.extend(numbers)
+        return numbers
+
+    async def hung_up() -> bool:
+        return True
+
+    async def still_there() -> bool:
+        return False
+
+    async def scene():
+        batches = leaving_batcher(noted, patience_s=0.0)
+        left = asyncio.ensure_future(batches.submit([1], hung_up))
+        cancelled = asyncio.ensure_future(batches.submit([2]))
+        stays = asyncio.ensure_future(batches.submit([3], still_there))
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        outcomes = await asyncio.gather(left, cancelled, stays, return_exceptions=True)
+        await batches.stop()
+        return outcomes
+
+    left, cancelled, stays = go(scene())
+    assert isinstance(left, CallerGone)
+    assert isinstance(cancelled, asyncio.CancelledError)
+    assert (stays, done) == ([3], [3])
+
+
+def test_an_error_reaches_all_of_its_batch_and_the_next_batch_is_answered(go):
+    async def picky(numbers):
+        if 13 in numbers:
+            raise MemoryUnavailable("out of luck")
+        return numbers
+
+    async def scene():
+        batches = leaving_batcher(picky)
+        first = await asyncio.gather(*(batches.submit([n]) for n in (13, 1)), return_exceptions=True)
+        second = await batches.submit([2])
+        await batches.stop()
+        return first, second
+
+    first, second = go(scene())
+    assert [type(error) for error in first] == [MemoryUnavailable, MemoryUnavailable]
+    assert second == [2]

@@ -11,7 +11,7 @@ from api.settings import ApiSettings
 from memory_service.http.app import create_app as create_memory
 from memory_service.settings import MemorySettings
 from model.checkpoint import save_checkpoint
-from tests.api.http.test_api import ids, recommend, remember
+from tests.api.calls import ids, recommend, remember
 from tests.conftest import served
 from tests.synthetic import random_checkpoint
 

@@ -9,7 +9,7 @@ import pytest
 
 from api.http.app import create_app as create_api
 from api.settings import ApiSettings
-from tests.api.http.test_api import ids, recommend, remember, scores
+from tests.api.calls import ids, recommend, remember, scores
 from tests.conftest import MONDAY, served
 
 ITEMS = 30

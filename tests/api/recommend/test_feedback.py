@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api.http.app import create_app
-from api.http.schemas import Interaction
-from api.recommend.feedback import LIFETIME_S, LISTED, Feedback, Ids, labels
+from api.http.schemas.memories import Interaction
+from api.recommend.feedback import LIFETIME_S, LISTED, Feedback, RecommendationIds, labels
 from api.settings import ApiSettings
 from tests.conftest import served
 
@@ -21,46 +21,46 @@ K = st.integers(0, 100)
 
 @given(NAMES, K, K, st.lists(NAMES, max_size=LISTED + 5))
 def test_an_id_says_what_was_put_into_it_to_every_process_with_the_key(user, own_k, collective_k, items):
-    made = Ids("key").make(user, own_k, collective_k, items)
+    made = RecommendationIds("key").make(user, own_k, collective_k, items)
     assert len(made.encode()) <= 256
     assert re.fullmatch(r"[A-Za-z0-9_-]+", made)
-    shown = Ids("key").read(made, user)
+    shown = RecommendationIds("key").read(made, user)
     assert (shown.own_k, shown.collective_k) == (own_k, collective_k)
     assert all(shown.holds(item) for item in items[:LISTED])
-    assert Ids("other").read(made, user) is None
-    assert Ids("key").read(made, user + "x") is None
+    assert RecommendationIds("other").read(made, user) is None
+    assert RecommendationIds("key").read(made, user + "x") is None
 
 
 @given(st.integers(0, 53), st.sampled_from("-_ABCabc019"))
 def test_a_changed_id_is_unknown(place, letter):
-    made = Ids().make("u", 13, 66, [f"i{n}" for n in range(8)])
+    made = RecommendationIds().make("u", 13, 66, [f"i{n}" for n in range(8)])
     changed = made[:place] + letter + made[place + 1 :]
-    assert (Ids().read(changed, "u") is None) == (changed != made)
+    assert (RecommendationIds().read(changed, "u") is None) == (changed != made)
 
 
 @pytest.mark.parametrize("text", ["", "a", "a3c9b1d2e4f54c0b8f6a7d8e9f0a1b2c", "ü", "=" * 9, "A" * 256, "AQ==AQ"])
 def test_what_is_no_id_is_unknown(text):
-    assert Ids().read(text, "u") is None
+    assert RecommendationIds().read(text, "u") is None
 
 
 def test_ids_are_all_different_and_one_for_nobody_is_anybodys():
-    ids = Ids()
+    ids = RecommendationIds()
     made = {ids.make(None, 0, 0, ["i1"]) for _ in range(1000)}
     assert len(made) == 1000
     assert ids.read(made.pop(), "u").holds("i1")
 
 
 def test_items_that_were_not_listed_are_no_hits():
-    shown = Ids().read(Ids().make("u", 1, 1, [f"i{n}" for n in range(10)]), "u")
+    shown = RecommendationIds().read(RecommendationIds().make("u", 1, 1, [f"i{n}" for n in range(10)]), "u")
     assert sum(shown.holds(f"other{n}") for n in range(10_000)) < 10  # 1.5 expected of 2 bytes an item
 
 
 def test_old_ids_are_unknown(monkeypatch):
-    made = Ids().make("u", 1, 1, [])
-    at = Ids().read(made, "u").at
+    made = RecommendationIds().make("u", 1, 1, [])
+    at = RecommendationIds().read(made, "u").at
     for when, known in ((at + LIFETIME_S - 1, True), (at + LIFETIME_S + 1, False), (at - 3600, False)):
         monkeypatch.setattr("api.recommend.feedback.time.time", lambda when=when: float(when))
-        assert (Ids().read(made, "u") is not None) == known
+        assert (RecommendationIds().read(made, "u") is not None) == known
 
 
 def test_scope_and_range_of_k():

@@ -6,25 +6,19 @@ import time
 import httpx2
 import msgspec
 import numpy as np
-import pytest
 import redis
 
 from memory_service.http.app import create_app
 from memory_service.http.metrics import Distribution
-from memory_service.protocol.slots import user_key
+from memory_service.protocol.bounds import USERS_PER_CALL
+from memory_service.protocol.hash_slots import user_key
 from memory_service.protocol.structs import Problem, RetrieveRequest, UserEvents
-from memory_service.service.service import USERS_PER_CALL, MemoryService
+from memory_service.service.service import MemoryService
 from memory_service.settings import MemorySettings
 from memory_service.store.store import Store
 from model.checkpoint import load_checkpoint
+from tests.memory_service.calling import NOW, Caller, ask, column, opened, remember, retrieved, service, took
 from tests.memory_service.index.test_collective_scope import others
-from tests.memory_service.service.test_edges import ask, remember, service
-from tests.memory_service.service.test_service import NOW, Caller, column, opened, took
-
-
-@pytest.fixture
-def caller(run, valkey_url, stack) -> Caller:
-    return Caller(stack.enter_context(opened(run, valkey_url)), load_checkpoint(run).version)
 
 
 def test_calls_beyond_the_queue_are_turned_away_and_the_others_answered(run, valkey_url, go):
@@ -90,7 +84,7 @@ def test_comparing_with_redis_finds_what_others_wrote_forgot_or_let_expire(run, 
         before = others(await _everybody(here))
         await remember(other, "a", took(2, "i7"))
         await other.forget("b")
-        await other.store.link.send([("DEL", user_key("c"))])  # as if expired
+        await other.store.redis.send([("DEL", user_key("c"))])  # as if expired
         await here.compare()
         after = others(await _everybody(here))
         for one in (here, other):
@@ -104,18 +98,17 @@ def test_comparing_with_redis_finds_what_others_wrote_forgot_or_let_expire(run, 
 
 async def _everybody(of: MemoryService):
     query = np.ones(of.serving.dim, "<f4") / np.sqrt(of.serving.dim)
-    return await of.retrieve(
-        RetrieveRequest(of.model_version, ["x"], query_rows=b"\0\0\0\0", queries=query.astype("<f4").tobytes())
-    )
+    asked = RetrieveRequest(of.model_version, ["x"], query_rows=b"\0\0\0\0", queries=query.astype("<f4").tobytes())
+    return await retrieved(of, asked)
 
 
 def test_banks_read_at_start_answer_without_being_read_again(run, valkey_url, go):
     class Counting(Store):
         loaded = 0
 
-        async def look(self, check, load=(), stones=(), **more):
+        async def look(self, check, load=(), tombstones=(), **more):
             self.loaded += len(load)
-            return await super().look(check, load, stones, **more)
+            return await super().look(check, load, tombstones, **more)
 
     async def started():
         writer = service(run, valkey_url)

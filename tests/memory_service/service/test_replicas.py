@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
-from bisect import bisect_right
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -26,272 +23,23 @@ from hypothesis.stateful import (
 
 from memory_service.protocol.structs import (
     EventIn,
-    PlanRequest,
     RetrieveReply,
-    RetrieveRequest,
-    UserEvents,
-    UserMemory,
     UserPlan,
-    UserWrite,
     UserWritten,
-    WriteRequest,
 )
-from memory_service.service.service import MemoryService
-from memory_service.store.store import Store
-from model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from model.config import RulesConfig
-from tests.synthetic import random_checkpoint, small_config
-
-DIM = 16
-CAPACITY = 4
-USERS = ("ann", "ben", "cid", "dan")
-RESIDENT = (100, 2)
-"""Banks that may stay in memory: the first replica keeps all, the second has to make room all the time."""
-TRIES = 3
-RULES = RulesConfig(
-    capacity=CAPACITY,
-    clusters=4,
-    time_unit="position",
-    weight_access=0.0,  # whose retrievals were counted where does not decide what is pruned
-    prune_std=1.0,
-    similarity_threshold=-1.0,
-    collective_k_min=50,
-    collective_k_max=50,
+from memory_service.protocol.user_memory import UserMemory
+from model.checkpoint import Checkpoint
+from tests.memory_service.calling import column
+from tests.memory_service.plain_memory import (
+    DIM,
+    ITEMS,
+    RESIDENT,
+    USERS,
+    Person,
+    Wanted,
+    state_of,
 )
-ITEMS = {user: [f"i{5 * n + m}" for m in range(1, 6)] + [f"new-of-{user}"] for n, user in enumerate(USERS)}
-"""Every user takes items of their own only: five that the model knows and one that it does not."""
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Checkpoint:
-    folder = tmp_path_factory.mktemp("small-banks")
-    save_checkpoint(folder, random_checkpoint(small_config().model_copy(update={"rules": RULES})))
-    return load_checkpoint(folder, with_weights=False)
-
-
-# ------------------------------------------------------------------------------------ keys and states
-
-
-def drawn(*seed: object) -> np.ndarray:
-    """A vector of unit length that follows from the seed alone."""
-    rng = np.random.default_rng(list(repr(seed).encode()))
-    vector = rng.normal(size=DIM)
-    return (vector / np.linalg.norm(vector)).astype("<f4")
-
-
-def key_of(user: str, item: str, position: int) -> np.ndarray:
-    return drawn("key", user, item, position)
-
-
-def state_of(user: str, sequence: Sequence[str]) -> np.ndarray:
-    return drawn("state", user, *sequence)
-
-
-# --------------------------------------------------------------------------------------------- model
-
-
-@dataclass
-class Entry:
-    """One memory."""
-
-    item: str
-    key: np.ndarray
-    time: float
-    rating: float | None
-    shared: bool
-    frequency: int = 1
-    retrieved: int = 0
-
-    def again(self, event: EventIn, when: float, key: np.ndarray, shared: bool) -> None:
-        self.frequency += 1
-        keep = min(0.9, 0.7 + 0.05 * math.log(self.frequency))
-        blended = keep * self.key.astype("<f4") + (1 - keep) * key
-        self.key = (blended / np.linalg.norm(blended)).astype("<f2")
-        if event.rating is not None and (when >= self.time or self.rating is None):
-            self.rating = event.rating
-        self.time = max(self.time, when)
-        self.shared |= shared
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a batch of events must be sorted into, and the log with those that are new."""
-
-    accepted: list[tuple[EventIn, float]]
-    duplicates: list[int]
-    forgotten: list[int]
-    log: list[tuple[str, float]]
-    positions: list[int]
-
-
-@dataclass
-class Person:
-    """All that is remembered about one user."""
-
-    version: int = 0
-    last_version: int = 0
-    forgotten_until: float = -math.inf
-    log: list[tuple[str, float]] = field(default_factory=list)
-    seen: list[str] = field(default_factory=list)
-    ids: set[str] = field(default_factory=set)
-    bank: list[Entry] = field(default_factory=list)
-    pruned: int = 0
-
-    def sort_out(self, events: Sequence[EventIn], received_at: float) -> Wanted:
-        timed = [(event, received_at if event.timestamp is None else event.timestamp) for event in events]
-        known = set(self.log) | {(entry.item, entry.time) for entry in self.bank}
-        ids, log = set(self.ids), list(self.log)
-        accepted, duplicates, forgotten = [], [], []
-        for event, when in sorted(timed, key=lambda one: (one[1], one[0].index)):
-            exact = event.timestamp is not None and (event.item_id, when) in known
-            if when <= self.forgotten_until:
-                forgotten.append(event.index)
-            elif exact or event.event_id in ids:
-                duplicates.append(event.index)
-            else:
-                accepted.append((event, when))
-                known.add((event.item_id, when))
-                ids |= {event.event_id} - {None}
-                log.insert(bisect_right(log, when, key=lambda one: one[1]), (event.item_id, when))
-        positions = _positions(log, accepted)
-        return Wanted(accepted, sorted(duplicates), sorted(forgotten), log, positions)
-
-    def take(self, user: str, wanted: Wanted) -> None:
-        if not wanted.accepted:
-            return
-        self.version = self.last_version = self.last_version + 1
-        self.log = wanted.log
-        for (event, when), position in zip(wanted.accepted, wanted.positions, strict=True):
-            self.ids |= {event.event_id} - {None}
-            self.seen += [event.item_id] if event.item_id not in self.seen else []
-            self._remember(event, when, key_of(user, event.item_id, position), position > 0)
-
-    def forgotten(self, when: float) -> Person:
-        """What is left: nobody, whose next version follows the last one and whose earlier events are refused."""
-        return Person(last_version=self.last_version, forgotten_until=when)
-
-    def _remember(self, event: EventIn, when: float, key: np.ndarray, shared: bool) -> None:
-        for entry in self.bank:
-            if entry.item == event.item_id:
-                entry.again(event, when, key, shared)
-                return
-        self.bank.append(Entry(event.item_id, key.astype("<f2"), when, event.rating, shared))
-        if len(self.bank) > CAPACITY:
-            self._prune()
-
-    def _prune(self) -> None:
-        worth = self._worth()
-        mean = sum(worth) / len(worth)
-        floor = mean - RULES.prune_std * math.sqrt(sum((one - mean) ** 2 for one in worth) / len(worth))
-        lowest = min(worth[:-1])  # the last one is the one just written
-        kept = [
-            entry for entry, one in zip(self.bank[:-1], worth[:-1], strict=True) if one >= floor and one > lowest
-        ] + self.bank[-1:]
-        self.pruned += len(self.bank) - len(kept)
-        self.bank = kept
-
-    def _worth(self) -> list[float]:
-        oldest_first = sorted(range(len(self.bank)), key=lambda slot: self.bank[slot].time)
-        age = {slot: len(self.bank) - 1 - rank for rank, slot in enumerate(oldest_first)}
-        total = RULES.weight_frequency + RULES.weight_recency + RULES.weight_rating
-        return [
-            (
-                RULES.weight_frequency * min(1.0, math.log(entry.frequency) / math.log(16))
-                + RULES.weight_recency * 2 ** (-age[slot] / RULES.half_life_entries)
-                + RULES.weight_rating * (0.5 if entry.rating is None else (entry.rating - 1) / 4)
-            )
-            / total
-            for slot, entry in enumerate(self.bank)
-        ]
-
-
-def _positions(log: list[tuple[str, float]], accepted: list[tuple[EventIn, float]]) -> list[int]:
-    """Where each accepted event stands in the log: of equal ones, the first stands first."""
-    taken: set[int] = set()
-    for event, when in reversed(accepted):
-        last = max(n for n, one in enumerate(log) if one == (event.item_id, when) and n not in taken)
-        taken.add(last)
-    return sorted(taken)
-
-
-# ------------------------------------------------------------------------------------------ calls
-
-
-class Replica:
-    """One memory service, called as the api calls it."""
-
-    def __init__(self, url: str, checkpoint: Checkpoint, resident_users: int = 100) -> None:
-        store = Store(url, checkpoint.config.rules, 10)
-        self.service = MemoryService(store, checkpoint, resident_users, url=f"replica {id(self)}", patience_s=3600)
-
-    async def started(self) -> Replica:
-        await self.service.start()
-        return self
-
-    async def close(self) -> None:
-        await self.service.close()
-
-    async def plan(self, user: str, events: list[EventIn], received_at: float) -> UserPlan:
-        asked = PlanRequest(self.service.model_version, received_at, [UserEvents(user, events)])
-        return (await self.service.plan(asked)).users[0]
-
-    async def write(self, plan: UserPlan, events: list[EventIn], received_at: float) -> UserWritten:
-        """Write what was planned, with the keys that the plan asks for."""
-        names = await self.names()
-        items = [names[number] for number in plan.job.unpack().items.tolist()]
-        item_of = {event.index: event.item_id for event in events}
-        positions = plan.job.unpack().positions.tolist()
-        keys = [key_of(plan.user_id, item_of[n], at) for n, at in zip(plan.accepted, positions, strict=True)]
-        state = state_of(plan.user_id, items).tobytes()
-        write = UserWrite(plan.user_id, plan.version, events, b"".join(key.tobytes() for key in keys), state)
-        asked = WriteRequest(self.service.model_version, received_at, [write])
-        return (await self.service.write(asked)).users[0]
-
-    async def ingest(self, user: str, events: list[EventIn], received_at: float, tries: int = TRIES) -> UserWritten:
-        """Plan and write; where another was faster, write by the plan that came back."""
-        plan = await self.plan(user, events, received_at)
-        for _ in range(tries):
-            written = await self.write(plan, events, received_at)
-            if written.retry is None:
-                return written
-            plan = written.retry
-        raise AssertionError(f"lost {tries} times in a row")
-
-    async def retrieve(self, users: Sequence[str], counted: bool = False, **more: bytes) -> RetrieveReply:
-        everything = np.full(len(users), CAPACITY, "<i4").tobytes()
-        uncounted = [] if counted else list(range(len(users)))
-        asked = RetrieveRequest(self.service.model_version, list(users), k=everything, uncounted=uncounted, **more)
-        return await self.service.retrieve(asked)
-
-    async def others(self, user: str) -> list[str]:
-        """Items that a user (""; nobody) is told of others."""
-        query = drawn("query").tobytes()
-        found = (await self.retrieve([user], query_rows=b"\0\0\0\0", queries=query)).collective.unpack()
-        names = await self.names()
-        return sorted(names[number] for number in found.item[0, found.valid[0]].tolist())
-
-    async def forget(self, user: str) -> bool:
-        return (await self.service.forget(user)).existed
-
-    async def inspect(self, user: str) -> UserMemory | None:
-        return await self.service.inspect(user)
-
-    async def names(self) -> list[str]:
-        """Item ids by number; nothing has number 0."""
-        listing = await self.service.catalogue.listing(1)
-        return ["", *(item.item_id for item in listing.items)]
-
-
-@pytest.fixture
-def pair(valkey_url, checkpoint, go) -> Iterator[tuple[Replica, Replica]]:
-    both = [go(Replica(valkey_url, checkpoint, limit).started()) for limit in RESIDENT]
-    yield both[0], both[1]
-    for one in both:
-        go(one.close())
-
-
-def column(data: bytes, kind: str) -> list:
-    return np.frombuffer(data, kind).tolist()
+from tests.memory_service.replica import Replica
 
 
 def split(data: bytes, counts: list[int]) -> list[list[int]]:
@@ -299,8 +47,6 @@ def split(data: bytes, counts: list[int]) -> list[list[int]]:
     values = column(data, "<u4")
     return [values[start:stop] for start, stop in pairwise(bounds)]
 
-
-# --------------------------------------------------------------------------------------- state machine
 
 WHO = st.sampled_from(USERS)
 WHICH = st.sampled_from([0, 1])
@@ -548,12 +294,12 @@ class Replicas(RuleBasedStateMachine):
         assert not set(self.run(self.replica[which].others(""))) & set(ITEMS[user])
 
     def forgot(self, user: str, before: float) -> None:
-        (stone,) = self.run(self.observer.service.store.tombstones([user]))
+        (tombstone,) = self.run(self.observer.service.store.tombstones([user]))
         person = self.people[user]
-        assert (stone is None) == (person.last_version == 0)
-        if stone is not None:
-            assert before <= stone.time <= time.time()
-            self.people[user] = person.forgotten(stone.time)
+        assert (tombstone is None) == (person.last_version == 0)
+        if tombstone is not None:
+            assert before <= tombstone.time <= time.time()
+            self.people[user] = person.forgotten(tombstone.time)
 
     def shared(self, asker: str) -> list[str]:
         """Items of the entries that others than the asker share: those whose key was made in a context."""
@@ -604,100 +350,3 @@ def test_two_replicas_are_one_memory(valkey_url, checkpoint):
     run_state_machine_as_test(
         machine, settings=settings(max_examples=40, stateful_step_count=25, deadline=None, phases=(Phase.generate,))
     )
-
-
-# -------------------------------------------------------------------------------------- at the same time
-
-
-def taken(user: str, *items: int, since: float = 1e9) -> list[EventIn]:
-    """Events of one request, a second apart."""
-    return [EventIn(n, ITEMS[user][item], since + n) for n, item in enumerate(items)]
-
-
-def test_writers_through_both_replicas_at_once_lose_nothing(pair, go):
-    requests = [taken("ann", n % 6, (n + 1) % 6, since=1e9 + 10 * n) for n in range(16)]
-
-    async def together():
-        calls = [pair[n % 2].ingest("ann", events, 1e9, tries=40) for n, events in enumerate(requests)]
-        return await asyncio.gather(*calls), await pair[0].inspect("ann")
-
-    written, memory = go(together())
-    assert [one.accepted for one in written] == [[0, 1]] * len(requests)
-    assert sorted(one.version for one in written) == list(range(1, len(requests) + 1))
-    assert [when for _, when in memory.log] == sorted(event.timestamp for events in requests for event in events)
-    assert (memory.version, memory.events) == (len(requests), 2 * len(requests))
-
-
-def test_one_request_sent_many_times_at_once_is_kept_once(pair, go):
-    events = taken("ann", 0, 1, 2)
-
-    async def together():
-        calls = [pair[n % 2].ingest("ann", events, 1e9, tries=40) for n in range(10)]
-        return await asyncio.gather(*calls), await pair[1].inspect("ann")
-
-    written, memory = go(together())
-    assert Counter(len(one.accepted) for one in written) == {3: 1, 0: 9}
-    assert Counter(len(one.duplicates) for one in written) == {3: 9, 0: 1}
-    assert (memory.version, [entry.frequency for entry in memory.entries]) == (1, [1, 1, 1])
-
-
-def test_readers_of_both_replicas_never_see_less_than_was_acknowledged(pair, go):
-    acknowledged, done = 0, False
-
-    async def writer():
-        nonlocal acknowledged, done
-        for n in range(30):
-            acknowledged = (await pair[n % 2].ingest("ann", taken("ann", n % 6, since=1e9 + n), 1e9)).version
-        done = True
-
-    async def reader(replica: Replica, users: Sequence[str]):
-        last = 0
-        while not done:
-            least = max(last, acknowledged)
-            last = column((await replica.retrieve(users)).versions, "<i8")[0]
-            assert last >= least
-
-    async def together():
-        for user in USERS[1:]:  # more than the second replica may keep
-            await pair[0].ingest(user, taken(user, 0), 1e9)
-        readers = [reader(replica, ["ann", *more]) for replica in pair for more in ((), USERS[1:])]
-        await asyncio.gather(writer(), *readers)
-
-    go(together())
-    assert acknowledged == 30
-
-
-def test_a_retrieval_is_counted_once_whoever_writes_next(pair, go):
-    async def story():
-        await pair[0].ingest("ann", taken("ann", 0), 1e9)
-        for replica in (pair[0], pair[1], pair[1]):
-            await replica.retrieve(["ann"], counted=True)
-        for n in range(6):
-            await pair[n // 2 % 2].ingest("ann", taken("ann", 1, since=2e9 + n), 2e9)
-        return await pair[0].inspect("ann")
-
-    assert [entry.access for entry in go(story()).entries] == [3, 0]
-
-
-def test_a_redis_that_lost_its_last_second_does_not_leave_the_replicas_at_odds(pair, go, valkey_url):
-    """What comes after the loss has the version of what was lost, and is not it."""
-    here, there = pair
-
-    async def story():
-        await here.ingest("ann", taken("ann", 0, 1), 1e9)
-        with redis.Redis.from_url(valkey_url) as raw:
-            (key,) = (key for key in raw.scan_iter() if b"ann" in key)
-            kept = raw.get(key)
-            await there.ingest("ann", taken("ann", 2, since=2e9), 2e9)
-            raw.set(key, kept)
-        await here.ingest("ann", taken("ann", 3, since=3e9), 3e9)
-        return (
-            await here.retrieve(["ann"]),
-            await there.retrieve(["ann"]),
-            await here.others(""),
-            await there.others(""),
-        )
-
-    one, other, others_here, others_there = go(story())
-    assert (one.seen, one.own.item) == (other.seen, other.own.item)
-    assert others_here == others_there

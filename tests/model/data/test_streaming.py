@@ -12,8 +12,8 @@ import pytest
 from pyarrow import csv as pacsv
 
 from model.config import DatasetConfig
-from model.data.dataset import read_interactions
 from model.data.interactions import DatasetError
+from model.data.reading import read_interactions
 from model.data.streaming import LogLine, portions
 
 ROWS = [(f"u{n % 7}", f"i{n % 31}", 1_600_000_000.0 + n * 37 % 1000, None if n % 5 == 0 else n % 5) for n in range(250)]
@@ -81,7 +81,7 @@ def test_json_lines_are_interactions(tmp_path):
         ("a.jsonl", '{"user_id": 7, "item_id": "i"}', r"line 1: Expected `str`, got `int` - at `\$.user_id`"),
         ("a.jsonl", '{"user_id": "u", "item_id": ', "line 1: .*truncated"),
         ("a.jsonl", '{"user_id": "", "item_id": "i"}', "line 1, column 'user_id': missing id"),
-        ("a.jsonl", '{"user_id": "u", "item_id": "a\\u0000"}', "line 1, column 'item_id': an id holds no NUL"),
+        ("a.jsonl", '{"user_id": "u", "item_id": "a\\u0000"}', "line 1, column 'item_id': an id cannot contain NUL"),
         ("a.jsonl", '{"user_id": "u", "item_id": "i", "event_id": "%s"}' % ("e" * 257), "column 'event_id': id of 257"),
         ("a.jsonl", '{"user_id": "u", "item_id": "i", "timestamp": 1e12}', "column 'timestamp': .*milliseconds"),
         ("a.jsonl", '{"user_id": "u", "item_id": "i", "rating": -1e10}', "column 'rating': rating beyond"),

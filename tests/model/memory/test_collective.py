@@ -5,11 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import model.memory.collective as collective
+import model.memory.collective.index as index_module
+import model.memory.collective.lists as lists_module
 from model.config import RulesConfig
 from model.memory.bank import NOT_SHARED, Banks, stack_banks
-from model.memory.collective import LAST, Codec, CollectiveIndex, Layout, Lists, cells, cells_of
-from model.memory.events import EncodeJob
+from model.memory.collective.codec import Codec
+from model.memory.collective.index import CollectiveIndex
+from model.memory.collective.layout import LAST, Layout, branches, cells, cells_of
+from model.memory.collective.lists import CellLists
+from model.memory.record import EncodeJob
 from model.memory.rules import unit
 from tests.synthetic import span_of
 
@@ -111,7 +115,7 @@ def test_own_entries_and_ties_do_not_crowd_others_out():
     made.fields["cell"][:] = cells(np.array([7]), np.array([3]))
     query, last = made.key[0, :1].astype(np.float32), np.array([[7, 3, 0, 0, 0]])
     found = index_of(made).search(query, last, np.array([3]), np.array([10]))
-    others, everything = np.delete(np.arange(USERS), 3), made.everything()
+    others, everything = np.delete(np.arange(USERS), 3), made.all_entries()
     names = ("item", "rating", "recency", "quality")
     item, *worth = (getattr(everything, name)[others][made.valid(others)] for name in names)
     best = np.lexsort((item, *(-one.astype(np.float16) for one in worth)))[:10]
@@ -149,7 +153,7 @@ def test_nothing_changes_where_memory_is_given_back():
 def test_entries_carry_the_features_of_the_bank():
     made = banks()
     found = index_of(made).search(QUERIES[:1], LAST_ITEMS[:1], np.array([-1]), np.array([5]))
-    everything = made.everything()
+    everything = made.all_entries()
     keys = kept(made) @ QUERIES[0]
     for place in range(5):
         user, slot = np.argwhere(np.isclose(keys, found.similarity[0, place], atol=1e-6) & made.valid())[0]
@@ -206,17 +210,18 @@ def test_an_item_that_the_model_does_not_know_has_a_list_of_its_own():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_long_lists_branch_and_nothing_is_lost(monkeypatch, bits):
     """Thousands of entries after one item: what was taken before it leads to its branch, and everything is there."""
-    monkeypatch.setattr(collective, "BRANCHED", 16)
+    monkeypatch.setattr(lists_module, "BRANCHED", 16)
     rng, count = np.random.default_rng(3), 3000
     keys, before = unit(rng.normal(size=(count, DIM))).astype(np.float32), rng.integers(1, 50, count)
     codec, cell = Codec(LAYOUT.span, bits), cells(np.full(count, 7), before)
-    lists, rows = Lists(codec, 4), np.arange(1, count + 1)
+    lists, rows = CellLists(codec, 4), np.arange(1, count + 1)
     cell_of = np.append(np.int32(0), cell)
     for some in np.array_split(np.arange(count), 7):
-        lists.add(rows[some], cell[some], keys[some], cell_of)
+        lists.add(rows[some], cell[some], keys[some])
+        lists.split(np.array([7]), cell_of)
     assert lists.size.sum() == len(lists) == lists.index.invlists.compute_ntotal() == count
     assert (lists.size > 0).sum() > 20
-    asked = lists.of(np.array([7]), collective._branches(np.array([31])))
+    asked = lists.of(np.array([7]), branches(np.array([31])))
     index = lists.index
     index.nprobe, index.max_codes = 1, 0
     _, found = index.search_preassigned(keys[:1], count, asked[:, None], np.zeros((1, 1), np.float32))
@@ -273,19 +278,21 @@ def sampled(order: np.ndarray, limit: int, whose: np.ndarray, batch: int) -> set
     made, index = banks(seed=7, users=len(order)), CollectiveIndex(LAYOUT, RULES, limit)
     for at in range(0, len(order), batch):
         users = order[at : at + batch]
-        index.put(np.arange(at, at + len(users)), made.rows(users), whose=whose[users])
+        slots = np.arange(at, at + len(users))
+        index.know(slots, whose[users])
+        index.put(slots, made.rows(users))
     assert len(index) <= limit
-    slots, item = index._start, index._item
+    item = index.rows.item
     return {
         (int(order[slot]), int(item[row]))
         for slot in range(len(order))
-        for row in range(slots[slot], slots[slot] + index._room[slot])
+        for row in index.rows.of(np.array([slot])).tolist()
         if item[row]
     }
 
 
 def test_indexes_of_one_limit_keep_the_same_sample_in_whatever_order_it_comes(monkeypatch):
-    monkeypatch.setattr(collective, "KEPT_OF_ITEM", 1)
+    monkeypatch.setattr(index_module, "KEPT_OF_ITEM", 1)
     users = 400
     whose = np.random.default_rng(1).integers(0, 2**63, users).astype(np.uint64)
     first = sampled(np.arange(users), 1000, whose, 25)
@@ -304,6 +311,6 @@ def test_a_sample_keeps_entries_of_rare_items():
     index = CollectiveIndex(layout, RULES, 1500)
     index.put(np.arange(300), made)
     assert index.share < 1
-    kept_of = np.bincount(index._item, minlength=ITEMS)
+    kept_of = np.bincount(index.rows.item, minlength=ITEMS)
     assert kept_of[1] < 300
     assert kept_of[2:].min() > 0

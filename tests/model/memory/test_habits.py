@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from model.config import RulesConfig
 from model.memory.bank import Banks
-from model.memory.events import Change, Event, Plan, UserRecord, apply, plan
+from model.memory.changes import Change, apply
+from model.memory.events import Event, Plan, plan
 from model.memory.habits import (
     DAY_HALF_LIVES,
     DAY_S,
@@ -28,6 +29,7 @@ from model.memory.habits import (
     taken_again,
     usual_time,
 )
+from model.memory.record import UserRecord
 from model.memory.rules import unit
 from tests.synthetic import random_banks
 
@@ -289,7 +291,7 @@ def test_a_weight_of_what_is_no_feature_is_refused():
 
 
 def daily(hour: float, days: int, every: int = 1) -> tuple[UserRecord, float]:
-    """Someone who takes item 1 at an hour of the day, from a Monday on; and the last time."""
+    """A user who takes item 1 at an hour of the day from a Monday on; and the time of the last event."""
     time = [MONDAY + (day * every * 24 + hour) * HOUR_S for day in range(days)]
     return written(*([(1, when)] for when in time)), time[-1]
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.config import EncoderConfig
-from model.memory.events import EncodeJob
+from model.memory.record import EncodeJob
 from model.memory.rules import window_start
 from model.network.encoder import SequenceEncoder, StateRequests, encode_states
 
@@ -30,7 +30,7 @@ def direct_state(encoder: SequenceEncoder, items: list[int], position: int) -> n
     return states_of(encoder, known)[-1]
 
 
-def test_first_state_is_the_same_for_everybody(encoder):
+def test_the_first_state_is_the_same_for_all_users(encoder):
     assert np.allclose(states_of(encoder, [1, 2])[0], states_of(encoder, [7])[0], atol=1e-6)
 
 

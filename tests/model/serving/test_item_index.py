@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from model.memory.bank import Retrieved
+from model.memory.retrieval import Retrieved
 from model.serving.item_index import ItemIndex
 from model.serving.recommender import Query, Recommender
 from model.serving.shortlist import FETCH
@@ -136,7 +136,7 @@ def test_scores_with_cosine_and_sketch():
 
 
 @pytest.mark.parametrize("bias", [-30.0, 30.0])
-def test_items_that_the_user_had_bear_the_repeat_bias(exact, quick, memories, monkeypatch, bias):
+def test_items_that_the_user_had_get_the_repeat_bias(exact, quick, memories, monkeypatch, bias):
     monkeypatch.setattr(exact.fusion.repeat_bias, "data", exact.fusion.repeat_bias.new_tensor(bias))
     near = exact.recommend(queries(top_n=700), memories, [False] * ROWS)
     asked = [replace(one, seen=best.items[:400]) for one, best in zip(queries(top_n=20), near, strict=True)]

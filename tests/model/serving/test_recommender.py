@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from model.memory.bank import Entries, Retrieved
-from model.memory.events import EncodeJob
+from model.memory.record import EncodeJob
+from model.memory.retrieval import Entries, Retrieved
 from model.serving.recommender import Query, Recommender, top_items
 from tests.synthetic import habitual_config, random_checkpoint, random_memories
 

@@ -71,14 +71,14 @@ def history(folder: Path) -> list[dict[str, float]]:
 
 
 def losses(text: str) -> dict[tuple[str, str], float]:
-    """By stage and epoch, as told."""
+    """The printed losses, by stage and epoch."""
     told = re.findall(r"^(\w+) (\d+)/\d+  loss (\S+)", text, re.MULTILINE)
     return {(stage, epoch): float(loss) for stage, epoch, loss in told}
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, Path, list[str], dict[tuple[str, str], float]]:
-    """The folders of a run by one process and of one by two; the words that gave the latter, and what it told."""
+    """Folders of a run by one process and of a run by two; the arguments of the latter, and its losses."""
     folder = tmp_path_factory.mktemp("peers")
     words = prepared(folder)
     one, two = run(*words, "--out", str(folder / "one")), run(*words, "--out", str(folder / "two"), processes=2)
@@ -123,7 +123,7 @@ def test_a_failing_process_ends_all(tmp_path):
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_a_process_alone_needs_nobody():
+def test_a_single_process_needs_no_others():
     layer, alone = torch.nn.Linear(3, 1), Peers()
     loss = layer(torch.ones(4, 3)).mean()
     assert alone.backward(layer, loss, 1.0) == loss.item()

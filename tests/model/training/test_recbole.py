@@ -1,4 +1,4 @@
-"""RecBole's YAML: every key is mapped, ignored with a reason, or an error."""
+"""RecBole's YAML: every key is translated, ignored with a reason, or an error."""
 
 import subprocess
 import sys
@@ -66,7 +66,7 @@ def test_the_example_becomes_a_config(tmp_path):
     }
 
 
-def test_every_mapped_key_exists_and_no_key_stands_twice():
+def test_every_mapped_key_exists_and_no_key_is_also_ignored():
     for section, name in MAPPED.values():
         assert name in getattr(Config(), section).model_dump()
     assert not MAPPED.keys() & IGNORED.keys()
@@ -76,11 +76,11 @@ def test_every_mapped_key_exists_and_no_key_stands_twice():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"hiden_size": 64}, "hiden_size: unknown key, meant: hidden_size"),
+        ({"hiden_size": 64}, "hiden_size: unknown key, did you mean hidden_size"),
         ({"zzz": 1}, "zzz: unknown key$"),
         ({"loss_type": "BPR"}, "loss_type: BPR"),
         ({"user_inter_num_interval": "(5,10)"}, "user_inter_num_interval"),
-        ({"user_inter_num_interval": "[5,inf)", "item_inter_num_interval": "[3,inf)"}, "must agree"),
+        ({"user_inter_num_interval": "[5,inf)", "item_inter_num_interval": "[3,inf)"}, "must be equal"),
     ],
 )
 def test_what_has_no_counterpart_is_an_error_that_names_the_key(values, message):

@@ -6,9 +6,10 @@ import torch
 
 from model.config import Config, ConfigError, load_config
 from model.data.dataset import Targets, leave_one_out
+from model.data.interactions import DatasetError
 from model.network.encoder import SequenceEncoder
 from model.serving.recommender import Recommender
-from model.training.encoder_stage import next_item_loss, training_batches, validate_encoder
+from model.training.encoder_stage import Windows, next_item_loss, training_batches, validate_encoder
 from model.training.evaluation import EvaluationError, check_items, evaluate, memory_space_of
 from model.training.fusion_stage import fusion_targets
 from model.training.metrics import ranks, relative_gain, summary
@@ -80,7 +81,13 @@ def test_a_run_of_another_config_is_not_resumed(tmp_path):
         train(dataset, small_config(max_epochs=1, learning_rate=0.5), tmp_path)
 
 
-def test_a_loss_that_is_no_number_is_refused():
+@pytest.mark.parametrize("fusion_targets", ["held-out-users", "validation"])
+def test_a_log_of_too_short_histories_is_refused(tmp_path, fusion_targets):
+    with pytest.raises(DatasetError, match="no user has three events"):
+        train(cyclic_dataset(length=2), small_config(fusion_targets=fusion_targets), tmp_path)
+
+
+def test_a_loss_that_is_not_finite_is_refused():
     layer = torch.nn.Linear(2, 2)
     with pytest.raises(TrainingError, match="nan"):
         step(
@@ -106,11 +113,12 @@ def test_every_training_interaction_is_a_target_once_and_nothing_else():
 def test_the_loss_of_a_batch_is_the_mean_over_real_positions():
     torch.manual_seed(0)
     encoder = SequenceEncoder(small_config().encoder, 12).eval()
-    short, long = torch.tensor([[3, 4, 0, 0]]), torch.tensor([[5, 6, 7, 8]])
     settings = small_config().training
-    together = next_item_loss(encoder, torch.cat([short, long]), settings)
-    apart = next_item_loss(encoder, short[:, :2], settings) * 2 + next_item_loss(encoder, long, settings) * 4
-    assert together.item() == pytest.approx(apart.item() / 6, abs=1e-5)
+    together, short, long = (
+        next_item_loss(encoder, Windows(np.array(items)), settings).item()
+        for items in ([[3, 4, 0, 0], [5, 6, 7, 8]], [[3, 4]], [[5, 6, 7, 8]])
+    )
+    assert together == pytest.approx((short * 2 + long * 4) / 6, abs=1e-5)
 
 
 def test_early_stopping_counts_from_the_best_epoch():
@@ -120,7 +128,7 @@ def test_early_stopping_counts_from_the_best_epoch():
     assert progress.over(max_epochs=7, patience=99)
 
 
-def test_replay_asks_only_what_came_before():
+def test_replay_answers_from_earlier_events_alone():
     """The answer before event t is the same whether or not anything happens from t on."""
     dataset, checkpoint = cyclic_dataset(users=6, length=15, items=12), random_checkpoint(items=12)
     recommender = Recommender.of(checkpoint)
@@ -194,7 +202,7 @@ def test_the_report_has_every_variant_under_both_protocols(tmp_path):
     assert gains["memory", "masked", "train"]["gain"] == pytest.approx(memory["ndcg@10"] / base["ndcg@10"] - 1)
 
 
-def test_where_people_come_back_to_things_nothing_is_masked_and_repeats_are_told_apart(tmp_path):
+def test_logs_with_repeats_are_evaluated_unmasked_with_metrics_of_repeats(tmp_path):
     dataset = cyclic_dataset()
     recommender = Recommender.of(train(dataset, small_config(), tmp_path))
     rows = evaluate([recommender], dataset, "cycle")["rows"]
@@ -209,10 +217,10 @@ def test_a_run_is_not_evaluated_on_other_items():
 
 
 @pytest.mark.parametrize("length", [6, 15])
-def test_validation_leaves_out_what_was_had_only_where_nobody_repeats(length):
+def test_validation_masks_earlier_items_only_in_logs_without_repeats(length):
     dataset = cyclic_dataset(items=12, length=length)
     encoder = SequenceEncoder(small_config().encoder, 12)
-    with torch.no_grad():  # every item looks like every other: ties, counted against us
+    with torch.no_grad():  # all items have the same score: ties count as better
         encoder.item.weight[1:] = 1.0
     ranked = 12 if length == 15 else 12 - (length - 2)
     assert dataset.repeats() == (length == 15)
@@ -221,7 +229,7 @@ def test_validation_leaves_out_what_was_had_only_where_nobody_repeats(length):
 
 def test_metrics_by_hand():
     scores = np.array([[-np.inf, 0.9, 0.5, 0.5, 0.1], [-np.inf, 0.1, 0.2, 0.3, 0.4]])
-    assert ranks(scores, np.array([2, 4])).tolist() == [3, 1]  # a tie counts against us
+    assert ranks(scores, np.array([2, 4])).tolist() == [3, 1]  # ties count as better
     figures = summary(np.array([1, 3, 7, 11]))
     assert figures["hr@5"] == 0.5
     assert figures["hr@10"] == 0.75

@@ -1,0 +1,1 @@
+"""How Redis is reached: one server or a Redis Cluster, behind one interface."""

@@ -1,0 +1,1 @@
+"""Logs of interactions: reading them, and turning them into sequences. No torch."""
