@@ -1,7 +1,7 @@
-"""`make screenshots`: the pictures of the inspector in the README, of a service that runs with ML-100K's memories.
+"""`make screenshots`: takes the pictures of the inspector for the README and these pages.
 
-Starts `ramrec serve` with the run and the memories of `make quickstart`, which has to be there, and looks at it in
-a headless Chromium.
+Needs the run that `make quickstart` trained: starts `ramrec serve` with it and with its memories, and takes the
+pictures in a headless Chromium.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ TAKEN = ("Alien", "Blade Runner", "Toy Story")
 
 
 def main() -> int:
-    """Both pictures."""
+    """Take both pictures. Returns the exit code."""
     if chromium() is None or not (RUN / "checkpoint.json").exists():
-        print("wanted: Chromium (Debian: apt-get install chromium) and a run of `make quickstart`", file=sys.stderr)
+        print("needs Chromium (Debian: apt-get install chromium) and the run of `make quickstart`", file=sys.stderr)
         return 2
     with serving(RUN) as url, browser() as started:
         options = {"viewport": {"width": WIDTH, "height": HEIGHT}, "base_url": url, "reduced_motion": "reduce"}
         with opened(started, **options) as (page, _):
             page.goto("/#/users/13")
             expect(page.locator(".picture .dot")).not_to_have_count(0)
-            _keep(page, "inspector-user.png")
+            _save(page, "inspector-user.png")
         with opened(started, **options, color_scheme="dark") as (page, _):
-            _be_somebody_new(page)
-            _keep(page, "inspector-try.png")
+            _be_a_new_user(page)
+            _save(page, "inspector-try.png")
             page.get_by_role("button", name="Forget me").click()
             expect(page.locator(".heard")).to_contain_text("You are forgotten")
     return 0
 
 
-def _be_somebody_new(page: Page) -> None:
+def _be_a_new_user(page: Page) -> None:
     page.goto("/#/try")
     for title in TAKEN:
         page.get_by_label("Search the catalogue").fill(title)
@@ -48,7 +48,7 @@ def _be_somebody_new(page: Page) -> None:
     page.locator(".heard").hover()
 
 
-def _keep(page: Page, name: str) -> None:
+def _save(page: Page, name: str) -> None:
     page.wait_for_load_state("networkidle")
     page.screenshot(path=FOLDER / name)
     print(FOLDER / name)
