@@ -144,14 +144,16 @@ class CollectiveIndex:
         self.rows.give_back(slots)
 
     def compact(self) -> None:
-        """Split the lists that became too long and free the memory that was set aside for growth, if many entries were
-        added since the last time. Takes about 100 ms for a million entries.
+        """Split the lists that became too long. If many entries were added since the last time, also free the memory
+        that was set aside for growth, which takes about 100 ms for a million entries.
         """
         if self._added > LOOSE * len(self):
             self._lists.rebuild(self.rows.cell)
             self.rows.compact()
             self._added = 0
             free_memory()
+        else:
+            self._lists.split(None, self.rows.cell)
 
     def _take_out(self, rows: NDArray[np.int64]) -> None:
         """Remove the entries in these rows."""

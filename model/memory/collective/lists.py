@@ -165,21 +165,26 @@ class CellLists:
 
     # ---------------------------------------------------------------------------------------------- split
 
-    def split(self, items: Ints, cell_of: NDArray[np.int32]) -> None:
-        """Give more lists to those of the items whose lists are too long. cell_of: cell of every filed entry, by row."""
+    def split(self, items: Ints | None, cell_of: NDArray[np.int32]) -> None:
+        """Give more lists to those of the items (None: all) whose lists are too long.
+
+        Args:
+            cell_of: cell of every filed entry, by row.
+        """
         items, splits = self._too_long(items)
         self._reserve(int((1 << splits).sum()))
         self._spread(items, splits, cell_of, self._inverted)
 
     def rebuild(self, cell_of: NDArray[np.int32]) -> None:
         """`split` for all items, which also frees the memory that was set aside for growth."""
-        items, splits = self._too_long(np.arange(len(self._count)))
+        items, splits = self._too_long(None)
         new = self._empty(self._used + int((1 << splits).sum()))
         self._spread(items, splits, cell_of, new)
         self._replace(new)
 
-    def _too_long(self, items: Ints) -> tuple[Ints, NDArray[np.int64]]:
+    def _too_long(self, items: Ints | None) -> tuple[Ints, NDArray[np.int64]]:
         """The items that need more lists, and n of each, for 2^n lists."""
+        items = np.arange(len(self._count)) if items is None else items
         items = items[self._count[items] > BRANCHED << self._splits[items].astype(np.int64)]
         splits = np.searchsorted(BRANCHED << np.arange(BRANCH_BITS), self._count[items])
         need_more = splits > self._splits[items]
