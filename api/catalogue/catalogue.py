@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from api.catalogue.filters import Filter, Filters, Mask, extended
 from memory_service.protocol.structs import CatalogueReply, Item
-from model.memory.rules import Ints
+from model.memory.ids import CatalogueNumber, CatalogueNumbers, ItemIndex, ItemIndices
+from model.memory.retrieval import Retrieved
 
 TITLES = ("title", "name")
 """Attributes with the title of an item; also as the end of a name, as in `movie_title`."""
@@ -32,15 +33,15 @@ class CatalogueMirror:
     `index_of`: item id → item index of the model.
     """
 
-    def __init__(self, index_of: dict[str, int]) -> None:
+    def __init__(self, index_of: Mapping[str, ItemIndex]) -> None:
         self._index_of = index_of
         self.items: list[Item] = []
-        self.number_of: dict[str, int] = {}
-        self.model_index: NDArray[np.int64] = np.zeros(1, np.int64)
+        self.number_of: dict[str, CatalogueNumber] = {}
+        self.model_index = ItemIndices(np.zeros(1, np.int64))
         """Catalogue number → item index; 0 if the model does not know the item."""
-        self.number: NDArray[np.int64] = np.zeros(len(index_of) + 1, np.int64)
+        self.number = CatalogueNumbers(np.zeros(len(index_of) + 1, np.int64))
         """Item index → catalogue number; 0 if the catalogue does not hold the item yet."""
-        self.hidden: NDArray[np.int64] = np.zeros(0, np.int64)
+        self.hidden = CatalogueNumbers(np.zeros(0, np.int64))
         """Catalogue numbers of hidden items."""
         self.filters = Filters()
         self.revision = 0
@@ -63,31 +64,32 @@ class CatalogueMirror:
         self.items += reply.items
         for number, item in reply.changed or ():
             self.items[number - 1] = item
-        self.number_of |= {item.item_id: number for number, item in listed}
+        self.number_of |= {item.item_id: CatalogueNumber(number) for number, item in listed}
         before = np.setdiff1d(self.hidden, [number for number, _ in listed])
-        self.hidden = np.union1d(before, np.array([number for number, item in listed if item.hidden], np.int64))
+        hidden = np.array([number for number, item in listed if item.hidden], np.int64)
+        self.hidden = CatalogueNumbers(np.union1d(before, hidden))
         self.filters.runs = extended(self.filters.runs, self.items, [number - 1 for number, _ in reply.changed or ()])
         self._place(reply)
 
     def _place(self, reply: CatalogueReply) -> None:
         """Add the item indices of new items. This comes last, so that filters cover all numbers that are in use."""
         indices = np.array([self._index_of.get(item.item_id, 0) for item in reply.items], np.int64)
-        self.model_index = np.concatenate([self.model_index, indices])
+        self.model_index = ItemIndices(np.concatenate([self.model_index, indices]))
         known = np.flatnonzero(indices)
         if len(known):
             number = self.number.copy()
             number[indices[known]] = reply.since + known
-            self.number = number
+            self.number = CatalogueNumbers(number)
 
-    def item_id(self, number: int) -> str:
+    def item_id(self, number: CatalogueNumber) -> str:
         """The id of a catalogue number."""
         return self.items[number - 1].item_id
 
-    def indices(self, numbers: Ints) -> NDArray[np.int64]:
+    def indices(self, numbers: CatalogueNumbers) -> ItemIndices:
         """Item indices of catalogue numbers, of any shape; 0 for items that the model does not know."""
-        return self.model_index[numbers]
+        return ItemIndices(self.model_index[numbers])
 
-    def numbers(self, item_ids: Iterable[str]) -> list[int]:
+    def numbers(self, item_ids: Iterable[str]) -> list[CatalogueNumber]:
         """The catalogue numbers of item ids, without unknown ones."""
         return [self.number_of[item] for item in item_ids if item in self.number_of]
 
@@ -106,24 +108,36 @@ class Indices:
     collective memories (`numbers`), get indices beyond the model's, so that copying can recommend them; others are 0.
     """
 
-    def __init__(self, catalogue: CatalogueMirror, index_of: dict[str, int], numbers: Ints) -> None:
+    def __init__(
+        self, catalogue: CatalogueMirror, index_of: Mapping[str, ItemIndex], numbers: CatalogueNumbers
+    ) -> None:
         self._catalogue, self._index_of, self._first = catalogue, index_of, len(index_of) + 1
-        self._beyond = np.unique(numbers[(numbers > 0) & (catalogue.indices(numbers) == 0)])
+        self._beyond = CatalogueNumbers(np.unique(numbers[(numbers > 0) & (catalogue.indices(numbers) == 0)]))
 
-    def of(self, numbers: Ints) -> NDArray[np.int64]:
+    def of(self, numbers: CatalogueNumbers) -> ItemIndices:
         """The indices of catalogue numbers, of any shape."""
         index = self._catalogue.indices(numbers)
         if not len(self._beyond):
             return index
         place = np.minimum(np.searchsorted(self._beyond, numbers), len(self._beyond) - 1)
-        return np.where(self._beyond[place] == numbers, self._first + place, index)
+        return ItemIndices(np.where(self._beyond[place] == numbers, self._first + place, index))
 
-    def named(self, item_ids: Iterable[str]) -> NDArray[np.int64]:
+    def translated(self, retrieved: Retrieved) -> Retrieved:
+        """What memory answered in catalogue numbers, in item indices: what the model takes."""
+        numbers = CatalogueNumbers
+        return replace(
+            retrieved,
+            own=replace(retrieved.own, item=self._catalogue.indices(numbers(retrieved.own.item))),
+            collective=replace(retrieved.collective, item=self.of(numbers(retrieved.collective.item))),
+            present=self._catalogue.indices(numbers(retrieved.present)),
+        )
+
+    def named(self, item_ids: Iterable[str]) -> ItemIndices:
         """The indices of item ids. Items of the model need not be in the catalogue."""
         ids = list(item_ids)
-        numbers = np.array([self._catalogue.number_of.get(item, 0) for item in ids], np.int64)
+        numbers = CatalogueNumbers(np.array([self._catalogue.number_of.get(item, 0) for item in ids], np.int64))
         own = np.array([self._index_of.get(item, 0) for item in ids], np.int64)
-        return np.where(own > 0, own, self.of(numbers))
+        return ItemIndices(np.where(own > 0, own, self.of(numbers)))
 
     def passing(self, wanted: Filter) -> Mask:
         """Whether each item passes a filter, by index."""
@@ -136,9 +150,9 @@ class Indices:
         """Whether there are indices beyond the model's."""
         return len(self._beyond) > 0
 
-    def item_ids(self, indices: Ints, own: Sequence[str]) -> list[str]:
+    def item_ids(self, indices: ItemIndices, own: Sequence[str]) -> list[str]:
         """The item ids of indices (n,); `own`: the ids of the model's items."""
         return [
-            own[index - 1] if index < self._first else self._catalogue.item_id(int(self._beyond[index - self._first]))
+            own[index - 1] if index < self._first else self._catalogue.item_id(self._beyond[index - self._first].item())
             for index in indices.tolist()
         ]

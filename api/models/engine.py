@@ -20,6 +20,7 @@ from memory_service.protocol.columns import Job
 from memory_service.protocol.structs import RekeyRequest, StaleUser
 from memory_service.protocol.tracing import span
 from memory_service.protocol.vectors import Vectors
+from model.memory.ids import CatalogueNumbers
 from model.memory.record import EncodeJob
 from model.memory.rules import Floats
 from model.serving.recommender import Recommender
@@ -81,7 +82,8 @@ class Engine:
 
     def _translated(self, job: Job) -> EncodeJob:
         wire = job.unpack()
-        return EncodeJob(wire.start, self.catalogue.indices(wire.items.astype(np.int64)), wire.positions)
+        items = self.catalogue.indices(CatalogueNumbers(wire.items.astype(np.int64)))
+        return EncodeJob(wire.start, items, wire.positions)
 
     async def rekey(self, stale: Sequence[StaleUser]) -> int:
         """Give records of another model the keys and states of this one, except for records that have changed since.

@@ -9,6 +9,7 @@ from api.catalogue.catalogue import CatalogueMirror
 from api.http.schemas.recommend import Because, Habit, MemoryUse, Parts, Recommended, RetrievedMemory
 from api.models.engine import Engine
 from model.memory.habits import habit_of
+from model.memory.ids import CatalogueNumber
 from model.memory.retrieval import Retrieved
 from model.serving.explanation import Explanation, Influence
 from model.serving.recommender import Ranked
@@ -46,7 +47,7 @@ def _retrieved(
 ) -> RetrievedMemory:
     entries = retrieved.own if influence.scope == "own" else retrieved.collective
     memory: RetrievedMemory = {
-        "item_id": catalogue.item_id(int(entries.item[row, influence.entry])),
+        "item_id": catalogue.item_id(CatalogueNumber(int(entries.item[row, influence.entry]))),
         "scope": influence.scope,
         "similarity": float(entries.similarity[row, influence.entry]),
         "weight": influence.weight,

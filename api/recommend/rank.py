@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from api.catalogue.catalogue import Indices
 from api.http.schemas.recommend import RecommendRequest
 from api.models.engine import Engine
 from api.recommend.remember import RememberedBatch
+from model.memory.ids import CatalogueNumbers
 from model.serving.recommender import Query, Ranked
 
 NO_STATE: NDArray[np.float32] = np.zeros(0, np.float32)
@@ -30,7 +31,8 @@ class RankedBatch:
 async def rank_batch(batch: RememberedBatch) -> RankedBatch:
     """Rank for all requests in one pass, in the model's thread."""
     engine = batch.parsed.engine
-    indices = Indices(engine.catalogue, engine.recommender.index_of, batch.retrieved.collective.item)
+    others = CatalogueNumbers(batch.retrieved.collective.item)
+    indices = Indices(engine.catalogue, engine.recommender.index_of, others)
     return RankedBatch(batch, indices, await engine.compute(rank, batch, indices))
 
 
@@ -41,10 +43,7 @@ def rank(batch: RememberedBatch, indices: Indices) -> list[Ranked]:
     scored = [row for row, state in enumerate(batch.states) if state is not None]
     ranked: dict[int, Ranked] = {}
     if scored:
-        own = replace(batch.retrieved.own, item=engine.catalogue.indices(batch.retrieved.own.item))
-        others = replace(batch.retrieved.collective, item=indices.of(batch.retrieved.collective.item))
-        present = engine.catalogue.indices(batch.retrieved.present)
-        memories = replace(batch.retrieved, own=own, collective=others, present=present)
+        memories = indices.translated(batch.retrieved)
         memories = memories if len(scored) == len(queries) else memories.take(np.array(scored))
         chosen = [queries[row] for row in scored]
         states = np.stack([query.state for query in chosen])
@@ -60,7 +59,7 @@ def rank(batch: RememberedBatch, indices: Indices) -> list[Ranked]:
 def _queries(batch: RememberedBatch, indices: Indices) -> list[Query]:
     """The requests as the model takes them."""
     hidden = indices.of(batch.parsed.engine.catalogue.hidden)
-    items = indices.of(np.concatenate([*batch.seen]).astype(np.int64))
+    items = indices.of(CatalogueNumbers(np.concatenate([*batch.seen]).astype(np.int64)))
     seen = np.split(items, np.cumsum([len(numbers) for numbers in batch.seen])[:-1])
     return [_query(batch, row, seen[row], hidden, indices) for row in range(len(batch.parsed))]
 

@@ -163,7 +163,7 @@ def _question(batch: EncodedBatch, rows: Sequence[int]) -> Question:
 def _ignored(batch: EncodedBatch, rows: Sequence[int]) -> dict[int, list[int]]:
     """The catalogue numbers of what the requests ignore, by position in `rows`."""
     ignored = ((n, batch.parsed.requests[row].ignore_memories) for n, row in enumerate(rows))
-    return {n: batch.parsed.engine.catalogue.numbers(items) for n, items in ignored if items}
+    return {n: [*batch.parsed.engine.catalogue.numbers(items)] for n, items in ignored if items}
 
 
 def _jobs_without(batch: EncodedBatch, rows: Sequence[int], answer: Answer) -> dict[int, Job]:

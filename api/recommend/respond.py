@@ -10,6 +10,7 @@ from api.models.engine import Engine
 from api.recommend.explain import add_explanation
 from api.recommend.rank import RankedBatch
 from api.recommend.remember import RememberedBatch
+from model.memory.ids import ItemIndices
 from model.serving.recommender import Ranked
 
 
@@ -40,7 +41,7 @@ def respond(batch: RankedBatch) -> list[RecommendResponse]:
 
 
 def _items(engine: Engine, ranked: Ranked, indices: Indices) -> list[Recommended]:
-    names = indices.item_ids(ranked.items, engine.recommender.checkpoint.item_ids)
+    names = indices.item_ids(ItemIndices(ranked.items), engine.recommender.checkpoint.item_ids)
     return [{"item_id": name, "score": score} for name, score in zip(names, ranked.scores.tolist(), strict=True)]
 
 

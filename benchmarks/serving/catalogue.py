@@ -37,7 +37,7 @@ from model.memory.retrieval import Retrieved
 from model.memory.rules import unit
 from model.network.encoder import SequenceEncoder
 from model.network.fusion import MemoryFusion
-from model.serving.item_index import ItemIndex
+from model.serving.item_index import ItemTableIndex
 from model.serving.recommender import NO_ITEMS, Query, Recommender
 from model.training.optimisation import named_weights
 
@@ -110,7 +110,7 @@ def answers(checkpoint: Checkpoint, users: np.ndarray, name: str) -> list[Measur
         recall.append(len(np.intersect1d(found.items, wanted.items)) / TOP_N)
         errors.append(abs(float(found.scores[0] - wanted.scores[0])))
     begin, before = time.perf_counter(), resident_bytes()
-    ItemIndex(quick.table.numpy())
+    ItemTableIndex(quick.table.numpy())
     built_s, grown = time.perf_counter() - begin, resident_bytes() - before
     return [
         measured(f"{name}: top-{TOP_N} recall of scoring all", float(np.mean(recall)), "share", at_least=0.99),

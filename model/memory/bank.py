@@ -104,8 +104,8 @@ class Banks:
 
         Args:
             rows: (A,) distinct users. item: (A,). key: (A, d) unit length. time: (A,) s. rating: (A,), NaN = none.
-            cell: (A,) list of the collective index for the key, see `collective.layout.cells`; an existing entry keeps its
-                cell. None: the entries are not shared.
+            cell: (A,) list of the collective index for the key, see `collective.layout.cells`; an existing entry keeps
+                its cell. None: the entries are not shared.
             opens: (A,) whether the user did nothing else at this time before; None: True for all.
             ago: (A,) how many of the user's occasions came after the event (a late event); None: 0 for all.
         """

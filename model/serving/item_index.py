@@ -31,7 +31,7 @@ TRAINED_ON, ADDED = 100_000, 100_000
 """Items that the codes are trained on at most, and items added at once."""
 
 
-class ItemIndex:
+class ItemTableIndex:
     """An index over an item table (items + 1, d) float32; row 0 is padding, which is never found."""
 
     def __init__(self, table: Floats) -> None:

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from model.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from model.config import Config
+from model.memory.ids import ItemIndex
 from model.memory.record import EncodeJob
 from model.memory.retrieval import Retrieved
 from model.memory.rules import Bools, Ints, unit
@@ -152,14 +153,14 @@ class Recommender:
             self.table = encoder.table().clone()
         self.index, self.projected = None, None
         if self.item_count > exact_items:
-            from model.serving.item_index import ItemIndex  # FAISS is loaded where it is needed
+            from model.serving.item_index import ItemTableIndex  # FAISS is loaded where it is needed
 
-            self.index = ItemIndex(self.table.cpu().numpy())
+            self.index = ItemTableIndex(self.table.cpu().numpy())
         else:
             self.projected = self.fusion.project(self.table)
         order = np.argsort(-checkpoint.popularity, kind="stable")
         self._by_popularity = order[checkpoint.popularity[order] > 0]
-        self.index_of = {item: index for index, item in enumerate(checkpoint.item_ids, start=1)}
+        self.index_of = {item: ItemIndex(index) for index, item in enumerate(checkpoint.item_ids, start=1)}
 
     @property
     def version(self) -> str:

@@ -21,7 +21,7 @@ from model.network.fusion import Copying, Fused, MemoryFusion, MemoryTokens
 from model.network.tensors import CPU
 
 if TYPE_CHECKING:
-    from model.serving.item_index import ItemIndex
+    from model.serving.item_index import ItemTableIndex
     from model.serving.recommender import Query
 
 EXACT_ITEMS = 100_000
@@ -43,7 +43,7 @@ class Shortlist:
     prediction was made from; fused, added (B, own), present_lift (B, P) and copying: its parts.
     """
 
-    index: ItemIndex
+    index: ItemTableIndex
     directions: NDArray[np.float32]
     near: NDArray[np.int64]
     seen: Sequence[Ints]
@@ -106,7 +106,12 @@ class Shortlist:
 
 @torch.inference_mode()
 def shortlist(
-    fusion: MemoryFusion, index: ItemIndex, table: Tensor, states: Tensor, memories: MemoryTokens, seen: Sequence[Ints]
+    fusion: MemoryFusion,
+    index: ItemTableIndex,
+    table: Tensor,
+    states: Tensor,
+    memories: MemoryTokens,
+    seen: Sequence[Ints],
 ) -> Shortlist:
     """`recommender.predict` without scoring every item. seen: the items that each user had."""
     fused = fusion(states[:, : table.shape[1]], memories, table)
@@ -139,7 +144,7 @@ def shortlist(
 
 
 def _log_z(
-    index: ItemIndex,
+    index: ItemTableIndex,
     directions: NDArray[np.float32],
     near: NDArray[np.int64],
     products: NDArray[np.float32],

@@ -20,6 +20,7 @@ from api.models.engine import Engine
 from api.models.lifecycle import LoadedModels
 from memory_service.protocol.bounds import ID_LIMIT_BYTES
 from memory_service.protocol.structs import Item, RegisterRequest
+from model.memory.ids import ItemIndex
 
 Search = Annotated[
     str,
@@ -111,6 +112,6 @@ def _item(engine: Engine, item: Item) -> ItemOut:
     )
 
 
-def _cluster(engine: Engine, index: int) -> int | None:
+def _cluster(engine: Engine, index: ItemIndex) -> int | None:
     cluster = int(engine.recommender.checkpoint.item_clusters[index])
     return cluster if cluster >= 0 else None

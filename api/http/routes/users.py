@@ -30,6 +30,7 @@ from api.ingest.ingest import ingest
 from api.models.engine import Engine
 from memory_service.protocol import user_memory as wire
 from memory_service.protocol.bounds import ID_LIMIT_BYTES
+from model.memory.ids import CatalogueNumber
 
 Prefix = Annotated[
     str, Query(max_length=ID_LIMIT_BYTES, description="Beginning of the ids; empty: all users.", examples=["19"])
@@ -75,7 +76,9 @@ async def users(request: Request, prefix: Prefix = "", limit: Limit = 100) -> Us
 
 
 def _bank(engine: Engine, found: wire.UserMemory) -> UserMemoryResponse:
-    name = engine.catalogue.item_id
+    def name(number: int) -> str:
+        return engine.catalogue.item_id(CatalogueNumber(number))
+
     return UserMemoryResponse(
         user_id=found.user_id,
         version=found.version,

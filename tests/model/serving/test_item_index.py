@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from model.memory.retrieval import Retrieved
-from model.serving.item_index import ItemIndex
+from model.serving.item_index import ItemTableIndex
 from model.serving.recommender import Query, Recommender
 from model.serving.shortlist import FETCH
 from tests.synthetic import habitual_config, random_checkpoint, random_memories, small_config
@@ -80,7 +80,7 @@ def clustered(items: int, dim: int, seed: int = 0) -> np.ndarray:
     return table.astype(np.float32)
 
 
-def log_z(index: ItemIndex, asked: np.ndarray) -> np.ndarray:
+def log_z(index: ItemTableIndex, asked: np.ndarray) -> np.ndarray:
     products = index.nearest(asked, FETCH)[1]
     return index.log_z(asked, products, products)
 
@@ -88,7 +88,7 @@ def log_z(index: ItemIndex, asked: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("dim", [64, 48, 15])
 def test_the_index_finds_the_nearest_and_knows_their_products(dim):
     table, asked = clustered(ITEMS, dim), clustered(50, dim, seed=1)[1:]
-    found, products = ItemIndex(table).nearest(asked, FETCH)
+    found, products = ItemTableIndex(table).nearest(asked, FETCH)
     every = asked @ table[1:].T
     wanted = np.argsort(-every, axis=1)[:, :100] + 1
     recall = np.mean([len(np.intersect1d(*rows)) / 100 for rows in zip(wanted, found[:, :100], strict=True)])
@@ -101,10 +101,10 @@ def test_the_index_finds_the_nearest_and_knows_their_products(dim):
 def test_log_z_is_estimated_closely_and_exactly_where_the_sample_is_everything(monkeypatch):
     table, asked = clustered(ITEMS, 64), clustered(50, 64, seed=1)[1:]
     exact = np.log(np.exp((asked @ table[1:].T).astype(np.float64)).sum(axis=1))
-    index = ItemIndex(table)
+    index = ItemTableIndex(table)
     assert np.abs(log_z(index, asked) - exact).max() < 1e-3
     monkeypatch.setattr("model.serving.item_index.SAMPLED", 4000)
-    index = ItemIndex(table)
+    index = ItemTableIndex(table)
     errors = log_z(index, asked) - exact
     assert np.abs(errors).max() < 0.1
     assert abs(errors.mean()) < 0.02
@@ -113,7 +113,7 @@ def test_log_z_is_estimated_closely_and_exactly_where_the_sample_is_everything(m
 def test_items_that_are_all_alike_count_in_full(monkeypatch):
     monkeypatch.setattr("model.serving.item_index.SAMPLED", 4000)
     table = np.tile(clustered(1, DIM)[1], (ITEMS + 1, 1))
-    index = ItemIndex(table)
+    index = ItemTableIndex(table)
     assert log_z(index, table[:1])[0] == pytest.approx(table[0] @ table[0] + np.log(ITEMS), abs=1e-4)
 
 
