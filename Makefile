@@ -21,7 +21,8 @@ LOWEST := build/lowest
 LOWEST_TESTS := tests/model/memory tests/memory_service/index tests/memory_service/store tests/api/commands/inspect \
 	tests/api/http --ignore tests/api/http/test_openapi.py
 test-lowest: $(LOWEST)/.ready
-	$(LOWEST)/bin/pytest -n 2 --dist loadfile -p no:cacheprovider -W ignore::DeprecationWarning $(LOWEST_TESTS)
+	$(LOWEST)/bin/pytest -n 2 --dist loadfile -p no:cacheprovider -W ignore::DeprecationWarning \
+		-W ignore::ResourceWarning $(LOWEST_TESTS)
 
 # uv finds the lowest versions; pip installs them, so that both environments take packages from the same places.
 $(LOWEST)/.ready: pyproject.toml | $(BIN)/python

@@ -1,4 +1,4 @@
-"""Computes the layout of a model's collective index (`model.memory.collective.layout`) from a fitted encoder and the log.
+"""Computes the layout of a model's collective index (`memory.collective.layout`) from a fitted encoder and the log.
 
 The layout says which lists to search after an item: those of the items that followed it in the log within `REACH`
 places, and those of items with a similar embedding. Entries of users with the same last items are found there, as a

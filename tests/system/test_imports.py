@@ -27,7 +27,7 @@ ALLOWED = {  # the longest folder that a file lies in decides, or the file itsel
         "model.memory",
         *BASE,
     ),
-    "memory_service/index": ("memory_service.index", "model.memory", *BASE),
+    "memory_service/index": ("memory_service.index", "memory_service.store.batch", "model.memory", *BASE),
     "api": ("api", "model", "memory_service.protocol"),
     "api/memory/in_process.py": ("api", "model", "memory_service"),  # runs it in the same process
     "api/commands/supervisor.py": (  # starts the memory service
