@@ -15,8 +15,8 @@ from api.http.app import create_app
 from api.http.draining import DrainingServer
 from api.settings import ApiSettings
 from api.workers import Worker
-from memory_service.protocol.logs import configure_logs
-from memory_service.protocol.tracing import tracer_of
+from memory_service.protocol.call.logs import configure_logs
+from memory_service.protocol.call.tracing import tracer_of
 from model.config import describe
 from model.errors import RamrecError
 

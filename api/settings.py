@@ -9,7 +9,7 @@ from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from api.recommend.batching import PATIENCE_S
-from memory_service.protocol.logs import LogLevel
+from memory_service.protocol.call.logs import LogLevel
 from memory_service.protocol.settings import TOKEN_LENGTH, ServiceSettings, is_loopback
 
 

@@ -15,8 +15,8 @@ import uvicorn
 from pydantic import ValidationError
 
 from memory_service.http.app import create_app
-from memory_service.protocol.logs import configure_logs
-from memory_service.protocol.tracing import tracer_of
+from memory_service.protocol.call.logs import configure_logs
+from memory_service.protocol.call.tracing import tracer_of
 from memory_service.settings import MemorySettings
 from memory_service.store.embedded import embedded_valkey
 from model.config import describe

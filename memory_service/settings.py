@@ -13,7 +13,7 @@ from urllib.parse import quote, urlsplit
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from memory_service.protocol.logs import LogLevel
+from memory_service.protocol.call.logs import LogLevel
 from memory_service.protocol.settings import TOKEN_LENGTH, ServiceSettings, is_loopback
 
 

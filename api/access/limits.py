@@ -17,7 +17,7 @@ from hashlib import sha256
 
 from api.access.keys import Key
 from api.http.problems import MemoryUnavailable, RateLimited
-from memory_service.protocol.context import CALL
+from memory_service.protocol.call.context import CALL
 from memory_service.protocol.structs import QuotaRequest
 
 PORTIONS = 10

@@ -52,7 +52,7 @@ def serve(
     Each runs as a process of its own. A process that ends is restarted as long as another of its kind still runs.
     """
     from api.commands.supervisor import serve as supervise
-    from memory_service.protocol.logs import configure_logs
+    from memory_service.protocol.call.logs import configure_logs
 
     if device == "cuda":  # fail before any process is started
         from model.network.tensors import find_device

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from api.workers import bound, socket_of
-from memory_service.protocol.logs import PROCESS
+from memory_service.protocol.call.logs import PROCESS
 from memory_service.settings import MemorySettings, url_of, user_data_dir
 from memory_service.store.embedded import embedded_valkey, end_processes, ending_with
 from model.checkpoint import load_checkpoint

@@ -19,9 +19,9 @@ from api.http.routes import items, model, recommend, users
 from api.inspector import page as inspector
 from api.settings import ApiSettings
 from api.workers import Worker
-from memory_service.protocol.envelope import Envelope
-from memory_service.protocol.logs import AccessLog
-from memory_service.protocol.tracing import NO_NATIVE_TELEMETRY
+from memory_service.protocol.call.envelope import Envelope
+from memory_service.protocol.call.logs import AccessLog
+from memory_service.protocol.call.tracing import NO_NATIVE_TELEMETRY
 from model.network.tensors import find_device
 from model.serving.recommender import Recommender
 

@@ -13,8 +13,8 @@ from api.access.scopes import admit
 from api.http.policy import Policy, RouteTable, policy_of
 from api.http.problems import ApiProblem, BodyTooLarge, InvalidRequest, refusal
 from api.http.services import Services
-from memory_service.protocol.context import REQUEST_ID
-from memory_service.protocol.envelope import UNKNOWN, Envelope, Exchange
+from memory_service.protocol.call.context import REQUEST_ID
+from memory_service.protocol.call.envelope import UNKNOWN, Envelope, Exchange
 
 BODY_LIMIT_BYTES = 4 * 2**20
 BODY_LIMIT = f"a body must have at most {BODY_LIMIT_BYTES} bytes"

@@ -11,7 +11,7 @@ from fastapi.routing import APIRoute
 
 from api.access.keys import KeyScope
 from api.http.problems import ApiProblem
-from memory_service.protocol.envelope import UNKNOWN
+from memory_service.protocol.call.envelope import UNKNOWN
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 

@@ -31,7 +31,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from memory_service.protocol.context import CALL, REQUEST_ID
+from memory_service.protocol.call.context import CALL, REQUEST_ID
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_S = 1

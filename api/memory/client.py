@@ -20,7 +20,8 @@ from api.http.problems import (
 )
 from api.memory.port import Readiness
 from memory_service.protocol.answer import Answer
-from memory_service.protocol.context import CALL
+from memory_service.protocol.call.context import CALL
+from memory_service.protocol.call.tracing import span
 from memory_service.protocol.hash_slots import ALL_SLOTS
 from memory_service.protocol.question import Question
 from memory_service.protocol.replies import check_inspected, check_listed, check_planned, check_written
@@ -47,7 +48,6 @@ from memory_service.protocol.structs import (
     WriteReply,
     WriteRequest,
 )
-from memory_service.protocol.tracing import span
 from memory_service.protocol.user_memory import UserMemory
 
 CONNECT_TIMEOUT_S = 1.0

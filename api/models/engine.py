@@ -16,9 +16,9 @@ from api.catalogue.filters import Filter
 from api.http.metrics import ApiMetrics
 from api.http.problems import MemoryUnavailable
 from api.memory.port import Memory
+from memory_service.protocol.call.tracing import span
 from memory_service.protocol.columns import Job
 from memory_service.protocol.structs import RekeyRequest, StaleUser
-from memory_service.protocol.tracing import span
 from memory_service.protocol.vectors import Vectors
 from model.memory.ids import CatalogueNumbers
 from model.memory.record import EncodeJob

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from api.http.problems import CallerGone, DeadlineExceeded, Overloaded
-from memory_service.protocol.context import CALL, Call, together
+from memory_service.protocol.call.context import CALL, Call, together
 
 PATIENCE_S = 0.05
 """Default wait after which a caller's connection is checked; callers rarely leave sooner."""

@@ -17,7 +17,7 @@ from api.recommend.rank import rank_batch
 from api.recommend.remember import Attempts, remember
 from api.recommend.request import TimedRequest, timed
 from api.recommend.respond import respond
-from memory_service.protocol.tracing import span
+from memory_service.protocol.call.tracing import span
 
 
 async def recommend(models: LoadedModels, requests: Sequence[RecommendRequest]) -> list[RecommendResponse]:

@@ -22,8 +22,8 @@ from api.models.lifecycle import LoadedModels
 from api.recommend.encode import EncodedBatch, State, encode, encode_without
 from api.recommend.request import ParsedBatch, TimedRequest, parse, wants
 from memory_service.protocol.answer import Answer
+from memory_service.protocol.call.context import CALL
 from memory_service.protocol.columns import Job
-from memory_service.protocol.context import CALL
 from memory_service.protocol.question import Question
 from model.memory.retrieval import Entries, Retrieved
 from model.memory.rules import Bools, Ints, unit

@@ -14,9 +14,9 @@ from memory_service.http.metrics import Metrics
 from memory_service.http.middleware import AuthMiddleware
 from memory_service.http.openapi import document
 from memory_service.http.problems import handle_errors
-from memory_service.protocol.envelope import Envelope
-from memory_service.protocol.logs import AccessLog
-from memory_service.protocol.tracing import NO_NATIVE_TELEMETRY
+from memory_service.protocol.call.envelope import Envelope
+from memory_service.protocol.call.logs import AccessLog
+from memory_service.protocol.call.tracing import NO_NATIVE_TELEMETRY
 from memory_service.service.service import MemoryService
 from memory_service.settings import MemorySettings
 from memory_service.store.store import Store

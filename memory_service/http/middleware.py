@@ -10,7 +10,7 @@ from fastapi import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from memory_service.http.problems import problem
-from memory_service.protocol.envelope import UNKNOWN, Envelope
+from memory_service.protocol.call.envelope import UNKNOWN, Envelope
 from memory_service.settings import MemorySettings
 
 OPEN = frozenset({"/health/live", "/health/ready", "/openapi.json"})

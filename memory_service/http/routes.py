@@ -21,7 +21,7 @@ from fastapi import FastAPI, Request, Response
 from memory_service.http.metrics import Metrics
 from memory_service.http.problems import TooLarge, problem
 from memory_service.protocol.bounds import POSITION_LIMIT
-from memory_service.protocol.context import CALL
+from memory_service.protocol.call.context import CALL
 from memory_service.protocol.hash_slots import SLOTS
 from memory_service.protocol.question import Question
 from memory_service.protocol.structs import (

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from memory_service.protocol.context import CALL
+from memory_service.protocol.call.context import CALL
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -12,8 +12,8 @@ from api.access.keys import create_key
 from api.http.app import create_app as create_api
 from api.settings import ApiSettings
 from memory_service.http.app import create_app as create_memory
-from memory_service.protocol.context import CALL, Call, request_id
-from memory_service.protocol.logs import LINES_PER_S, AccessLog, JsonLines
+from memory_service.protocol.call.context import CALL, Call, request_id
+from memory_service.protocol.call.logs import LINES_PER_S, AccessLog, JsonLines
 from memory_service.settings import MemorySettings
 from tests.api.commands.test_serve import start  # noqa: F401 - a fixture
 from tests.conftest import served

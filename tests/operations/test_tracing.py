@@ -15,8 +15,8 @@ from opentelemetry.trace import StatusCode
 from api.http.app import create_app as create_api
 from api.settings import ApiSettings
 from memory_service.http.app import create_app as create_memory
-from memory_service.protocol.context import Call, traceparent
-from memory_service.protocol.tracing import TracingError, tracer_of
+from memory_service.protocol.call.context import Call, traceparent
+from memory_service.protocol.call.tracing import TracingError, tracer_of
 from memory_service.settings import MemorySettings
 from tests.conftest import served
 
@@ -123,7 +123,7 @@ def test_an_endpoint_without_the_extra_is_an_error_in_one_line(monkeypatch):
 
 
 def test_an_endpoint_turns_traces_on():
-    code = "from memory_service.protocol.tracing import tracer_of; "
+    code = "from memory_service.protocol.call.tracing import tracer_of; "
     code += "tracer_of('ramrec-api').start_span('x').end(); print('made')"
     env = os.environ | {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_EXPORTER_OTLP_TIMEOUT": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)

@@ -13,7 +13,7 @@ from api.http.app import create_app as create_api
 from api.http.problems import DeadlineExceeded
 from api.recommend.batching import MicroBatcher
 from api.settings import ApiSettings
-from memory_service.protocol.context import CALL, Call, timeout_s, together
+from memory_service.protocol.call.context import CALL, Call, timeout_s, together
 from memory_service.protocol.structs import CONTENT_TYPE, CatalogueReply, RetrieveRequest
 from memory_service.service.merging import Merged, TooLate
 from tests.conftest import served

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from memory_service.protocol.context import CALL, Call
+from memory_service.protocol.call.context import CALL, Call
 from model.errors import RamrecError
 
 NO_NATIVE_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False}

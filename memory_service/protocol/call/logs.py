@@ -14,7 +14,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from memory_service.protocol.context import CALL
+from memory_service.protocol.call.context import CALL
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 PROCESS = "RAMREC_PROCESS"

@@ -11,9 +11,9 @@ from typing import Any, Self
 from prometheus_client import Counter, Histogram
 from starlette.types import Message, Scope, Send
 
-from memory_service.protocol.context import CALL, Call
-from memory_service.protocol.logs import AccessLog
-from memory_service.protocol.tracing import begin_request, end_request
+from memory_service.protocol.call.context import CALL, Call
+from memory_service.protocol.call.logs import AccessLog
+from memory_service.protocol.call.tracing import begin_request, end_request
 
 Headers = Iterable[tuple[bytes, bytes]]
 UNKNOWN = "unknown"
