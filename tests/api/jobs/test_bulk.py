@@ -24,7 +24,7 @@ from memory_service.http.app import create_app as create_memory
 from memory_service.protocol.hash_slots import slot_of
 from memory_service.settings import MemorySettings
 from tests.api.jobs.test_backfill import remembered
-from tests.api.models.test_lifecycle import version
+from tests.api.models.changing import version
 from tests.conftest import MONDAY, served
 from tests.redis_cluster import until
 from tests.replicas import Replicas

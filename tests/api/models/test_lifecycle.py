@@ -1,131 +1,27 @@
-"""One model follows another while requests go on: reload, moving users, cut-over, rollback, refusals."""
+"""One model follows another while requests go on: reload, moving users, cut-over, rollback."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 from threading import Event
 
-import httpx2
 import pytest
-import redis
 
-from api.http.app import create_app as create_api
 from api.http.metrics import ApiMetrics
 from api.jobs.reembed import ReembedError, check_wanted, one_pass, reembed
 from api.memory.client import MemoryClient
 from api.models.engine import Engine
-from api.settings import ApiSettings
-from memory_service.http.app import create_app as create_memory
 from memory_service.protocol.question import Question
 from memory_service.protocol.structs import RekeyRequest, RetrieveRequest, UserRekey
 from memory_service.service.models import ModelMismatch
-from memory_service.settings import MemorySettings
-from model.checkpoint import HEADER_FILE, WEIGHTS_FILE, load_checkpoint, save_checkpoint
+from model.checkpoint import load_checkpoint, save_checkpoint
 from model.serving.recommender import Recommender
-from tests.conftest import served
+from tests.api.models.changing import USERS, Service, same, version
 from tests.memory_service.calling import remember, took, vectors
 from tests.memory_service.calling import service as memory
-from tests.synthetic import random_checkpoint, small_config
-
-USERS = [f"u{n}" for n in range(8)]
-OLD, NEW = "run", "other"
-
-
-class Service:
-    """An api and a memory service over one Redis."""
-
-    def __init__(self, stack: ExitStack, run: Path, url: str) -> None:
-        memory = create_memory(MemorySettings(run=run, redis_url=url))
-        self.memory_url = stack.enter_context(served(memory))
-        api = stack.enter_context(served(create_api(ApiSettings(run=run, memory_url=self.memory_url))))
-        self.api = stack.enter_context(httpx2.Client(base_url=api, timeout=60))
-
-    def take(self, *users: str, items: range = range(4), first: int = 0) -> dict:
-        """Each user takes some items, every other of them those of the user before."""
-        events = [
-            {"user_id": user, "item_id": f"i{1 + (int(user[1:]) // 2 + n) % 34}", "timestamp": 1.6e9 + first + n}
-            for user in users
-            for n in items
-        ]
-        response = self.api.post("/memories", json={"interactions": events})
-        assert response.status_code == 200, response.text
-        return response.json()
-
-    def answers(self, *users: str) -> dict[str, dict]:
-        asks = {"requests": [{"user_id": user, "top_n": 40, "explain": True} for user in users]}
-        response = self.api.post("/recommend/batch", json=asks)
-        assert response.status_code == 200, response.text
-        return dict(zip(users, response.json()["results"], strict=True))
-
-    def models(self, *users: str) -> set[str]:
-        """The models that answer users."""
-        return {one["model_version"] for one in self.answers(*users).values()}
-
-    def reload(self, run: Path) -> dict:
-        response = self.api.post("/model/reload", json={"run": str(run)})
-        assert response.status_code == 200, response.text
-        return response.json()
-
-    def ready(self) -> dict:
-        """Readiness; an api that finds the memory service ahead follows it."""
-        response = self.api.get("/health/ready")
-        assert response.status_code == 200, response.text
-        return response.json()
-
-    def serving(self) -> tuple[str, str]:
-        self.ready()
-        about = self.api.get("/model").json()
-        return about["model_version"], about["wanted"]
-
-
-def version(run: Path) -> str:
-    return load_checkpoint(run, with_weights=False).version
-
-
-def told(answer: dict) -> dict:
-    """What an answer says that depends on records and models alone: a record's version counts its moves, too. Scores to
-    1e-4: what else is in a batch shows in the digits behind.
-    """
-    memory = {name: _near(one) for name, one in answer["memory"].items() if name not in ("version", "degraded")}
-    items = {item["item_id"]: _near(item["score"]) for item in answer["items"]}
-    return {"items": items, "memory": memory, "model": answer["model_version"]}
-
-
-def _near(value: object) -> object:
-    if isinstance(value, list):
-        return [{name: _near(one) for name, one in memory.items()} for memory in value]
-    return pytest.approx(value, abs=1e-4) if isinstance(value, float) else value
-
-
-def same(answers: dict[str, dict], as_in: dict[str, dict]) -> None:
-    assert {user: told(one) for user, one in answers.items()} == {user: told(as_in[user]) for user in answers}
-
-
-@pytest.fixture
-def service(run, valkey_url, stack) -> Service:
-    """The old model serves, and all users have memories."""
-    one = Service(stack, run, valkey_url)
-    one.take(*USERS)
-    return one
-
-
-@pytest.fixture
-def fresh(valkey_url, stack) -> Iterator[object]:
-    """A service of one model over an empty Redis of its own, where some users have taken the same."""
-    numbers = iter(range(1, 16))
-
-    def started(run: Path, *users: str) -> Service:
-        one = Service(stack, run, f"{valkey_url}?db={next(numbers)}")
-        one.take(*users)
-        return one
-
-    return started
-
+from tests.synthetic import random_checkpoint
 
 # ------------------------------------------------------------------------------------------- never mixed
 
@@ -390,72 +286,3 @@ def test_who_is_forgotten_in_between_is_gone_from_both_models(service, fresh, ru
     new.take("u1", "u4", items=range(4, 5))
     same(service.answers("u1", "u4"), new.answers("u1", "u4"))
     same(service.answers("u2", "u3"), old.answers("u2", "u3"))
-
-
-# --------------------------------------------------------------------------------------------- refused
-
-
-def _flipped(folder: Path) -> None:
-    data = bytearray((folder / WEIGHTS_FILE).read_bytes())
-    data[-5] ^= 1
-    (folder / WEIGHTS_FILE).write_bytes(data)
-
-
-def _truncated(folder: Path) -> None:
-    (folder / WEIGHTS_FILE).write_bytes((folder / WEIGHTS_FILE).read_bytes()[:-100])
-
-
-def _of_another_format(folder: Path) -> None:
-    header = json.loads((folder / HEADER_FILE).read_text())
-    (folder / HEADER_FILE).write_text(json.dumps(header | {"format": 9}))
-
-
-def _of_another_capacity(folder: Path) -> None:
-    config = small_config()
-    rules = config.rules.model_copy(update={"capacity": 20})
-    save_checkpoint(folder, random_checkpoint(config.model_copy(update={"rules": rules}), seed=3))
-
-
-def _empty(folder: Path) -> None:
-    for file in folder.iterdir():
-        file.unlink()
-
-
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        (_flipped, "content does not match version"),
-        (_truncated, "cannot read"),
-        (_of_another_format, "checkpoint format 9"),
-        (_of_another_capacity, "rules.capacity 20, the serving model 10"),
-        (_empty, "no checkpoint at"),
-    ],
-)
-def test_what_cannot_be_served_is_refused_and_the_old_one_goes_on(service, run, other, tmp_path, damage, reason):
-    before = service.answers(*USERS)
-    save_checkpoint(tmp_path, load_checkpoint(other))
-    damage(tmp_path)
-    response = service.api.post("/model/reload", json={"run": str(tmp_path)})
-    assert (response.status_code, response.json()["code"]) == (422, "checkpoint_refused")
-    assert reason in response.json()["detail"]
-    assert service.serving() == (version(run), version(run))
-    same(service.answers(*USERS), before)
-    assert service.take("u0", items=range(4, 5))["accepted"] == 1
-
-
-def test_a_body_that_names_no_folder_is_refused(service):
-    for body in ({"run": ""}, {"run": 5}, {"runs": "x"}):
-        assert service.api.post("/model/reload", json=body).status_code == 422
-    assert service.api.post("/model/reload", json={"run": "a\0b"}).json()["code"] == "checkpoint_refused"
-
-
-def test_a_process_that_cannot_read_the_wanted_model_says_so_and_goes_on(service, run, other, valkey_url):
-    with redis.Redis.from_url(valkey_url) as client:
-        state = {"serving": version(run), "serving_run": str(run), "wanted": "f" * 16, "wanted_run": str(other)}
-        client.set("ramrec:model", json.dumps(state | {"base": version(run)}))
-    url = f"{service.memory_url}/v1/stale?version={'f' * 16}"
-    assert httpx2.get(url).status_code == 409  # it looked
-    ready = httpx2.get(f"{service.memory_url}/health/ready").json()
-    assert f"holds model {version(other)}" in ready["trouble"]
-    assert service.models(*USERS) == {version(run)}
-    service.take("u0", items=range(4, 5))
