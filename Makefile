@@ -66,13 +66,9 @@ screenshots: $(BIN)/.ready-dev
 	$(BIN)/python -m docs.screenshots
 
 # The documentation as a site in build/docs; a broken link or an unknown page is an error.
-docs: $(BIN)/.ready-docs
+docs: $(BIN)/.ready-dev
 	$(BIN)/python -m docs.reference
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
-
-$(BIN)/.ready-docs: $(BIN)/.ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[api,cpu,embedded,docs]'
-	@touch $@
 
 # tests/system/test_conformance.py with ten times as many generated calls.
 conformance: $(BIN)/.ready-dev
@@ -100,7 +96,7 @@ $(BIN)/.ready: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(BIN)/.ready-dev: $(BIN)/.ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[api,cpu,embedded,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[api,cpu,embedded,dev,docs]'
 	@touch $@
 
 # Run benchmarks/quality for the datasets in $(DATA); ML-100K is downloaded. Trained seeds and finished studies are
