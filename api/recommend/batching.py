@@ -76,8 +76,8 @@ class MicroBatcher(Generic[Request, Response]):
 
     async def stop(self) -> None:
         """Wait until all accepted requests are answered."""
-        while self._tasks:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+        while running := [task for task in self._tasks if not task.done()]:
+            await asyncio.gather(*running, return_exceptions=True)
 
     async def submit(self, requests: Sequence[Request], has_left: HasLeft | None = None) -> list[Response]:
         """The responses to one caller's requests.
