@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import subprocess
 import sys
@@ -14,25 +13,9 @@ import pytest
 
 from api.commands import movielens
 from api.commands.movielens import fetch_ml_100k
-from model.config import DatasetConfig
 from model.data.dataset import read_dataset
 from model.data.interactions import DatasetError
-
-ALL = DatasetConfig(core=1)
-HEADER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
-INTER = HEADER + "bob\tx\t4\t30\namy\ty\t5\t20\nbob\tz\t2\t10\nbob\ty\t1\t30\n"
-ITEMS = (
-    "item_id:token\tmovie_title:token_seq\trelease_year:token\tprice:float\tclass:token_seq\tbox:float_seq\n"
-    'x\tSay "Hi" Again\t1995\t1.5\tDrama Comedy\t1 2.5\n'
-    "y\tOther\tunknown\t\tWar\t\n"
-)
-
-
-def write(path: Path, text: str | bytes) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    raw = text.encode() if isinstance(text, str) else text
-    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
-    return path
+from tests.model.data.logs import ALL, INTER, ITEMS, write
 
 
 @pytest.fixture
